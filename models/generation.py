@@ -1,12 +1,20 @@
-"""Beam search over a BLIP text decoder, with the semantics that the published captions have."""
+"""Beam search over BLIP's text decoder, with the semantics that the published captions have.
+
+The beams of an image are query positions of one sequence. An image has one cache of past tokens,
+in which a beam sees the entries of its own ancestors only: when beams fork or die, nothing but
+that mask is reordered. So the prompt and the image's keys and values are computed and kept once
+for an image, whatever the number of beams.
+"""
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 
 @torch.no_grad()
 def generate_ids(
-    decoder: nn.Module,
+    decoder: BlipTextLMHeadModel,
     image_embeds: Tensor,
     prompt_ids: Tensor,
     num_beams: int,
@@ -19,17 +27,184 @@ def generate_ids(
     """Captions a batch of images by beam search.
 
     Args:
-        decoder: transformers' `BlipTextLMHeadModel`, in eval mode.
+        decoder: in eval mode.
         image_embeds: (B, L, D) image tokens.
-        prompt_ids: (B, P) first tokens of every caption.
-        num_beams: hypotheses kept for each image; 1 is greedy decoding.
-        max_length: longest caption in tokens, prompt included.
-        min_length: the end token is impossible before this length in tokens, prompt included.
+        prompt_ids: (B, P) the tokens that every caption begins with.
+        num_beams: 1 is greedy decoding.
+        max_length: longest caption in tokens, prompt included; more than P.
+        min_length: no end token before this length in tokens, prompt included.
         eos_id: end token.
-        pad_id: fills the rows of captions that end early.
-        length_normalization: "total" or "generated".
+        pad_id: fills the rows of shorter captions.
+        length_normalization: "total" or "generated", see `BeamSearch`.
 
     Returns:
-        (B, <= max_length) token ids.
+        (B, <= max_length) ids: prompt, caption, end token unless max_length cut it off, padding.
     """
-    raise NotImplementedError
+    batch, prompt_length = prompt_ids.shape
+    device = prompt_ids.device
+    search = BeamSearch(prompt_ids, num_beams, max_length, eos_id, pad_id, length_normalization)
+    decode = CachedDecoder(
+        decoder, image_embeds, prompt_length + num_beams * (max_length - prompt_length)
+    )
+    images = torch.arange(batch, device=device)[:, None]
+    itself = torch.eye(num_beams, dtype=torch.bool, device=device).expand(batch, -1, -1)
+
+    causal = torch.ones(batch, prompt_length, prompt_length, dtype=torch.bool, device=device).tril()
+    hidden = decode(prompt_ids, torch.arange(prompt_length, device=device), causal)
+    hidden, visible = hidden[:, -1:], causal[:, -1:]  # the prompt's end is the first, only beam
+    for length in range(prompt_length, max_length):
+        log_probs = decoder.cls(hidden).float().log_softmax(-1)  # (B, beams, V)
+        if length < min_length:
+            log_probs[..., eos_id] = -torch.inf
+        parent, token = search.advance(log_probs, length)
+        if search.done.all() or length + 1 == max_length:
+            break
+        visible = torch.cat([visible[images, parent], itself], dim=-1)
+        hidden = decode(token, torch.tensor([length], device=device), visible)
+    return search.best_captions()
+
+
+class BeamSearch:
+    """The hypotheses of a batch of images.
+
+    A hypothesis is scored by the mean of its log-probabilities. The published rule divides by all
+    tokens, prompt included and end token excluded ("total"); today's transformers divides by the
+    generated tokens, end token included, which prefers longer captions ("generated").
+
+    At each step the best 2 * num_beams continuations of an image are taken in order. An end token
+    among the first num_beams finishes a hypothesis; the first num_beams that do not end run on.
+    An image is done when it has num_beams finished hypotheses, the worst of them as good as the
+    best that runs: the best of all continuations over the length before it ("total"), or the best
+    running beam over the length after it ("generated"). At max_length running beams finish too.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Tensor,
+        num_beams: int,
+        max_length: int,
+        eos_id: int,
+        pad_id: int,
+        length_normalization: str,
+    ):
+        """Starts each image with one beam, the prompt. Arguments as in `generate_ids`."""
+        batch, self.prompt_length = prompt_ids.shape
+        self.num_beams, self.max_length = num_beams, max_length
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self.total = length_normalization == "total"
+        padding = max_length - self.prompt_length
+        self.tokens = F.pad(prompt_ids, (0, padding), value=pad_id)[:, None]  # (B, beams, length)
+        self.sums = torch.zeros(batch, 1, device=prompt_ids.device)  # log-probabilities, (B, beams)
+        self.captions = self.tokens[:, 0].clone()  # (B, length), the best finished hypothesis
+        self.scores = self.sums.new_full((batch, num_beams), -torch.inf)  # of finished, descending
+        self.done = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
+
+    def advance(self, log_probs: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Continues the running beams by one token.
+
+        Args:
+            log_probs: (B, beams, V) of the next token.
+            length: of the running beams in tokens.
+
+        Returns:
+            For each new running beam, best first, the beam that it continues and its last token;
+            both (B, num_beams).
+        """
+        images = torch.arange(len(log_probs), device=log_probs.device)[:, None]
+        sums = (self.sums[..., None] + log_probs).flatten(1)
+        sums, index = sums.topk(2 * self.num_beams)  # (B, 2 * num_beams), descending
+        parent, token = index // log_probs.shape[-1], index % log_probs.shape[-1]
+        tokens = self.tokens[images, parent]
+        tokens[:, :, length] = token
+        ends = token == self.eos_id
+        divisor = length if self.total else length + 1 - self.prompt_length
+        self._finish((sums / divisor).masked_fill(~ends, -torch.inf)[:, : self.num_beams], tokens)
+
+        running = ends.int().argsort(dim=1, stable=True)[:, : self.num_beams]
+        self.sums, self.tokens = sums[images, running], tokens[images, running]
+        bound = sums[:, 0] if self.total else self.sums[:, 0]
+        self.done |= self.scores[:, -1] >= bound / divisor
+        return parent[images, running], token[images, running]
+
+    def best_captions(self) -> Tensor:
+        """(B, <= max_length) ids of the best hypotheses; call it once, at the end."""
+        divisor = self.max_length if self.total else self.max_length - self.prompt_length
+        self._finish(self.sums / divisor, self.tokens)
+        used = (self.captions != self.pad_id).any(dim=0).nonzero()
+        return self.captions[:, : used.max() + 1]
+
+    def _finish(self, scores: Tensor, tokens: Tensor) -> None:
+        """Adds hypotheses to the finished ones of images that are not done.
+
+        Args:
+            scores: (B, n), -inf for no hypothesis.
+            tokens: (B, at least n, max_length).
+        """
+        scores = scores.masked_fill(self.done[:, None], -torch.inf)
+        best, place = scores.max(dim=1, keepdim=True)
+        tokens = tokens.gather(1, place[..., None].expand(-1, -1, self.max_length))[:, 0]
+        self.captions = torch.where(best > self.scores[:, :1], tokens, self.captions)
+        self.scores = torch.cat([self.scores, scores], dim=1).topk(self.num_beams).values
+
+
+class CachedDecoder:
+    """The text decoder over a batch of images, fed a few tokens at a time.
+
+    It calls the submodules of the library's decoder; the library's own forward pass needs a copy
+    of the image's keys and values for each beam.
+    """
+
+    def __init__(self, decoder: BlipTextLMHeadModel, image_embeds: Tensor, capacity: int):
+        """Projects the images' keys and values and makes room for the tokens'.
+
+        Args:
+            decoder: in eval mode.
+            image_embeds: (B, L, D) image tokens.
+            capacity: most tokens that will be fed for an image.
+        """
+        self.embeddings, self.layers = decoder.bert.embeddings, decoder.bert.encoder.layer
+        self.num_heads = decoder.config.num_attention_heads
+        self.caches, self.image_caches = [], []  # keys and values of a layer, (B, heads, ., d)
+        for layer in self.layers:
+            attention = layer.crossattention.self
+            keys = self._heads(attention.key(image_embeds))
+            values = self._heads(attention.value(image_embeds))
+            self.image_caches.append((keys, values))
+            room = (*keys.shape[:2], capacity, keys.shape[-1])
+            self.caches.append((keys.new_zeros(room), keys.new_zeros(room)))
+        self.filled = 0
+
+    def __call__(self, ids: Tensor, position: Tensor, visible: Tensor) -> Tensor:
+        """Feeds Q tokens of each image.
+
+        Args:
+            ids: (B, Q) token ids.
+            position: (Q,), or (1,) for all of them, in the caption.
+            visible: (B, Q, S), whether a token sees a cache entry; the last Q are the new tokens.
+
+        Returns:
+            (B, Q, width) hidden states.
+        """
+        new = slice(self.filled, self.filled + ids.shape[1])
+        self.filled = new.stop
+        x = self.embeddings(ids, position_ids=position)
+        for layer, cache, image_cache in zip(
+            self.layers, self.caches, self.image_caches, strict=True
+        ):
+            attention = layer.attention.self
+            keys, values = (entries[:, :, : self.filled] for entries in cache)
+            keys[:, :, new] = self._heads(attention.key(x))
+            values[:, :, new] = self._heads(attention.value(x))
+            context = self._attend(attention.query(x), keys, values, visible[:, None])
+            x = layer.attention.output(context, x)
+            context = self._attend(layer.crossattention.self.query(x), *image_cache)
+            x = layer.crossattention.output(context, x)
+            x = layer.output(layer.intermediate(x), x)
+        return x
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _attend(self, query, keys, values, visible=None) -> Tensor:
+        context = F.scaled_dot_product_attention(self._heads(query), keys, values, visible)
+        return context.transpose(1, 2).flatten(2)
