@@ -1,0 +1,123 @@
+"""The text transformer's configuration and tokenizer."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import BertTokenizer
+from transformers.models.blip.configuration_blip import BlipTextConfig
+
+LABEL_SMOOTHING = 0.1
+MAX_TOKENS = 40
+BERT_BASE_PROMPT_IDS = [101, 1037, 3861, 1997, 102]  # "a picture of" in bert-base-uncased
+
+_BERT_BASE = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+}
+# BERT's fields that BLIP's text model fixes itself
+_FIXED = {
+    "architectures",
+    "model_type",
+    "type_vocab_size",
+    "encoder_width",
+    "add_cross_attention",
+    "pad_token_id",
+}
+
+
+def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTextConfig:
+    """The text transformer's configuration.
+
+    Args:
+        med_config: path of a JSON file or a mapping, with BERT's field names; BERT base's values
+            stand in for what it leaves out.
+        encoder_width: width of the image embeddings that cross-attention reads.
+        tokenizer: gives the special tokens' ids.
+
+    Raises:
+        ValueError: unreadable file, unknown field, or a vocabulary smaller than the tokenizer's.
+    """
+    fields = med_config
+    if isinstance(med_config, str):
+        try:
+            fields = json.loads(Path(med_config).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"med_config: cannot read {med_config}: {error}") from error
+    unknown = sorted(set(fields) - set(_BERT_BASE) - _FIXED)
+    if unknown:
+        raise ValueError(f"med_config: unknown fields {unknown}; known are {sorted(_BERT_BASE)}")
+    sizes = {key: fields.get(key, default) for key, default in _BERT_BASE.items()}
+    if len(tokenizer) > sizes["vocab_size"]:
+        raise ValueError(
+            f"med_config: vocab_size {sizes['vocab_size']} is below the tokenizer's "
+            f"{len(tokenizer)} tokens"
+        )
+    return BlipTextConfig(
+        **sizes,
+        encoder_hidden_size=encoder_width,
+        is_decoder=True,  # in the library's BLIP this is what gives a layer its cross-attention
+        label_smoothing=LABEL_SMOOTHING,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def load_tokenizer(name: str) -> BertTokenizer:
+    """BERT's WordPiece tokenizer with BLIP's [DEC] (its `bos_token`) and [ENC].
+
+    Args:
+        name: a name on the model hub or a local folder with `vocab.txt`.
+
+    Raises:
+        ValueError: it cannot be loaded, or does not know the words of the prompt.
+    """
+    try:
+        tokenizer = BertTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer: cannot load {name!r}. Offline, set `tokenizer` to a local folder with "
+            "vocab.txt (`python -m data.scenes` writes datasets/scenes/tokenizer for the demo "
+            "configs; for BLIP's weights it must be bert-base-uncased)"
+        ) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_tokens(["[ENC]"], special_tokens=True)
+    ids = tokenizer("a picture of ").input_ids
+    is_bert_base = tokenizer.convert_tokens_to_ids("[DEC]") == 30522
+    if tokenizer.unk_token_id in ids or (is_bert_base and ids != BERT_BASE_PROMPT_IDS):
+        raise ValueError(f"tokenizer: {name!r} reads 'a picture of' as {ids}; wrong vocab.txt?")
+    return tokenizer
+
+
+def tokenize(
+    tokenizer: BertTokenizer,
+    texts: list[str],
+    first_token: str,
+    padding: str = "longest",
+    max_tokens: int = MAX_TOKENS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (B, L), padded to the longest text.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        texts: B texts.
+        first_token: "[DEC]" or "[ENC]", which takes the place of [CLS].
+        padding: "longest", or "max_length" for `max_tokens` whatever the texts.
+        max_tokens: longer texts are cut.
+    """
+    tokens = tokenizer(
+        texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt"
+    )
+    tokens.input_ids[:, 0] = tokenizer.convert_tokens_to_ids(first_token)
+    return tokens.input_ids, tokens.attention_mask

@@ -1,0 +1,86 @@
+"""Seeds, golden data, and models at the goldens' sizes."""
+
+import json
+from pathlib import Path
+
+import compat  # noqa: F401
+
+import pytest
+import torch
+from safetensors import safe_open
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    return GOLDEN
+
+
+def read_golden(name: str, prefix: str) -> dict[str, torch.Tensor]:
+    """Tensors of a golden file whose name starts with prefix, which is cut off."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        keys = [key for key in file.keys() if key.startswith(prefix)]
+        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+
+
+@pytest.fixture(scope="session")
+def golden_tokenizer(tmp_path_factory) -> str:
+    """A folder with a vocabulary of the goldens' size, [SEP] at BERT's 102 and [PAD] at 0."""
+    words = [f"word{i}" for i in range(158)]
+    words[0], words[100:104] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words[1:4] = ["a", "picture", "of"]
+    folder = tmp_path_factory.mktemp("golden_tokenizer")
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def caption_tiny_config(golden_tokenizer) -> dict:
+    """The sizes of golden/caption_tiny."""
+    return {
+        "image_size": 32,
+        "vit": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4},
+        "med_config": {
+            "vocab_size": 160,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        },
+        "tokenizer": golden_tokenizer,
+    }
+
+
+@pytest.fixture(scope="session")
+def nlvr_tiny_config(golden_tokenizer) -> dict:
+    """The sizes of golden/nlvr_tiny."""
+    return {
+        "image_size": 32,
+        "vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4},
+        "med_config": {
+            "vocab_size": 160,
+            "hidden_size": 32,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+        },
+        "tokenizer": golden_tokenizer,
+    }
+
+
+@pytest.fixture(scope="session")
+def official_keys():
+    """Reads the list of an official base checkpoint: key to shape."""
+
+    def read(name: str) -> dict[str, list[int]]:
+        return json.loads((GOLDEN / f"{name}.json").read_text())
+
+    return read
