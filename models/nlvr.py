@@ -1,0 +1,186 @@
+"""BLIP's NLVR2 model: does a sentence hold for a pair of images?
+
+It is BLIP's text encoder with its cross-attention doubled: one attends to the first image, its twin
+to the second. The rest is timm's vision transformer and the BLIP text layers of transformers.
+
+Source: Li et al., BLIP, ICML 2022, section 5.4 and figure 5.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
+
+from models.text import load_tokenizer, text_config, tokenize
+from models.vit import VisionEncoder, build_vision_encoder
+
+FIRST_MERGED_LAYER = 6  # from here on a layer merges what it saw in the two images; before: mean
+_SINGLE_CROSS_ATTENTION = re.compile(r"(?<=\.crossattention\.)(self|output\.dense)(?=\.)")
+
+
+class TwinCrossAttention(nn.Module):
+    """Cross-attention to two images, in the place of a BLIP text layer's `crossattention`."""
+
+    def __init__(self, config, merge: bool):
+        """Args: transformers' `BlipTextConfig`; whether the outputs are merged or averaged."""
+        super().__init__()
+        self.self0 = BlipTextSelfAttention(config, is_cross_attention=True)
+        self.self1 = BlipTextSelfAttention(config, is_cross_attention=True)
+        self.output = TwinOutput(config, merge)
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor], **_
+    ) -> tuple[Tensor, None]:
+        """What the library's layer expects of its cross-attention: states, and no attention map.
+
+        Args:
+            hidden_states: (B, L, D) text.
+            encoder_hidden_states: the two images, each (B, L_img, D_img).
+            **_: the mask and the cache of the library: images have no padding, encoders no cache.
+        """
+        image0, image1 = encoder_hidden_states
+        context0, _ = self.self0(hidden_states, encoder_hidden_states=image0)
+        context1, _ = self.self1(hidden_states, encoder_hidden_states=image1)
+        return self.output(context0, context1, hidden_states), None
+
+
+class TwinOutput(nn.Module):
+    """Joins two contexts: a projection of each, mean or merge, dropout, residual, LayerNorm."""
+
+    def __init__(self, config, merge: bool):
+        """Arguments as `TwinCrossAttention`."""
+        super().__init__()
+        width = config.hidden_size
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dense0 = nn.Linear(width, width)
+        self.dense1 = nn.Linear(width, width)
+        self.merge_layer = nn.Linear(2 * width, width) if merge else None
+
+    def forward(self, context0: Tensor, context1: Tensor, residual: Tensor) -> Tensor:
+        """All (B, L, D)."""
+        output0, output1 = self.dense0(context0), self.dense1(context1)
+        if self.merge_layer is None:
+            joined = (output0 + output1) / 2
+        else:
+            joined = self.merge_layer(torch.cat([output0, output1], dim=-1))
+        return self.LayerNorm(self.dropout(joined) + residual)
+
+
+class TwinTextEncoder(BlipTextModel):
+    """BLIP's text encoder with twin cross-attention in every layer."""
+
+    def __init__(self, config):
+        """Args: transformers' `BlipTextConfig` with `is_decoder`, see `models.text.text_config`."""
+        super().__init__(config, add_pooling_layer=False)
+        for index, layer in enumerate(self.encoder.layer):
+            layer.crossattention = TwinCrossAttention(config, merge=index >= FIRST_MERGED_LAYER)
+        self.post_init()  # initialises the twins as the library does the rest
+
+
+class NlvrClassifier(nn.Module):
+    """Decides whether a sentence holds for a pair of images.
+
+    Parameter names are those of the official checkpoints.
+    """
+
+    def __init__(self, visual_encoder: VisionEncoder, text_encoder: TwinTextEncoder, tokenizer):
+        """Puts the parts together; `build_nlvr` makes them from a config."""
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        width = text_encoder.config.hidden_size
+        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def forward(
+        self, image0: Tensor, image1: Tensor, sentences: list[str], targets: Tensor
+    ) -> Tensor:
+        """The loss of a batch: cross-entropy of the two classes.
+
+        Args:
+            image0: (B, 3, S, S) left images, normalised.
+            image1: (B, 3, S, S) right images.
+            sentences: B statements.
+            targets: (B,) int64, 1 where the statement holds.
+
+        Returns:
+            Scalar: the mean over the batch.
+        """
+        return F.cross_entropy(self.logits(image0, image1, sentences), targets)
+
+    def logits(self, image0: Tensor, image1: Tensor, sentences: list[str]) -> Tensor:
+        """(B, 2) logits of "false" and "true"; arguments as `forward`."""
+        return self.logits_from_ids(image0, image1, *self.tokenize(sentences))
+
+    def tokenize(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask, both (B, L); as the original, it does not cut at 40 tokens."""
+        device = self.visual_encoder.cls_token.device
+        positions = self.text_encoder.config.max_position_embeddings
+        ids, mask = tokenize(self.tokenizer, sentences, "[ENC]", max_tokens=positions)
+        return ids.to(device), mask.to(device)
+
+    def logits_from_ids(
+        self, image0: Tensor, image1: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """(B, 2) logits of "false" and "true" of token ids and their mask, both (B, L)."""
+        images = self.encode_images(image0, image1)
+        return self.cls_head(self.encode_text(images, input_ids, attention_mask)[:, 0])
+
+    def encode_images(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor]:
+        """Token embeddings, (B, L_img, D_img) each, of two batches (B, 3, S, S); one ViT call."""
+        return self.visual_encoder(torch.cat([image0, image1])).chunk(2)
+
+    def encode_text(
+        self, images: tuple[Tensor, Tensor], input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """Final text states (B, L, D), given the images' embeddings (B, L_img, D_img)."""
+        return self.text_encoder(
+            input_ids, attention_mask=attention_mask, encoder_hidden_states=images
+        ).last_hidden_state
+
+    def adapt_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+        """Takes the weights of a BLIP that sees one image; its cross-attention starts both twins.
+
+        The text transformer is the checkpoint's `text_encoder` (BLIP base) or, where there is none,
+        its `text_decoder` (a captioner). What only an NLVR2 model has, may then be missing.
+
+        Args:
+            weights: of any BLIP under the official names.
+
+        Returns:
+            The weights under this model's names, and the names that may stay as initialised:
+            none for an NLVR2 checkpoint.
+        """
+        if not any(name.startswith("text_encoder.") for name in weights):
+            weights = {
+                name.replace("text_decoder.bert.", "text_encoder."): value
+                for name, value in weights.items()
+            }
+        adapted = {}
+        for name, value in weights.items():
+            if name.startswith("text_encoder.") and _SINGLE_CROSS_ATTENTION.search(name):
+                for twin in "01":
+                    adapted[_SINGLE_CROSS_ATTENTION.sub(rf"\g<1>{twin}", name)] = value
+            else:
+                adapted[name] = value
+        if len(adapted) == len(weights):
+            return weights, set()
+        own = {n for n in self.state_dict() if n.startswith("cls_head.") or ".merge_layer." in n}
+        return adapted, own
+
+
+def build_nlvr(config: dict) -> NlvrClassifier:
+    """Builds an NLVR2 model with random weights.
+
+    Args:
+        config: `vit`, `image_size`, `med_config`, `tokenizer`, and if wanted `vit_grad_ckpt` and
+            `vit_ckpt_layer`. BLIP trains base with a drop path of 0.1 for NLVR2.
+    """
+    tokenizer = load_tokenizer(config["tokenizer"])
+    drop_path_rate = 0.1 if config["vit"] == "base" else 0.0
+    visual_encoder = build_vision_encoder(config, drop_path_rate)
+    text = text_config(config["med_config"], visual_encoder.embed_dim, tokenizer)
+    return NlvrClassifier(visual_encoder, TwinTextEncoder(text), tokenizer)

@@ -1,0 +1,150 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models import build_captioner, build_nlvr, load_checkpoint, modality, prunable_layers
+from tests.conftest import read_golden
+
+POSITION_IDS = "text_encoder.embeddings.position_ids"
+TWINS = [("self", "self0", "self1"), ("output.dense", "output.dense0", "output.dense1")]
+
+
+def is_own(name: str) -> bool:
+    """Whether only an NLVR2 model has this parameter."""
+    return name.startswith("cls_head.") or ".merge_layer." in name
+
+
+@pytest.fixture
+def model(nlvr_tiny_config):
+    return build_nlvr(nlvr_tiny_config).eval()
+
+
+@pytest.fixture
+def single_image_weights(model):
+    """A BLIP base checkpoint: one cross-attention in each layer, and no NLVR2 head."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        for single, first, second in TWINS:
+            if f".crossattention.{second}." in name:
+                break
+            name = name.replace(f".crossattention.{first}.", f".crossattention.{single}.")
+        else:
+            if not is_own(name):
+                weights[name] = torch.rand_like(value)
+    return weights
+
+
+def test_outputs_equal_the_original(model, tmp_path):
+    save_file(read_golden("nlvr_tiny", "weights."), tmp_path / "nlvr.safetensors")
+    report = load_checkpoint(model, tmp_path / "nlvr.safetensors")
+    assert report.ignored == [POSITION_IDS]
+    assert report.initialised == []
+    inputs, expected = read_golden("nlvr_tiny", "input."), read_golden("nlvr_tiny", "expected.")
+    text = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        images = model.encode_images(inputs["image0"], inputs["image1"])
+        states = model.encode_text(images, *text)
+        logits = model.logits_from_ids(inputs["image0"], inputs["image1"], *text)
+        loss = torch.nn.functional.cross_entropy(logits, inputs["targets"])
+    torch.testing.assert_close(states, expected["last_hidden_state"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, expected["loss"].squeeze(), atol=1e-5, rtol=0)
+
+
+def test_padding_changes_nothing(model):
+    images = torch.randn(2, 2, 3, 32, 32)
+    long, short = "word9 word8 word7 word6", "word5"
+    with torch.no_grad():
+        both = model.logits(*images, [long, short])
+        alone = model.logits(*images[:, 1:], [short])
+        loss = model(*images, [long, short], torch.tensor([1, 0]))
+    torch.testing.assert_close(both[1:], alone)
+    torch.testing.assert_close(loss, -(both.log_softmax(-1)[[0, 1], [1, 0]]).mean())
+
+
+def test_text_begins_with_enc_and_is_not_cut_at_forty(model):
+    ids, mask = model.tokenize([" ".join(["word9"] * 50), "word8"])
+    assert ids.shape == mask.shape == (2, 52)
+    assert ids[:, 0].tolist() == [159, 159]
+    assert mask.sum(dim=1).tolist() == [52, 3]
+
+
+def test_official_key_list_is_consumed(official_keys, golden_tokenizer, tmp_path):
+    shapes = official_keys("blip_nlvr_base")
+    weights = {n: torch.rand(s) for n, s in shapes.items() if n != POSITION_IDS}
+    weights[POSITION_IDS] = torch.arange(512)[None]
+    torch.save({"model": weights}, tmp_path / "nlvr.pth")
+    base = build_nlvr(
+        {
+            "vit": "base",
+            "image_size": 384,
+            "med_config": "configs/med_config.json",
+            "tokenizer": golden_tokenizer,
+        }
+    )
+    report = load_checkpoint(base, tmp_path / "nlvr.pth")
+    assert report.ignored == [POSITION_IDS]
+    assert sorted(report.loaded) == sorted(set(shapes) - {POSITION_IDS})
+    assert report.resampled == report.initialised == []
+    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+    layers = prunable_layers(base)
+    assert list(layers) == list(json.loads(Path("configs/id/blip_nlvr.json").read_text()))
+    assert len(layers) == 222
+    assert sum(m.weight.numel() + m.bias.numel() for m in layers.values()) == 233_814_528
+    assert sum(modality(name) == "vision" for name in layers) == 48
+
+
+def test_base_checkpoint_initialises_both_twins_equal(model, single_image_weights, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    others = {
+        "text_decoder.bert.encoder.layer.0.output.dense.bias": torch.ones(32),
+        "temp": torch.ones(1),
+    }
+    torch.save({"model": single_image_weights | others}, tmp_path / "base.pth")
+    report = load_checkpoint(model, tmp_path / "base.pth")
+    assert report.ignored == list(others)
+    assert sorted(report.initialised) == sorted(filter(is_own, before))
+    assert sum("merge_layer" in name for name in report.initialised) == 2 * 2
+    for name, value in model.state_dict().items():
+        if is_own(name):
+            assert torch.equal(value, before[name])
+            continue
+        for single, *twins in TWINS:
+            for twin in twins:
+                name = name.replace(f".crossattention.{twin}.", f".crossattention.{single}.")
+        assert torch.equal(value, single_image_weights[name])
+
+
+def test_captioner_checkpoint_is_a_start(nlvr_tiny_config, model, tmp_path):
+    captioner = build_captioner(nlvr_tiny_config)
+    torch.save({"model": captioner.state_dict()}, tmp_path / "captioner.pth")
+    report = load_checkpoint(model, tmp_path / "captioner.pth")
+    assert all(".cls." in name for name in report.ignored)
+    assert all(is_own(name) for name in report.initialised)
+    decoder, encoder = captioner.text_decoder.bert, model.text_encoder
+    assert torch.equal(
+        decoder.embeddings.word_embeddings.weight, encoder.embeddings.word_embeddings.weight
+    )
+    single = decoder.encoder.layer[7].crossattention
+    for twin in (0, 1):
+        twins = encoder.encoder.layer[7].crossattention
+        assert torch.equal(getattr(twins, f"self{twin}").key.weight, single.self.key.weight)
+        assert torch.equal(getattr(twins.output, f"dense{twin}").bias, single.output.dense.bias)
+
+
+@pytest.mark.parametrize("missing", ["cls_head.2.bias", "merge_layer.weight", "self0.query.bias"])
+def test_an_nlvr_checkpoint_must_be_complete(model, tmp_path, missing):
+    weights = {n: v for n, v in model.state_dict().items() if not n.endswith(missing)}
+    torch.save({"model": weights}, tmp_path / "nlvr.pth")
+    with pytest.raises(ValueError, match="unset"):
+        load_checkpoint(model, tmp_path / "nlvr.pth")
+
+
+def test_a_base_checkpoint_must_be_complete_but_for_the_head(model, single_image_weights, tmp_path):
+    single_image_weights.pop("text_encoder.encoder.layer.7.crossattention.self.value.bias")
+    torch.save({"model": single_image_weights}, tmp_path / "base.pth")
+    with pytest.raises(ValueError, match=r"2 of .* unset.*self0\.value\.bias"):
+        load_checkpoint(model, tmp_path / "base.pth")
