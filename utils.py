@@ -184,7 +184,8 @@ def init_distributed(device: str = "auto", timeout_s: float = 60.0) -> Process:
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        # host numbers go over gloo, so that exchanging them waits for no GPU
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Process(int(os.environ.get("RANK", 0)), world_size, chosen)
 

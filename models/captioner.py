@@ -59,6 +59,11 @@ class Captioner(nn.Module):
         labels[:, : self.prompt_length] = IGNORED_LABEL
         return self.loss_from_ids(self.encode_image(image), input_ids, attention_mask, labels)
 
+    def loss_terms(self, image: torch.Tensor, captions: list[str]) -> int:
+        """Number of predicted tokens, over which the loss of `forward` is a mean."""
+        _, mask = tokenize(self.tokenizer, captions, "[DEC]")
+        return int(mask.sum()) - self.prompt_length * len(captions)
+
     def loss_from_ids(self, image_embeds, input_ids, attention_mask, labels) -> torch.Tensor:
         """The loss of token ids (B, L) given image embeddings (B, L_img, D)."""
         return self.text_decoder(
