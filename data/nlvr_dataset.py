@@ -1,0 +1,85 @@
+"""NLVR2: is a statement about a pair of images true?"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data.annotation import read_annotation
+from data.captions import normalize_caption
+from data.image_dataset import ImageDataset
+from data.transforms import build_transform
+
+LABELS = {"False": 0, "True": 1}
+OTHER_SIDE = {"left": "right", "right": "left"}
+
+
+class NlvrDataset(ImageDataset):
+    """Items `(left image (3, S, S), right image (3, S, S), statement, label 0 or 1)`.
+
+    Args:
+        records: Dictionaries with `sentence`, `label` ("True" or "False") and two `images`.
+        image_root: See `ImageDataset`.
+        transform: See `ImageDataset`.
+        max_words: Longest statement.
+        swap: Whether to exchange the two images at random, and the words left and right with
+            them. The original code did so in evaluation too, which made it random; we do not.
+        seed: See `ImageDataset`.
+    """
+
+    def __init__(
+        self,
+        records: list[dict],
+        image_root: str | Path,
+        transform: Callable,
+        max_words: int,
+        swap: bool,
+        seed: int = 0,
+    ):
+        super().__init__(records, image_root, transform, seed)
+        self.max_words, self.swap = max_words, swap
+
+    def image_paths(self, index: int) -> list[str]:
+        """The left and the right image file, before any swap."""
+        return [str(self.image_root / image) for image in self.records[index]["images"]]
+
+    def load(self, index: int) -> tuple[torch.Tensor, torch.Tensor, str, torch.Tensor]:
+        """The item, see the class."""
+        record = self.records[index]
+        left, right = (self.open(path) for path in self.image_paths(index))
+        sentence = normalize_caption(record["sentence"], self.max_words)
+        if self.swap and torch.rand(()) < 0.5:
+            left, right, sentence = right, left, mirror(sentence)
+        return left, right, sentence, torch.tensor(LABELS[record["label"]])
+
+
+def mirror(sentence: str) -> str:
+    """Exchanges the words left and right."""
+    return " ".join(OTHER_SIDE.get(word, word) for word in sentence.split(" "))
+
+
+def build_nlvr_datasets(
+    config: dict, seed: int = 0
+) -> tuple[NlvrDataset, NlvrDataset, NlvrDataset]:
+    """Builds the three splits; missing annotation files are downloaded.
+
+    Args:
+        config: An NLVR2 configuration; used are `image_root`, `ann_root`, `image_size`, `augment`
+            and `max_words`.
+        seed: Seed of the training transforms and swaps.
+
+    Returns:
+        Training, development and test set.
+    """
+
+    def dataset(split: str, training: bool) -> NlvrDataset:
+        return NlvrDataset(
+            read_annotation(config["ann_root"], f"nlvr_{split}.json"),
+            config["image_root"],
+            build_transform(config["image_size"], config["augment"] and training),
+            config["max_words"],
+            swap=training,
+            seed=seed,
+        )
+
+    return dataset("train", True), dataset("dev", False), dataset("test", False)

@@ -1,0 +1,135 @@
+"""Statements about pairs of scenes in NLVR2's sense, each with a true and a false pair."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from data.nlvr_dataset import OTHER_SIDE
+from data.scene_pictures import Scene, SceneObject
+from data.scene_words import NUMBERS, PLURALS, STATEMENTS
+
+TRIES = 400  # images tried for the pair of the other label before a statement is given up
+Description = tuple[str, ...]  # for instance ("red", "circle"), ("large", "shape"), ("star",)
+
+
+def descriptions(item: SceneObject) -> list[Description]:
+    """The ways in which a statement may speak of an object."""
+    return [
+        (item.kind,),
+        (item.colour, "shape"),
+        (item.size, "shape"),
+        (item.colour, item.kind),
+    ]
+
+
+def count_descriptions(scene: Scene) -> Counter:
+    """How many objects of a scene fit each description."""
+    return Counter(words for item in scene.objects for words in descriptions(item))
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A statement about two images; see `STATEMENTS` for the wording of each family."""
+
+    family: str
+    x: Description
+    y: Description
+    side: str
+    number: int
+
+    def text(self) -> str:
+        """The statement in words."""
+        one = self.number == 1 and self.family == "total"
+        return STATEMENTS["total one" if one else self.family].format(
+            x=" ".join(self.x) if one else with_article(self.x),
+            y=with_article(self.y),
+            xs=" ".join([*self.x[:-1], PLURALS[self.x[-1]]]),
+            side=self.side,
+            other=OTHER_SIDE[self.side],
+            number=NUMBERS[self.number],
+        )
+
+    def holds(self, left: Counter, right: Counter) -> bool:
+        """Whether the statement is true of two images, given as counts of descriptions."""
+        this, that = (left, right) if self.side == "left" else (right, left)
+        x, y = self.x, self.y
+        match self.family:
+            case "left and right":
+                return this[x] > 0 and that[y] > 0
+            case "one and other":
+                return (this[x] > 0 and that[y] > 0) or (that[x] > 0 and this[y] > 0)
+            case "both":
+                return this[x] > 0 and that[x] > 0
+            case "neither":
+                return this[x] == 0 and that[x] == 0
+            case "either":
+                return this[x] > 0 or that[x] > 0
+            case "only one":
+                return (this[x] > 0) != (that[x] > 0)
+            case "more":
+                return this[x] > that[x]
+            case "fewer":
+                return this[x] < that[x]
+            case "total":
+                return this[x] + that[x] == self.number
+        raise AssertionError(self.family)
+
+
+def with_article(words: Description) -> str:
+    """The description after a or an."""
+    return f"{'an' if words[0] == 'orange' else 'a'} {' '.join(words)}"
+
+
+def random_statement(items: list[SceneObject], rng: random.Random) -> Statement:
+    """A statement of any family that speaks of some of these objects, true or not."""
+    family = rng.choice([name for name in STATEMENTS if name != "total one"])
+    x, y = (rng.choice(descriptions(rng.choice(items))) for _ in range(2))
+    return Statement(family, x, y, rng.choice(list(OTHER_SIDE)), rng.randint(1, 3))
+
+
+def random_pairs(
+    scenes: list[Scene], count: int, rng: random.Random
+) -> list[tuple[Statement, tuple[int, int], bool]]:
+    """Makes `count` statements about pairs of scenes, exactly half of them true.
+
+    Every statement comes twice, with a pair of which it is true and one of which it is false, so
+    its text says nothing about its label. The two pairs share one image on the same side, so that
+    one image does not suffice either.
+
+    Args:
+        scenes: The images to pair.
+        count: Statements wanted, an even number.
+        rng: Source of the choices.
+
+    Returns:
+        (statement, indices of the left and the right scene, truth), in random order.
+    """
+    counts = [count_descriptions(scene) for scene in scenes]
+    rows = []
+    while len(rows) < count:
+        pair = tuple(rng.sample(range(len(scenes)), 2))
+        items = [item for index in pair for item in scenes[index].objects]
+        statement = random_statement(items, rng)
+        truth = statement.holds(*(counts[index] for index in pair))
+        other = contrasting_pair(statement, pair, truth, counts, rng)
+        if other is not None:
+            rows += [(statement, pair, truth), (statement, other, not truth)]
+    rng.shuffle(rows)
+    return rows
+
+
+def contrasting_pair(
+    statement: Statement,
+    pair: tuple[int, int],
+    truth: bool,
+    counts: list[Counter],
+    rng: random.Random,
+) -> tuple[int, int] | None:
+    """A pair that differs in one image and has the other truth value; None if none is found."""
+    for _ in range(TRIES):
+        other = list(pair)
+        other[rng.randrange(2)] = rng.randrange(len(counts))
+        left, right = other
+        if left != right and statement.holds(counts[left], counts[right]) != truth:
+            return left, right
+    return None

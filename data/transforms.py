@@ -1,0 +1,91 @@
+"""BLIP's image transforms, composed from torchvision's."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LEVEL = 5 / 10  # strength of every operation of the augmentation, as a fraction of its largest
+
+
+def build_transform(image_size: int, augment: bool) -> Callable:
+    """Builds the transform from a PIL image to the tensor that the vision transformer takes.
+
+    All randomness comes from torch's global generator.
+
+    Args:
+        image_size: Height and width of the result in pixels.
+        augment: Whether to crop, flip and distort at random, as in BLIP's training. Otherwise the
+            whole image is resized, whatever its aspect ratio.
+
+    Returns:
+        A callable from an RGB PIL image to a float tensor (3, image_size, image_size).
+    """
+    if augment:
+        geometry = [
+            v2.RandomResizedCrop(
+                image_size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC
+            ),
+            v2.RandomHorizontalFlip(),
+            random_operation(),
+            random_operation(),
+        ]
+    else:
+        geometry = [
+            v2.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC),
+        ]
+    return v2.Compose(
+        [
+            *geometry,
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
+
+
+def random_operation() -> Callable:
+    """One of ten operations of RandAugment (Cubuk et al., 2020), with probability 0.5.
+
+    At this level the factor of brightness and sharpness is 1, which changes nothing: so it was in
+    BLIP, whose proportions of changed and unchanged images this keeps.
+    """
+    factor = 0.1 + 1.8 * LEVEL
+    shear, shift, angle = 0.3 * LEVEL, round(10 * LEVEL), 30 * LEVEL  # slope, pixels, degrees
+    slope = torch.rad2deg(torch.atan(torch.tensor(shear))).item()
+    return v2.RandomApply(
+        [
+            v2.RandomChoice(
+                [
+                    v2.Identity(),
+                    v2.RandomAutocontrast(p=1.0),
+                    v2.ColorJitter(brightness=(factor, factor)),
+                    v2.RandomAdjustSharpness(factor, p=1.0),
+                    v2.RandomEqualize(p=1.0),
+                    either_sign(lambda sign: affine(shear=[sign * slope, 0.0], center=[0, 0])),
+                    either_sign(lambda sign: affine(shear=[0.0, sign * slope], center=[0, 0])),
+                    either_sign(lambda sign: affine(translate=[sign * shift, 0])),
+                    either_sign(lambda sign: affine(translate=[0, sign * shift])),
+                    either_sign(lambda sign: affine(angle=sign * angle)),
+                ]
+            )
+        ],
+        p=0.5,
+    )
+
+
+def either_sign(operation: Callable[[int], Callable]) -> Callable:
+    """Applies `operation(1)` or `operation(-1)`, each half of the time."""
+    return v2.RandomChoice([operation(1), operation(-1)])
+
+
+def affine(**change) -> Callable:
+    """An affine map with bilinear interpolation that is the identity but for `change`."""
+    identity = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    return partial(
+        F.affine, **(identity | change), interpolation=InterpolationMode.BILINEAR, fill=[128] * 3
+    )
