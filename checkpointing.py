@@ -45,7 +45,7 @@ def remove_unfinished(folder: Path) -> None:
         temporary.unlink()
 
 
-def load_checkpoint_file(path: Path) -> dict:
+def read_checkpoint(path: Path) -> dict:
     """Reads one checkpoint; its tensors are mapped from the file until they are copied.
 
     Raises:
@@ -70,7 +70,7 @@ def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
     broken = []
     for path in step_files(folder):
         try:
-            return load_checkpoint_file(path), path, broken
+            return read_checkpoint(path), path, broken
         except ValueError as error:
             broken.append(str(error).splitlines()[0])
     if broken:
@@ -100,7 +100,7 @@ def check_disk_space(folder: Path, model: nn.Module, pruner_numbers: int, keep: 
     """Checks that the run's files will fit on the disk.
 
     Args:
-        folder: an existing folder on the disk.
+        folder: of the run's results.
         model: whose weights and AdamW averages (two a parameter) go into a checkpoint.
         pruner_numbers: float32 numbers that the pruner saves besides.
         keep: checkpoints that stay; one more is there while a new one is written.
@@ -111,7 +111,7 @@ def check_disk_space(folder: Path, model: nn.Module, pruner_numbers: int, keep: 
     parameters = sum(p.numel() for p in model.parameters())
     checkpoint = 4 * (3 * parameters + pruner_numbers)
     needed = (keep + 1) * checkpoint + 2 * 4 * parameters
-    reusable = sum(path.stat().st_size for path in step_files(folder))
+    reusable = sum(path.stat().st_size for path in step_files(folder / "checkpoints"))
     free = shutil.disk_usage(folder).free + reusable
     if free < needed:
         raise ValueError(

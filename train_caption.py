@@ -15,7 +15,6 @@ import training
 from data import build_caption_datasets
 from evaluation import caption_split, score_results
 from models import build_captioner
-from utils import barrier
 
 
 def evaluate(run: training.Run, model, dataset, split: str) -> dict[str, float]:
@@ -42,17 +41,13 @@ def evaluate(run: training.Run, model, dataset, split: str) -> dict[str, float]:
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate scores weights."""
-    run = training.start(args, "caption")
-    train_set, val_set, test_set = build_caption_datasets(run.config, args.seed)
-    for dataset in (val_set, test_set) if args.evaluate else (train_set, val_set, test_set):
-        dataset.check()
-    model = build_captioner(run.config)
-    training.load_weights(run, model)
+    run, model, (train_set, val_set, test_set) = training.prepare(
+        args, "caption", build_caption_datasets, build_captioner
+    )
     if args.evaluate:
         model.eval()
         for split, dataset in (("val", val_set), ("test", test_set)):
             run.say(f"{split}: {evaluate(run, model, dataset, split)}")
-            barrier()
         return
     training.train(
         run,

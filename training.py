@@ -1,18 +1,15 @@
-"""What both trainers share: flags, checks before the first step, the loop, resuming, reports.
+"""What both trainers share: flags, checks before the first step, the loop, resuming.
 
-A trainer calls `start`, builds its model and data sets, and then `train` with its own evaluation.
+A trainer calls `prepare`, then `train` with its own evaluation. All steps are optimizer steps.
 """
 
 import argparse
-import json
 import math
 import os
-import resource
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,41 +18,32 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.data import DataLoader, Dataset
 
 import checkpointing
 from data import EvalSampler, TrainBatchSampler
 from models import load_checkpoint, prunable_layers
-from pruners import Pruner, plot_sparsity, sparsity_report
+from pruners import Pruner, sparsity_report
 from pruners.profile import load_profile
-from utils import (
-    Process,
-    atomic_write,
-    barrier,
-    init_distributed,
-    load_config,
-    seed_everything,
-    write_json,
-)
+from reporting import Reporter
+from utils import Process, barrier, init_distributed, load_config, seed_everything, write_json
 
-EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: stopped by a signal, checkpoint saved, run again
-LOG_STEPS = 50
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, checkpoint saved, run again
+LOG_SECONDS = 10.0  # between progress lines
 PRUNED_FILE = "pruned.safetensors"
 BEST_FILE = "pruned_best.safetensors"
 
-# What a resumed run must have in common with the one that wrote the checkpoint.
+# What a resumed run must have in common with the run that wrote the checkpoint.
 _RESUME_CONFIG = (
-    "vit med_config image_size pretrained prompt max_words augment init_lr min_lr weight_decay "
-    "max_epoch".split()
-)
+    "vit med_config image_size pretrained prompt max_words augment init_lr min_lr weight_decay"
+).split()
 _RESUME_FLAGS = (
     "seed amp pruner_name beta1 beta2 deltaT initial_threshold final_threshold initial_warmup "
-    "final_warmup gradient_accumulation_steps useID id_profile".split()
-)
+    "final_warmup gradient_accumulation_steps id_profile"
+).split()
 
 
-# --- flags and start -----------------------------------------------------------------------------
+# --- flags ---------------------------------------------------------------------------------------
 
 
 def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, int]) -> None:
@@ -72,7 +60,7 @@ def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, 
     run.add_argument("--model_dir", default=Path(config).stem, help="folder of this run's results")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--seed", type=int, default=42)
-    run.add_argument("--evaluate", action="store_true", help="no training: scores of val and test")
+    run.add_argument("--evaluate", action="store_true", help="no training: score both eval splits")
     run.add_argument("--pruned", help="with --evaluate: weights, or the folder of a run")
     run.add_argument("--resume", default="auto", help="auto (newest checkpoint), off, or a file")
     run.add_argument("--checkpoint_steps", type=int, default=0, help="besides each epoch; 0: none")
@@ -104,11 +92,44 @@ def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, 
     prune.add_argument("--initial_warmup", type=int, default=warmups[0], help="in warmup_steps")
     prune.add_argument("--final_warmup", type=int, default=warmups[1], help="in warmup_steps")
     prune.add_argument("--useID", action="store_true", help="weight scores by intrinsic dimension")
-    prune.add_argument("--id_profile", help="profile for --useID, which this implies")
+    prune.add_argument("--id_profile", help="the profile for --useID, which it implies")
 
-    ignored = parser.add_argument_group("accepted for compatibility; torchrun sets what they said")
     for flag in ("--n_gpu", "--world_size", "--dist_url", "--distributed"):
-        ignored.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
+        # accepted, as scripts of the original code pass them; torchrun says what they said
+        parser.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Checks what argparse and the pruner do not.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    least = {
+        "gradient_accumulation_steps": 1,
+        "keep_checkpoints": 1,
+        "max_steps": 1,
+        "batch_size": 1,
+        "max_epoch": 1,
+        "checkpoint_steps": 0,
+        "eval_epochs": 0,
+        "num_workers": 0,
+        "warmup_steps": 0,
+    }
+    for flag, bound in least.items():
+        value = getattr(args, flag)
+        if value is not None and value < bound:
+            raise ValueError(f"--{flag} must be at least {bound}, got {value}")
+    if not 0 < args.final_threshold <= args.initial_threshold <= 1:
+        raise ValueError(
+            "thresholds are fractions that remain, 0 < final <= initial <= 1; got "
+            f"--final_threshold {args.final_threshold} --initial_threshold {args.initial_threshold}"
+        )
+    if args.pruned and not args.evaluate:
+        raise ValueError("--pruned goes with --evaluate; training starts from --pretrained")
+
+
+# --- start ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -130,65 +151,70 @@ class Run:
         """Training samples of one process at one forward pass."""
         return self.config.get("batch_size") or self.config["batch_size_train"]
 
+    @property
+    def samples_per_step(self) -> int:
+        """Training samples of all processes and accumulated batches at one optimizer step."""
+        return self.batch_size * self.process.world_size * self.args.gradient_accumulation_steps
+
     def say(self, message: str) -> None:
         """Prints on the main process only."""
         if self.process.is_main:
             print(message, flush=True)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """The context of a forward pass: bf16 on a GPU unless --amp says otherwise."""
         on_gpu = self.process.device.type == "cuda"
         wanted = self.args.amp == "bf16" or (self.args.amp == "auto" and on_gpu)
         return torch.autocast(self.process.device.type, torch.bfloat16, enabled=wanted)
 
 
-def start(args: argparse.Namespace, task: str) -> Run:
-    """Reads the config, joins the other processes, seeds, and makes the results folder.
+def prepare(
+    args: argparse.Namespace, task: str, build_datasets: Callable, build_model: Callable
+) -> tuple[Run, nn.Module, tuple[Dataset, ...]]:
+    """From flags to a run, a model with its weights on its device, and checked data sets.
 
     Args:
         args: flags of `add_flags`.
         task: "caption" or "nlvr".
+        build_datasets: of (config, seed); the training set comes first.
+        build_model: of the config.
+
+    Raises:
+        ValueError, FileNotFoundError: a flag, the config, data or weights are wrong.
+    """
+    run = start(args, task)
+    datasets = build_datasets(run.config, args.seed)
+    for dataset in datasets[1:] if args.evaluate else datasets:
+        dataset.check()
+    model = build_model(run.config)
+    load_weights(run, model)
+    return run, model, datasets
+
+
+def start(args: argparse.Namespace, task: str) -> Run:
+    """Reads the config, joins the other processes, seeds, and makes the results folder.
 
     Raises:
         ValueError: a flag or the config is wrong.
     """
+    check_flags(args)
     batch_key = "batch_size" if task == "caption" else "batch_size_train"
     overrides = {key: getattr(args, key) for key in ("pretrained", "init_lr", "max_epoch")}
     overrides |= {batch_key: args.batch_size, "num_workers": args.num_workers}
     config = load_config(args.config, overrides, task)
-    check_flags(args)
-    args.useID = args.useID or args.id_profile is not None
-    args.id_profile = (args.id_profile or config["id_profile"]) if args.useID else None
+    if args.useID and not args.id_profile:
+        args.id_profile = config["id_profile"]
+        if not args.id_profile:
+            raise ValueError(f"--useID: {args.config} names no id_profile; give --id_profile")
     run = Run(args, config, init_distributed(args.device), Path(args.output_dir, args.model_dir))
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make {run.folder}: {error}; set --output_dir") from error
-    if run.process.is_main:
+        raise ValueError(f"cannot make {run.folder}: {error}; choose --output_dir") from error
+    if run.process.is_main and not args.evaluate:
         write_json(run.folder / "config.json", {"config": config, "flags": vars(args)})
     seed_everything(args.seed)
     return run
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Checks the flags that nothing else checks.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    for flag, least in [
-        ("gradient_accumulation_steps", 1),
-        ("keep_checkpoints", 1),
-        ("deltaT", 1),
-        ("checkpoint_steps", 0),
-        ("eval_epochs", 0),
-    ]:
-        if getattr(args, flag) < least:
-            raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
-    if args.pruned and not args.evaluate:
-        raise ValueError("--pruned goes with --evaluate; training starts from --pretrained")
-    if args.useID and args.final_threshold == 1:
-        raise ValueError("--useID needs something to prune: set --final_threshold below 1")
 
 
 def load_weights(run: Run, model: nn.Module) -> None:
@@ -199,16 +225,13 @@ def load_weights(run: Run, model: nn.Module) -> None:
     """
     path = run.args.pruned or run.config["pretrained"]
     if path:
-        report = load_checkpoint(model, path)
-        run.say(str(report))
-        if run.args.evaluate and report.initialised:
-            raise ValueError(f"{path} is a start for training: it has no {report.initialised}")
+        run.say(str(load_checkpoint(model, path)))
     elif run.args.evaluate:
         raise ValueError("nothing to evaluate: give --pruned, or --pretrained for dense weights")
     model.to(run.process.device)
 
 
-def eval_loader(run: Run, dataset, batch_size: int) -> DataLoader:
+def eval_loader(run: Run, dataset: Dataset, batch_size: int) -> DataLoader:
     """Loads this process's share of a split, in order."""
     return DataLoader(
         dataset,
@@ -218,21 +241,56 @@ def eval_loader(run: Run, dataset, batch_size: int) -> DataLoader:
     )
 
 
+def train_loader(run: Run, dataset: Dataset) -> DataLoader:
+    """Loads this process's batches; its `batch_sampler` is told the epoch."""
+    dataset.skip_bad_images = run.args.skip_bad_images
+    return DataLoader(
+        dataset,
+        batch_sampler=TrainBatchSampler(
+            len(dataset),
+            run.batch_size,
+            run.args.seed,
+            run.process.rank,
+            run.process.world_size,
+        ),
+        persistent_workers=run.config["num_workers"] > 0,
+        **_loader_options(run),
+    )
+
+
 def _loader_options(run: Run) -> dict:
     workers = run.config["num_workers"]
     return {
         "num_workers": workers,
-        "worker_init_fn": _ignore_signals if workers else None,
+        "worker_init_fn": _leave_signals_to_the_trainer if workers else None,
         "pin_memory": run.process.device.type == "cuda",
-        # the loader draws its workers' base seed from here and not from the generator of dropout
+        # a loader draws a base seed for its workers; not from the generator of dropout
         "generator": torch.Generator().manual_seed(run.args.seed),
     }
 
 
-def _ignore_signals(worker: int) -> None:
-    """A stop is the trainer's to handle; it ends its workers itself."""
+def _leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def move(inputs: tuple, device: torch.device) -> tuple:
+    """The same inputs with tensors on the device; a copy from pinned memory does not wait."""
+    return tuple(
+        x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in inputs
+    )
+
+
+def sum_over_processes(run: Run, numbers: list[float]) -> list[float]:
+    """Sums host numbers over all processes, without waiting for a GPU.
+
+    A process that has died is noticed here at once, for its connection is closed.
+    """
+    if run.process.world_size == 1:
+        return [float(number) for number in numbers]
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 # --- the plan ------------------------------------------------------------------------------------
@@ -248,24 +306,25 @@ class Plan:
     warmup_steps: int
 
 
-def plan_steps(args: argparse.Namespace, samples: int, global_batch: int, max_epoch: int) -> Plan:
-    """Counts the optimizer steps and checks that the pruning schedule fits into them.
+def plan_steps(
+    args: argparse.Namespace, samples: int, samples_per_step: int, max_epoch: int
+) -> Plan:
+    """Counts the steps and checks that the pruning schedule fits into them.
 
     Args:
-        args: `max_steps`, `gradient_accumulation_steps` and the schedule's flags.
+        args: `max_steps` and the schedule's flags.
         samples: in the training set.
-        global_batch: samples of one forward pass over all processes.
+        samples_per_step: over all processes and accumulated batches.
         max_epoch: epochs, unless `max_steps` is set.
 
     Raises:
         ValueError: an epoch has no step, or the warm-ups leave no step to prune in.
     """
-    per_step = global_batch * args.gradient_accumulation_steps
-    steps_per_epoch = samples // per_step
+    steps_per_epoch = samples // samples_per_step
     if steps_per_epoch < 1:
         raise ValueError(
-            f"an optimizer step takes {per_step} samples (batch size x processes x accumulation), "
-            f"but the training set has {samples}: lower one of them"
+            f"an optimizer step takes {samples_per_step} samples (batch size x processes x "
+            f"accumulation), but the training set has {samples}: lower one of them"
         )
     total = args.max_steps or max_epoch * steps_per_epoch
     warmup = steps_per_epoch if args.warmup_steps is None else args.warmup_steps
@@ -289,14 +348,14 @@ def learning_rate(epoch: int, epochs: int, init_lr: float, min_lr: float) -> flo
 
 @dataclass
 class Progress:
-    """Where the run is. `step_in_epoch` steps of `epoch` are done, `step` steps in all."""
+    """Where the run is: `step_in_epoch` steps of `epoch` are done, `step` steps in all."""
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
     remaining_ratio: float = 1.0
-    loss_sum: float = 0.0  # of this epoch's steps
-    history: list[dict] = field(default_factory=list)  # one record an epoch, as in log.txt
+    loss_sum: float = 0.0  # over this epoch's steps
+    history: list[dict] = field(default_factory=list)  # of the finished epochs, as in log.txt
 
 
 @dataclass
@@ -306,18 +365,18 @@ class TrainState:
     model: nn.Module  # plain
     engine: nn.Module  # the model, or DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
-    pruner: Pruner | None
+    pruner: Pruner | None  # None where nothing is to be pruned
     plan: Plan
-    progress: Progress
     identity: dict  # what a resumed run must have in common
+    progress: Progress = field(default_factory=Progress)
     unread_losses: list[torch.Tensor] = field(default_factory=list)  # of the last steps, on device
 
 
 def build_state(run: Run, model: nn.Module, samples: int) -> TrainState:
-    """Optimizer, pruner and data-parallel wrapper for a model that is on its device.
+    """Plan, optimizer, pruner and data-parallel wrapper of a model that is on its device.
 
     Args:
-        run: of `start`.
+        run: of `prepare`.
         model: with its initial weights.
         samples: in the training set.
 
@@ -325,57 +384,57 @@ def build_state(run: Run, model: nn.Module, samples: int) -> TrainState:
         ValueError: the schedule, the ID profile or the disk space does not fit.
     """
     args, config, process = run.args, run.config, run.process
-    plan = plan_steps(args, samples, run.batch_size * process.world_size, config["max_epoch"])
-    pruner = None
-    if args.final_threshold < 1:
-        pruner = Pruner(
-            model,
-            layers=None,
-            method=args.pruner_name,
-            total_steps=plan.total_steps,
-            delta_t=args.deltaT,
-            beta1=args.beta1,
-            beta2=args.beta2,
-            initial_threshold=args.initial_threshold,
-            final_threshold=args.final_threshold,
-            initial_warmup=args.initial_warmup,
-            final_warmup=args.final_warmup,
-            warmup_steps=plan.warmup_steps,
-            steps_per_epoch=plan.steps_per_epoch,
-            layer_id=load_profile(args.id_profile) if args.useID else None,
-        )
+    plan = plan_steps(args, samples, run.samples_per_step, config["max_epoch"])
+    pruner = build_pruner(args, model, plan) if args.final_threshold < 1 else None
+    if process.is_main:
+        prunable = sum(p.numel() for m in prunable_layers(model).values() for p in m.parameters())
+        averages = 3 * prunable if pruner and args.pruner_name == "PLATON" else 0
+        checkpointing.check_disk_space(run.folder, model, averages, args.keep_checkpoints)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config["init_lr"], weight_decay=config["weight_decay"], fused=True
     )
-    if process.is_main:
-        prunable = sum(p.numel() for m in prunable_layers(model).values() for p in m.parameters())
-        averages = 3 if args.pruner_name == "PLATON" else 0
-        checkpointing.check_disk_space(
-            run.checkpoints, model, averages * prunable if pruner else 0, args.keep_checkpoints
-        )
     if args.compile:
         model.compile()
     engine = model
     if process.world_size > 1:
-        on_gpu = process.device.type == "cuda"
-        engine = DistributedDataParallel(
-            model,
-            device_ids=[process.device.index] if on_gpu else None,
-            gradient_as_bucket_view=True,
-        )
+        device_ids = [process.device.index] if process.device.type == "cuda" else None
+        engine = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
     identity = {key: config[key] for key in _RESUME_CONFIG if key in config}
     identity |= {key: getattr(args, key) for key in _RESUME_FLAGS}
     identity |= {"batch_size": run.batch_size, "processes": process.world_size, "samples": samples}
     identity |= asdict(plan)
-    return TrainState(model, engine, optimizer, pruner, plan, Progress(), identity)
+    return TrainState(model, engine, optimizer, pruner, plan, identity)
+
+
+def build_pruner(args: argparse.Namespace, model: nn.Module, plan: Plan) -> Pruner:
+    """The pruner that the flags describe.
+
+    Raises:
+        ValueError: the ID profile is not of this model.
+    """
+    return Pruner(
+        model,
+        layers=None,
+        method=args.pruner_name,
+        total_steps=plan.total_steps,
+        delta_t=args.deltaT,
+        beta1=args.beta1,
+        beta2=args.beta2,
+        initial_threshold=args.initial_threshold,
+        final_threshold=args.final_threshold,
+        initial_warmup=args.initial_warmup,
+        final_warmup=args.final_warmup,
+        warmup_steps=plan.warmup_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        layer_id=load_profile(args.id_profile) if args.id_profile else None,
+    )
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Writes a checkpoint; every process calls it, for each has its own random state."""
-    rng = [checkpointing.rng_state()]
+    """Writes a checkpoint. Every process calls it, for each has a random state of its own."""
+    rng = [checkpointing.rng_state()] * run.process.world_size
     if run.process.world_size > 1:
-        rng = [None] * run.process.world_size
-        dist.all_gather_object(rng, checkpointing.rng_state())
+        dist.all_gather_object(rng, rng[0])
     if run.process.is_main:
         content = {
             "model": state.model.state_dict(),
@@ -392,7 +451,7 @@ def save(run: Run, state: TrainState) -> None:
 
 
 def resume(run: Run, state: TrainState) -> None:
-    """Continues from a checkpoint if --resume finds one: weights, averages, position, randomness.
+    """Continues from a checkpoint, if --resume finds one: everything that `save` wrote.
 
     Raises:
         ValueError: no checkpoint is whole, or it is of another run.
@@ -408,15 +467,15 @@ def resume(run: Run, state: TrainState) -> None:
             run.say(f"{sentence}; falling back to the one before")
     else:
         path = Path(run.args.resume)
-        content = checkpointing.load_checkpoint_file(path)
+        content = checkpointing.read_checkpoint(path)
     differences = [
-        f"{key} {content['identity'].get(key)!r} -> {value!r}"
+        f"{key} was {content['identity'].get(key)!r}, is {value!r}"
         for key, value in state.identity.items()
         if content["identity"].get(key) != value
     ]
     if differences:
         raise ValueError(
-            f"{path} is of another run: {', '.join(differences)}. Use the same settings, another "
+            f"{path} is of another run: {'; '.join(differences)}. Use the same settings, another "
             "--model_dir, or --resume off to start again"
         )
     state.model.load_state_dict(content["model"])
@@ -431,32 +490,10 @@ def resume(run: Run, state: TrainState) -> None:
 # --- the loop ------------------------------------------------------------------------------------
 
 
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a question that the loop asks after each step."""
-
-    def __init__(self):
-        """Not requested."""
-        self.requested = False
-
-    @contextmanager
-    def listening(self):
-        """Catches the signals inside the block."""
-
-        def request(number, frame):
-            self.requested = True
-
-        before = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def train(
     run: Run,
     model: nn.Module,
-    dataset,
+    dataset: Dataset,
     validate: Callable[[], dict[str, float]],
     best_by: str,
     model_inputs: Callable[[tuple], tuple] = tuple,
@@ -464,14 +501,14 @@ def train(
     """Trains and prunes, from the newest checkpoint if there is one, to the end.
 
     Args:
-        run: of `start`.
-        model: on its device. `model(*inputs)` is the mean loss of a batch over
+        run: of `prepare`.
+        model: on its device. `model(*inputs)` is the mean loss of a batch over its
             `model.loss_terms(*inputs)` terms.
         dataset: training set, indexed by (index, epoch).
         validate: called by every process at the end of epochs; its numbers go to log.txt.
         best_by: the number of `validate` (the higher the better) that chooses the weights of
             `pruned_best.safetensors` among the epochs at the final remaining ratio.
-        model_inputs: what of a batch the model takes.
+        model_inputs: takes from a batch what the model takes.
 
     Raises:
         ValueError: a check before the first step failed.
@@ -480,127 +517,142 @@ def train(
     """
     args, process = run.args, run.process
     state = build_state(run, model, len(dataset))
-    sampler = TrainBatchSampler(
-        len(dataset), run.batch_size, args.seed, process.rank, process.world_size
-    )
-    dataset.skip_bad_images = args.skip_bad_images
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        persistent_workers=run.config["num_workers"] > 0,
-        **_loader_options(run),
-    )
+    loader = train_loader(run, dataset)
     if process.is_main:
         checkpointing.remove_unfinished(run.checkpoints)
-    seed_everything(args.seed + process.rank)  # each process has its own dropout
+    seed_everything(args.seed + process.rank)  # each process draws its own dropout
     resume(run, state)
+    progress = state.progress
     reporter = Reporter(run, state)
-    for epoch in range(state.progress.epoch, state.plan.epochs):
-        if epoch > state.progress.epoch:
-            state.progress.epoch, state.progress.step_in_epoch = epoch, 0
-            state.progress.loss_sum = 0.0
-        sampler.set_epoch(epoch, state.progress.step_in_epoch * args.gradient_accumulation_steps)
+    for epoch in range(progress.epoch, state.plan.epochs):
+        if epoch > progress.epoch:
+            progress.epoch, progress.step_in_epoch, progress.loss_sum = epoch, 0, 0.0
         train_one_epoch(run, state, loader, model_inputs, reporter)
         finish_epoch(run, state, validate, best_by, reporter, int(dataset.bad_images))
     reporter.close()
 
 
 def train_one_epoch(
-    run: Run, state: TrainState, loader: DataLoader, model_inputs: Callable, reporter: "Reporter"
+    run: Run, state: TrainState, loader: DataLoader, model_inputs: Callable, reporter: Reporter
 ) -> None:
-    """Takes the epoch's remaining steps, and a checkpoint at its end.
+    """Takes the remaining steps of the epoch, with a checkpoint at its end.
 
     Raises:
         FloatingPointError: a loss is not finite.
         SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT and a checkpoint.
     """
-    args, plan, progress = run.args, state.plan, state.progress
+    args, plan, progress, config = run.args, state.plan, state.progress, run.config
     steps = min(plan.steps_per_epoch, plan.total_steps - progress.epoch * plan.steps_per_epoch)
-    if progress.step_in_epoch == steps:  # resumed between the last step and its evaluation
+    if progress.step_in_epoch == steps:  # resumed between the last step and its validation
         return
-    lr = learning_rate(progress.epoch, plan.epochs, run.config["init_lr"], run.config["min_lr"])
+    lr = learning_rate(progress.epoch, plan.epochs, config["init_lr"], config["min_lr"])
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.engine.train()
+    loader.batch_sampler.set_epoch(
+        progress.epoch, progress.step_in_epoch * args.gradient_accumulation_steps
+    )
     batches = iter(loader)
-    with StopRequest().listening() as stop:
+    state.engine.train()
+    with listen_for_stop() as stop:
         while progress.step_in_epoch < steps:
             parts = [
                 move(model_inputs(next(batches)), run.process.device)
                 for _ in range(args.gradient_accumulation_steps)
             ]
-            must_stop = train_step(run, state, parts, stop)
-            at_end = progress.step_in_epoch == steps
-            save_now = (
-                at_end
-                or must_stop
-                or (args.checkpoint_steps and progress.step % args.checkpoint_steps == 0)
+            terms = [state.model.loss_terms(*part) for part in parts]
+            # what the processes must agree on travels in one message
+            all_terms, stops, log = sum_over_processes(
+                run, [sum(terms), stop.requested, reporter.is_due(LOG_SECONDS)]
             )
-            if save_now or progress.step % LOG_STEPS == 0:
-                reporter.step(lr)
+            train_step(run, state, parts, [n * run.process.world_size / all_terms for n in terms])
+            at_end = progress.step_in_epoch == steps
+            save_now = at_end or stops or is_multiple(progress.step, args.checkpoint_steps)
+            if save_now or log:
+                reporter.progress(read_losses(run, state, loader), lr)
             if save_now:
                 save(run, state)
-            if must_stop and not at_end:
-                run.say(f"stopped by a signal after step {progress.step}; run again to go on")
+            if stops and not at_end:
+                run.say(f"stopped by a signal after step {progress.step}: run again to go on")
                 raise SystemExit(EXIT_STOPPED)
 
 
-def train_step(run: Run, state: TrainState, parts: list[tuple], stop: StopRequest) -> bool:
+def is_multiple(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps, 0 being never, happens now."""
+    return interval > 0 and step % interval == 0
+
+
+def train_step(run: Run, state: TrainState, parts: list[tuple], weights: list[float]) -> None:
     """One optimizer step: gradients of all parts and processes, AdamW, pruner.
 
-    The loss is the mean over all terms (predicted tokens, statements) of the step, whatever parts
-    and processes they are spread over; a mean of means would depend on the spread.
+    The loss is the mean over all terms (predicted tokens, statements) of the step, so that it does
+    not depend on how they are spread over parts and processes. (The original takes the mean of the
+    processes' means.)
 
     Args:
-        run: of `start`.
+        run: of `prepare`.
         state: changed in place.
         parts: inputs of the model, one forward pass each.
-        stop: asked before the step, so that all processes agree on the last one.
-
-    Returns:
-        Whether a process was told to stop.
+        weights: of each part's mean loss: its share of all terms times the number of processes,
+            by which data parallelism divides.
     """
-    terms = [state.model.loss_terms(*part) for part in parts]
-    all_terms, votes = sum_over_processes(run, [sum(terms), stop.requested])
+    progress = state.progress
     loss = torch.zeros((), device=run.process.device)
-    for i, part in enumerate(parts):
+    for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         last = i == len(parts) - 1
-        quiet = nullcontext() if last or state.engine is state.model else state.engine.no_sync()
-        with quiet:
+        plain = state.engine is state.model
+        with nullcontext() if last or plain else state.engine.no_sync():
             with run.autocast():
-                # data parallelism divides gradients by the number of processes
-                weight = terms[i] * run.process.world_size / all_terms
                 part_loss = state.engine(*part) * weight
             part_loss.backward()
         loss += part_loss.detach()
+    state.unread_losses.append(loss)
     state.optimizer.step()
-    progress = state.progress
     progress.step += 1
     progress.step_in_epoch += 1
     if state.pruner:
         progress.remaining_ratio, _ = state.pruner.step(progress.step)
     state.optimizer.zero_grad()
-    state.unread_losses.append(loss)
-    return votes > 0
 
 
-def sum_over_processes(run: Run, numbers: list[float]) -> list[float]:
-    """Sums host numbers over all processes, without waiting for a GPU.
+def read_losses(run: Run, state: TrainState, loader: DataLoader) -> float:
+    """Fetches the losses of the steps since the last call, which waits for the device.
 
-    It also notices at every step when another process has died: its connection is closed.
+    Returns:
+        Their mean.
+
+    Raises:
+        FloatingPointError: one is not finite; names the step, its image files and the checkpoint.
     """
-    if run.process.world_size == 1:
-        return [float(number) for number in numbers]
-    total = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def move(inputs: tuple, device: torch.device) -> tuple:
-    """The same inputs with tensors on the device; a copy from pinned memory does not wait."""
-    return tuple(
-        x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in inputs
+    own = torch.stack(state.unread_losses).double().cpu()  # (steps,)
+    state.unread_losses.clear()
+    losses = sum_over_processes(run, own.tolist())
+    losses = [loss / run.process.world_size for loss in losses]
+    for loss in losses:  # one by one, so that the sum does not depend on when it is read
+        state.progress.loss_sum += loss
+    if all(map(math.isfinite, losses)):
+        return sum(losses) / len(losses)
+    first = next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+    steps_ago = len(losses) - 1 - first
+    files = [] if own[first].isfinite() else step_files(run, state, loader, steps_ago)
+    if run.process.world_size > 1:
+        gathered = [None] * run.process.world_size
+        dist.all_gather_object(gathered, files)
+        files = sum(gathered, [])
+    saved = [str(path) for path in checkpointing.step_files(run.checkpoints)[:1]]
+    raise FloatingPointError(
+        f"the loss of step {state.progress.step - steps_ago} is {losses[first]}. "
+        f"Images of the step: {', '.join(files)}. Last checkpoint: {(saved or ['none'])[0]}. "
+        "Look at these images; a lower learning rate (--init_lr) or --amp off may help"
     )
+
+
+def step_files(run: Run, state: TrainState, loader: DataLoader, steps_ago: int) -> list[str]:
+    """The image files that this process read for a step, 0 being the one just taken."""
+    parts = run.args.gradient_accumulation_steps
+    first = (state.progress.step_in_epoch - 1 - steps_ago) * parts
+    loader.batch_sampler.set_epoch(state.progress.epoch, first)
+    batches = [batch for batch, _ in zip(loader.batch_sampler, range(parts), strict=False)]
+    return [path for batch in batches for i, _ in batch for path in loader.dataset.image_paths(i)]
 
 
 def finish_epoch(
@@ -608,21 +660,15 @@ def finish_epoch(
     state: TrainState,
     validate: Callable[[], dict[str, float]],
     best_by: str,
-    reporter: "Reporter",
+    reporter: Reporter,
     bad_images: int,
 ) -> None:
     """Writes weights, sparsity and the epoch's line of log.txt; validates."""
     args, progress = run.args, state.progress
     if run.process.is_main:
         checkpointing.save_weights(state.model, run.folder / PRUNED_FILE)
-    sparsity = reporter.sparsity()
-    last = progress.step == state.plan.total_steps
-    wanted = args.eval_epochs and ((progress.epoch + 1) % args.eval_epochs == 0 or last)
-    scores = {}
-    if wanted:
-        state.model.eval()
-        scores = validate()
-    (skipped,) = sum_over_processes(run, [bad_images])
+    sparsity = sparsity_report(prunable_layers(state.model))
+    reporter.sparsity(sparsity)
     record = {
         "epoch": progress.epoch,
         "step": progress.step,
@@ -631,126 +677,74 @@ def finish_epoch(
         "remaining_ratio": progress.remaining_ratio,
         "sparsity": sparsity["overall"],
         "sparsity_by_modality": sparsity["modality"],
-        **({"bad_images": int(skipped)} if args.skip_bad_images else {}),
-        **scores,
     }
-    final_ratio = progress.remaining_ratio <= args.final_threshold
-    rivals = [r[best_by] for r in progress.history if r.get("at_final_ratio") and best_by in r]
-    if best_by in scores and final_ratio:
-        record["at_final_ratio"] = True
-        if run.process.is_main and scores[best_by] > max(rivals, default=-math.inf):
-            checkpointing.save_weights(state.model, run.folder / BEST_FILE)
-    progress.history = [*progress.history, record]
-    reporter.epoch(record)
+    if args.skip_bad_images:
+        (record["bad_images"],) = map(int, sum_over_processes(run, [bad_images]))
+    last = progress.step == state.plan.total_steps
+    if args.eval_epochs and (last or is_multiple(progress.epoch + 1, args.eval_epochs)):
+        state.model.eval()
+        record |= validate()
+        barrier()
+    if run.process.is_main and is_best(record, progress.history, best_by, args.final_threshold):
+        checkpointing.save_weights(state.model, run.folder / BEST_FILE)
+    progress.history.append(record)
+    reporter.epoch(progress.history)
 
 
-# --- reports -------------------------------------------------------------------------------------
+def is_best(record: dict, history: list[dict], best_by: str, final_ratio: float) -> bool:
+    """Whether an epoch's score is the best of those at the final remaining ratio.
 
+    Epochs before are no rivals: of a run that prunes, the least pruned epoch scores best.
+    """
 
-class Reporter:
-    """Tells people how the run goes: a progress line, TensorBoard, log.txt. Only rank 0 speaks."""
-
-    def __init__(self, run: Run, state: TrainState):
-        """Starts the clock.
-
-        Args:
-            run: of `start`.
-            state: of `build_state`, after `resume`.
-        """
-        self.run, self.state = run, state
-        self.started, self.first_step = time.monotonic(), state.progress.step
-        self.board = None
-        if run.process.is_main:
-            self.board = SummaryWriter(
-                str(run.folder / "tensorboard"), purge_step=state.progress.step + 1
-            )
-
-    def step(self, lr: float) -> None:
-        """Reads the losses since the last call, checks them, and prints the progress line.
-
-        Raises:
-            FloatingPointError: one of them is not finite.
-        """
-        run, state, progress = self.run, self.state, self.state.progress
-        losses = torch.stack(state.unread_losses).double().cpu()
-        state.unread_losses.clear()
-        if run.process.world_size > 1:
-            dist.all_reduce(losses)
-            losses /= run.process.world_size
-        if not losses.isfinite().all():
-            first = int((~losses.isfinite()).nonzero()[0])
-            raise FloatingPointError(
-                f"the loss of step {progress.step - len(losses) + 1 + first} is {losses[first]}"
-            )
-        progress.loss_sum += float(losses.sum())
-        if not run.process.is_main:
-            return
-        seconds = time.monotonic() - self.started
-        rate = (progress.step - self.first_step) / seconds
-        samples = run.batch_size * run.process.world_size * run.args.gradient_accumulation_steps
-        left = time.strftime(
-            "%H:%M:%S", time.gmtime((state.plan.total_steps - progress.step) / rate)
+    def score(epoch: dict) -> float:
+        return (
+            epoch.get(best_by, -math.inf) if epoch["remaining_ratio"] <= final_ratio else -math.inf
         )
-        loss = float(losses.mean())
-        run.say(
-            f"epoch {progress.epoch}  step {progress.step}/{state.plan.total_steps}  "
-            f"loss {loss:.4f}  lr {lr:.2e}  remaining {progress.remaining_ratio:.3f}  "
-            f"{rate * samples:.1f} samples/s  ETA {left}  memory {memory_gb(run):.2f} GB"
-        )
-        scalars = {"loss": loss, "lr": lr, "remaining_ratio": progress.remaining_ratio}
-        for name, value in scalars.items():
-            self.board.add_scalar(f"train/{name}", value, progress.step)
 
-    def sparsity(self) -> dict:
-        """Counts the zeros, writes them as sparsity.json and as a figure, and returns them."""
-        report = sparsity_report(prunable_layers(self.state.model))
-        if self.run.process.is_main:
-            write_json(self.run.folder / "sparsity.json", report)
-            plot_sparsity(report, self.run.folder / "sparsity.png")
-            step = self.state.progress.step
-            self.board.add_scalar("sparsity/overall", report["overall"], step)
-            for name, value in report["modality"].items():
-                self.board.add_scalar(f"sparsity/{name}", value, step)
-        return report
-
-    def epoch(self, record: dict) -> None:
-        """Rewrites log.txt, one JSON line an epoch, so that a resumed epoch has one line too."""
-        if not self.run.process.is_main:
-            return
-        with atomic_write(self.run.folder / "log.txt") as file:
-            file.writelines(json.dumps(r) + "\n" for r in self.state.progress.history)
-        self.run.say(json.dumps(record))
-        self.board.flush()
-
-    def close(self) -> None:
-        """Closes TensorBoard's file."""
-        if self.board:
-            self.board.close()
+    return score(record) > max(map(score, history), default=-math.inf)
 
 
-def memory_gb(run: Run) -> float:
-    """Peak memory of this process so far: of the GPU, or resident on the CPU."""
-    if run.process.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(run.process.device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+# --- signals and exit codes ----------------------------------------------------------------------
+
+
+@dataclass
+class StopRequest:
+    """Whether the process was told to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def listen_for_stop() -> Iterator[StopRequest]:
+    """Inside the block SIGTERM and SIGINT set `requested` instead of ending the process."""
+    stop = StopRequest()
+
+    def request(number, frame):
+        stop.requested = True
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Runs a script's `main`; a user's mistake ends it with one sentence instead of a traceback.
 
-    Exit codes: 0 done, 1 failed, 2 a user's mistake, EXIT_STOPPED (75) stopped by a signal with a
-    checkpoint to resume from.
+    Exit codes: 0 done; 1 failed; 2 a user's mistake; 75 (EXIT_STOPPED) stopped by a signal, with a
+    checkpoint from which the same command goes on.
     """
     try:
         main(args)
     except (ValueError, FileNotFoundError) as error:
-        project = Path(__file__).parent
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if project not in raised_in.parents:
-            raise
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if Path(__file__).resolve().parent not in raised_in.parents:
+            raise  # not one of our checks
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

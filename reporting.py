@@ -1,0 +1,105 @@
+"""How a run tells people how it goes: a progress line, TensorBoard, log.txt, sparsity.
+
+Only the main process speaks and writes.
+"""
+
+import json
+import resource
+import time
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from pruners import plot_sparsity
+from utils import atomic_write, write_json
+
+
+class Reporter:
+    """Reports of one run of a training script."""
+
+    def __init__(self, run, state):
+        """Starts the clock.
+
+        Args:
+            run: `training.Run`.
+            state: `training.TrainState`, where a resumed run starts.
+        """
+        self.run, self.state = run, state
+        self.started = self.last_line = time.monotonic()
+        self.first_step = state.progress.step
+        self.board = None
+        if run.process.is_main:
+            folder = str(run.folder / "tensorboard")
+            self.board = SummaryWriter(folder, purge_step=self.first_step + 1)
+
+    def is_due(self, seconds: float) -> bool:
+        """Whether the main process has been silent for that long."""
+        return self.board is not None and time.monotonic() - self.last_line >= seconds
+
+    def progress(self, loss: float, lr: float) -> None:
+        """Prints the progress line.
+
+        Args:
+            loss: mean over the steps since the last line.
+            lr: of this epoch.
+        """
+        if self.board is None:
+            return
+        self.last_line = time.monotonic()
+        at, total = self.state.progress, self.state.plan.total_steps
+        rate = (at.step - self.first_step) / (self.last_line - self.started)  # steps a second
+        samples = rate * self.run.samples_per_step
+        memory = peak_memory(self.run.process.device)
+        self.run.say(
+            f"epoch {at.epoch}  step {at.step}/{total}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"remaining {at.remaining_ratio:.3f}  {samples:.1f} samples/s  "
+            f"ETA {hours((total - at.step) / rate)}  memory {memory:.2f} GB"
+        )
+        for name, value in [("loss", loss), ("lr", lr), ("remaining_ratio", at.remaining_ratio)]:
+            self.board.add_scalar(f"train/{name}", value, at.step)
+
+    def sparsity(self, report: dict) -> None:
+        """Writes the shares of zeros as sparsity.json and as a figure.
+
+        Args:
+            report: of `pruners.sparsity_report`.
+        """
+        if self.board is None:
+            return
+        write_json(self.run.folder / "sparsity.json", report)
+        plot_sparsity(report, self.run.folder / "sparsity.png")
+        shares = {"overall": report["overall"], **report["modality"]}
+        for name, share in shares.items():
+            self.board.add_scalar(f"sparsity/{name}", share, self.state.progress.step)
+
+    def epoch(self, history: list[dict]) -> None:
+        """Rewrites log.txt, one JSON line an epoch, so that an epoch done again has one line."""
+        if self.board is None:
+            return
+        with atomic_write(self.run.folder / "log.txt") as file:
+            file.writelines(json.dumps(record) + "\n" for record in history)
+        record = history[-1]
+        self.run.say(json.dumps(record))
+        for name in record.keys() - {"epoch", "step"}:
+            if isinstance(record[name], float):
+                self.board.add_scalar(f"epoch/{name}", record[name], record["step"])
+        self.board.flush()
+        self.last_line = time.monotonic()
+
+    def close(self) -> None:
+        """Closes TensorBoard's file."""
+        if self.board is not None:
+            self.board.close()
+
+
+def hours(seconds: float) -> str:
+    """Hours, minutes and seconds, as 7:05:09."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process so far, in GB: of the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
