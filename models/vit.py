@@ -58,7 +58,13 @@ def build_vision_encoder(config: dict, drop_path_rate: float = 0.0) -> VisionEnc
             f"image_size {config['image_size']} is no multiple of patch_size {vit['patch_size']}"
         )
     sizes = {"drop_path_rate": drop_path_rate, **vit}
-    encoder = VisionEncoder(img_size=config["image_size"], num_classes=0, global_pool="", **sizes)
+    encoder = VisionEncoder(
+        img_size=config["image_size"],
+        num_classes=0,
+        global_pool="",
+        weight_init="jax",  # Xavier: timm's default of 0.02 leaves a narrow ViT slow to learn
+        **sizes,
+    )
     if config.get("vit_grad_ckpt"):
         encoder.checkpointed_blocks = config.get("vit_ckpt_layer") or len(encoder.blocks)
     return encoder
