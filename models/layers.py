@@ -30,3 +30,9 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def modality(layer_name: str) -> str:
     """Tells "vision" (the image encoder's layers) from "language" (the text transformer's)."""
     return "vision" if layer_name.startswith("visual_encoder.") else "language"
+
+
+def sees_image(layer_name: str) -> bool:
+    """Whether a layer's output has image tokens: vision, and keys and values of cross-attention."""
+    keys_and_values = ".crossattention." in layer_name and layer_name.endswith((".key", ".value"))
+    return modality(layer_name) == "vision" or keys_and_values

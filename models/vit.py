@@ -23,9 +23,13 @@ class VisionEncoder(VisionTransformer):
 
     checkpointed_blocks = 0
 
+    def embed(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, S, S) to what the first block reads: (B, L, D), class token first."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(image))))
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, S, S) to token embeddings (B, 1 + (S / patch)^2, D), class token first."""
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(image))))  # (B, L, D)
+        x = self.embed(image)
         plain = len(self.blocks) - (self.checkpointed_blocks if self.training else 0)
         x = self.blocks[:plain](x)
         if plain < len(self.blocks):

@@ -1,0 +1,250 @@
+"""Distances between the samples in the representations of layers, within a memory budget.
+
+The model runs as a chain of stages (`models.stages`): the states of all samples are carried from
+stage to stage, and the outputs of a stage's layers live only until their distances are known.
+Nothing goes to disk.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from models.layers import sees_image
+from models.stages import Stage
+from pruners.plan import FLOAT32, LayerShape, Piece, Plan, StagePlan, StageShape, segment_tokens
+from pruners.plan import live_states
+from pruners.twonn import squared_distances
+
+
+@dataclass
+class Samples:
+    """The model's inputs.
+
+    Attributes:
+        tensors: input name to values (n, ...) in memory.
+        images: input name to a sequence of n images (3, S, S), which are read when needed.
+        counted: (n, L) bool, the text positions that belong to a representation; others are zero.
+        batch_size: in samples.
+        num_workers: processes that read images.
+    """
+
+    tensors: dict[str, Tensor]
+    images: dict[str, Sequence[Tensor]]
+    counted: Tensor
+    batch_size: int = 8
+    num_workers: int = 0
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.counted)
+
+    def loader(self, name: str) -> DataLoader:
+        """Batches (B, 3, S, S) of an image input, in order."""
+        return DataLoader(self.images[name], self.batch_size, num_workers=self.num_workers)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of one sample of each input in memory."""
+        return {name: values[0].nbytes for name, values in self.tensors.items()}
+
+
+def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: bool) -> Tensor:
+    """Which text positions belong to a sample's representation.
+
+    Args:
+        attention_mask: (n, L), 1 for a text's own tokens.
+        batch_size: in samples.
+        keep_padding: as the original code, count a batch's padding too, up to its longest text.
+
+    Returns:
+        (n, L) bool.
+    """
+    if not keep_padding:
+        return attention_mask.bool()
+    longest = [batch.any(0).expand_as(batch) for batch in attention_mask.bool().split(batch_size)]
+    return torch.cat(longest)
+
+
+@torch.no_grad()
+def trace_stages(
+    stages: Sequence[Stage], layers: dict[str, nn.Module], samples: Samples, device: torch.device
+) -> list[StageShape]:
+    """Runs one sample through the stages to learn what they compute.
+
+    A layer that several stages call (one vision encoder on two images), belongs to the first.
+
+    Args:
+        stages: of a model in eval mode.
+        layers: name to module of those of interest.
+        samples: of which the first is run.
+        device: the model's.
+    """
+    states = {name: values[:1].to(device) for name, values in samples.tensors.items()}
+    states |= {name: images[0][None].to(device) for name, images in samples.images.items()}
+    shapes, seen = [], set()
+    for stage in stages:
+        called: list[LayerShape] = []
+        counter = FlopCounterMode(display=False)
+
+        def note(name, counter, called, module, args, output):
+            if name not in seen:
+                seen.add(name)
+                flops = counter.get_total_flops()
+                called.append(LayerShape(name, output.shape[1], output.shape[2], flops))
+
+        with ExitStack() as hooks:
+            for name, module in layers.items():
+                hook = partial(note, name, counter, called)
+                hooks.enter_context(module.register_forward_hook(hook))
+            # fused attention is not counted everywhere
+            with sdpa_kernel(SDPBackend.MATH), counter:
+                output = stage.run(*(states[name] for name in stage.reads))
+        states[stage.writes] = output
+        shape = tuple(output.shape[1:])
+        shapes.append(StageShape(stage, tuple(called), shape, counter.get_total_flops()))
+    return shapes
+
+
+class _Captured(Exception):
+    """A pass has what it wants; the rest of the stage need not run."""
+
+
+class Capture:
+    """Runs a plan. Iterate over it for `(layer, distances (n, n) float64)`, each layer once."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        layers: dict[str, nn.Module],
+        samples: Samples,
+        device: torch.device,
+        progress: bool = True,
+    ):
+        """Prepares.
+
+        Args:
+            plan: of `make_plan`, for these samples.
+            layers: name to module, in a model in eval mode.
+            samples: what the model sees.
+            device: the model's; states, activations and matrices live there too.
+            progress: whether to show a bar, in floating-point operations.
+        """
+        self.plan, self.layers, self.samples, self.device = plan, layers, samples, device
+        self.states = {name: values.to(device) for name, values in samples.tensors.items()}
+        self.counted = samples.counted.to(device)
+        self.arena = torch.empty(0, device=device)
+        self.sums: dict[str, Tensor] = {}
+        forward = sum(sum(stage.pass_flops()) for stage in plan.stages) * plan.n
+        self.bar = tqdm(
+            total=forward + plan.product_flops,
+            unit="FLOP",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=not progress,
+        )
+
+    def __iter__(self) -> Iterator[tuple[LayerShape, Tensor]]:
+        """Runs the stages in order."""
+        chain = [planned.shape.stage for planned in self.plan.stages]
+        with self.bar:
+            for index, planned in enumerate(self.plan.stages):
+                self.bar.set_description(planned.shape.stage.name)
+                self._make_room(planned)
+                flops = planned.pass_flops()
+                for number, pieces in enumerate(planned.passes):
+                    last = number + 1 == len(planned.passes)
+                    held = self._views(pieces)
+                    self._forward(planned, held, flops[number], planned.advances and last)
+                    for piece, numbers in held:
+                        yield from self._add(piece, numbers)
+                alive = live_states(chain, index + 1)
+                self.states = {k: v for k, v in self.states.items() if k in alive}
+
+    def _make_room(self, planned: StagePlan) -> None:
+        """Sizes the one buffer of all captured outputs; kept from stage to stage if it fits."""
+        plan = self.plan
+        needed = planned.captured() * plan.n
+        allowed = (plan.budget - plan.fixed - planned.carried) // FLOAT32
+        if not needed <= self.arena.numel() <= allowed:
+            self.arena = torch.empty(0, device=self.device)  # frees the old one first
+            self.arena = torch.empty(needed, device=self.device)
+
+    def _views(self, pieces: list[Piece]) -> list[tuple[Piece, Tensor]]:
+        """A part (n, tokens, width) of the buffer for each piece."""
+        held, start = [], 0
+        for piece in pieces:
+            stop = start + piece.numbers * self.plan.n
+            shape = (self.plan.n, piece.stop - piece.start, piece.layer.width)
+            held.append((piece, self.arena[start:stop].view(shape)))
+            start = stop
+        return held
+
+    @torch.no_grad()
+    def _forward(
+        self, planned: StagePlan, held: list[tuple[Piece, Tensor]], flops: int, advance: bool
+    ) -> None:
+        """One pass of a stage over all samples: fills the held pieces, and moves the state on."""
+        if not held and not advance:
+            return
+        stage = planned.shape.stage
+        rows = slice(0, 0)
+
+        def keep(piece: Piece, numbers: Tensor, final: bool, module, args, output: Tensor) -> None:
+            target = numbers[rows]
+            target.copy_(output[:, piece.start : piece.stop])
+            if not sees_image(piece.layer.name):
+                padding = ~self.counted[rows, piece.start : piece.stop, None]
+                target.masked_fill_(padding, 0)
+            if final:
+                raise _Captured
+
+        with ExitStack() as hooks:
+            for number, (piece, numbers) in enumerate(held):
+                final = not advance and number + 1 == len(held)
+                module = self.layers[piece.layer.name]
+                hook = partial(keep, piece, numbers, final)
+                hooks.enter_context(module.register_forward_hook(hook))
+            for batch in zip(*(self._batches(name) for name in stage.reads), strict=True):
+                rows = slice(rows.stop, rows.stop + len(batch[0]))
+                with suppress(_Captured):
+                    output = stage.run(*batch)
+                    self._state(stage.writes, output)[rows] = output
+                self.bar.update(flops * len(batch[0]))
+
+    def _batches(self, name: str) -> Iterator[Tensor]:
+        """A state or input in batches (B, ...) on the device."""
+        if name in self.samples.images:
+            for images in self.samples.loader(name):
+                yield images.to(self.device)
+        else:
+            yield from self.states[name].split(self.samples.batch_size)
+
+    def _state(self, name: str, like: Tensor) -> Tensor:
+        """The state (n, ...) of that name, new if there is none of that shape."""
+        shape = (self.plan.n, *like.shape[1:])
+        if name not in self.states or self.states[name].shape != shape:
+            self.states[name] = torch.empty(shape, dtype=like.dtype, device=self.device)
+        return self.states[name]
+
+    def _add(self, piece: Piece, numbers: Tensor) -> Iterator[tuple[LayerShape, Tensor]]:
+        """Adds a piece's squared distances; yields the layer when it is complete."""
+        layer = piece.layer
+        for segment in numbers.split(segment_tokens(layer, self.plan.n), dim=1):
+            try:
+                squared = squared_distances(segment.flatten(1))
+            except ValueError as error:
+                raise ValueError(f"layer {layer.name}: {error}") from error
+            if layer.name in self.sums:
+                self.sums[layer.name] += squared
+            else:
+                self.sums[layer.name] = squared
+            self.bar.update(self.plan.n * (self.plan.n + 1) * segment[0].numel())
+        if piece.stop == layer.tokens:
+            yield layer, self.sums.pop(layer.name).sqrt_()

@@ -1,0 +1,276 @@
+"""Intrinsic dimension by TwoNN: distances, estimate, block analysis.
+
+Source: Facco et al., Scientific Reports 7:12140, 2017; block analysis and the fraction of points as
+in Ansuini et al., NeurIPS 2019.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_COUNTS = range(1, 21)  # the points are cut into 1, 2, ..., 20 blocks
+FEWEST_POINTS = 3  # the last two ratios are dropped, so a fit needs three
+
+DIRECT_FEATURES = 64  # up to here differences cost no more than a matrix product
+PRODUCT_FEATURES = 2048  # summed in float32 before float64 takes over
+CHUNK_NUMBERS = 2**22  # centred at a time: 16 MB, about what stays in cache
+STRIP = {"cpu": 192, "cuda": 1024}  # rows of a product, which starts at the diagonal
+CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
+NEIGHBOURS = 128  # kept of each point; two of one block in 20 are among them but for 1 point in 80
+
+
+def pairwise_distances(points: Tensor) -> Tensor:
+    """Euclidean distances between all points.
+
+    Args:
+        points: (n, D), of any floating type.
+
+    Returns:
+        (n, n) float64 with a zero diagonal; exact zeros between duplicates.
+
+    Raises:
+        ValueError: a value is NaN, infinite, or too large for its square in float32.
+    """
+    return squared_distances(points).sqrt_()
+
+
+def squared_distances(points: Tensor) -> Tensor:
+    """Squared distances, as `pairwise_distances`; those of feature chunks may be added up.
+
+    They are |x|^2 + |y|^2 - 2xy of centred points: products in float32 over `PRODUCT_FEATURES`
+    features, sums of those in float64. Pairs much closer than their norms are subtracted directly.
+    Beside the result, memory is needed for a chunk of the features and a mask of the pairs.
+    """
+    n, width = points.shape
+    if width <= DIRECT_FEATURES:
+        exact = points.double()
+        result = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        _require_finite(result)
+        return result
+    result = torch.zeros(n, n, dtype=torch.float64, device=points.device)
+    norms = torch.zeros(n, dtype=torch.float64, device=points.device)  # squared
+    with full_float32():
+        for chunk in _centred_chunks(points):
+            norms += torch.linalg.vector_norm(chunk.unflatten(1, (-1, 64)), dim=2).double().square().sum(1)
+            _add_products_(result, chunk)
+    _require_finite(norms)
+    close = _products_to_distances_(result, norms)
+    _recompute_(result, points, close)
+    return result
+
+
+def _require_finite(numbers: Tensor) -> None:
+    if not numbers.isfinite().all():
+        raise ValueError("values are NaN, infinite, or too large for their squares in float32")
+
+
+def _centred_chunks(points: Tensor) -> Iterator[Tensor]:
+    """Chunks of the features with their mean removed, zero-padded to a multiple of 64."""
+    n, width = points.shape
+    dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
+    size = PRODUCT_FEATURES * max(1, CHUNK_NUMBERS // (n * PRODUCT_FEATURES))
+    size = min(size, 64 * math.ceil(width / 64))
+    buffer = torch.empty(n, size, dtype=dtype, device=points.device)
+    for start in range(0, width, size):
+        features = points[:, start : start + size]
+        filled = features.shape[1]
+        if filled < size:
+            buffer = buffer[:, : 64 * math.ceil(filled / 64)].fill_(0)
+        torch.sub(features, features.mean(0), out=buffer[:, :filled])
+        yield buffer
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiplies matrices in float32 proper: no TF32 on a GPU, no bfloat16 on a CPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _add_products_(gram: Tensor, chunk: Tensor) -> None:
+    """Adds chunk @ chunk.T to `gram` (n, n), from each strip of rows on to the right."""
+    n, strip = len(chunk), STRIP[chunk.device.type]
+    for top in range(0, n, strip):
+        target = gram[top : top + strip, top:]
+        product = torch.empty(target.shape, dtype=chunk.dtype, device=chunk.device)
+        for features in chunk.split(PRODUCT_FEATURES, dim=1):
+            target += torch.mm(features[top : top + strip], features[top:].T, out=product)
+
+
+def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
+    """Turns the upper block triangle of products into the full matrix of squared distances.
+
+    Returns:
+        (n, n) bool: the pairs above the diagonal that are suspiciously close.
+    """
+    n, strip = len(norms), STRIP[norms.device.type]
+    close = torch.zeros(n, n, dtype=torch.bool, device=norms.device)
+    for top in range(0, n, strip):
+        rows, right = slice(top, top + strip), slice(top, n)
+        both = norms[rows, None] + norms[right]
+        squared = gram[rows, right]
+        squared.mul_(-2).add_(both)
+        torch.lt(squared, both.mul_(CLOSE), out=close[rows, right])
+        gram[right, rows] = squared.T.clone()
+    gram.clamp_(min=0).fill_diagonal_(0)
+    return close.triu_(1)
+
+
+def _recompute_(squared: Tensor, points: Tensor, close: Tensor) -> None:
+    """Replaces the close pairs' squared distances by sums of squared differences in float64."""
+    original = torch.arange(len(points), device=points.device)
+    for i in close.any(1).nonzero().flatten().tolist():
+        if original[i] != i:
+            continue  # a duplicate has the distances of the point it repeats
+        others = close[i].nonzero().flatten()
+        exact = torch.zeros(len(others), dtype=torch.float64, device=points.device)
+        for features in torch.split(points, PRODUCT_FEATURES, dim=1):
+            exact += (features[others].double() - features[i].double()).square_().sum(1)
+        squared[i, others] = squared[others, i] = exact
+        original[others[exact == 0]] = i
+    repeats = (original != torch.arange(len(points), device=points.device)).nonzero().flatten()
+    squared[repeats] = squared[original[repeats]]
+    squared[:, repeats] = squared[:, original[repeats]]
+
+
+class BlockAnalysis(NamedTuple):
+    """The dimension at several scales: b blocks of n / b points, b = 1, ..., 20.
+
+    A block without three usable points has no dimension and is left out; a level without any
+    block left is NaN. All points equal are a single point: dimension 0.
+
+    Attributes:
+        mean: (20,) float64, mean dimension of the b blocks.
+        std: (20,) float64, population standard deviation over them.
+        points: Points used when there is one block.
+        duplicates: Points dropped there because their nearest neighbour is a duplicate.
+    """
+
+    mean: Tensor
+    std: Tensor
+    points: int
+    duplicates: int
+
+    @property
+    def id(self) -> float:
+        """The intrinsic dimension: the average of the levels; NaN if there is none."""
+        return self.mean.nanmean().item()
+
+    @property
+    def error(self) -> float:
+        """The error bar: the standard deviation at 20 blocks, or at the most that there are."""
+        levels = self.std[~self.std.isnan()]
+        return levels[-1].item() if len(levels) else math.nan
+
+
+def estimate_id(distances: Tensor, fraction: float = 1.0) -> float:
+    """TwoNN dimension of a set of points.
+
+    Args:
+        distances: (n, n).
+        fraction: of the usable points, in (0, 1]: the smallest ratios are fitted. The paper's
+            profiles have 1, Ansuini et al. use 0.9.
+
+    Returns:
+        The slope of -log(1 - F) against log(r2 / r1) through the origin; NaN if fewer than three
+        points have two neighbours at different, positive distances.
+    """
+    nearest, _ = _nearest_neighbours(distances, 2)
+    return _slope(nearest, fraction).item()
+
+
+def draw_permutations(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """(20, n) random orders of the points, for `block_analysis`."""
+    return torch.stack([torch.randperm(n, generator=generator) for _ in BLOCK_COUNTS])
+
+
+def block_analysis(
+    distances: Tensor,
+    fraction: float = 1.0,
+    permutations: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> BlockAnalysis:
+    """Dimension of all points, of random halves, thirds, ..., twentieths.
+
+    Every point keeps a list of its nearest neighbours; its first two inside its own block are
+    looked up there, so that no block's distances are gathered or sorted.
+
+    Args:
+        distances: (n, n).
+        fraction: see `estimate_id`.
+        permutations: (20, n); the first b * (n // b) entries of row b - 1 are cut into b blocks.
+            Drawn at random if not given.
+        generator: for that draw, on the CPU.
+    """
+    n = len(distances)
+    if permutations is None:
+        permutations = draw_permutations(n, generator)
+    permutations = permutations.to(distances.device)
+    values, indices = _nearest_neighbours(distances, NEIGHBOURS)
+    mean, std = torch.full((2, len(BLOCK_COUNTS)), math.nan, dtype=torch.float64)
+    for level, count in enumerate(BLOCK_COUNTS):
+        size = n // count
+        if size < FEWEST_POINTS:
+            break
+        blocks = permutations[level, : count * size].view(count, size)
+        nearest = _nearest_in_block(distances, values, indices, blocks)
+        slopes = _slope(nearest[blocks], fraction)
+        slopes = slopes[~slopes.isnan()]
+        if len(slopes):
+            mean[level], std[level] = slopes.mean(), slopes.std(correction=0)
+    if not values.any():
+        mean[0] = std[0] = 0  # one point, repeated
+    r1, r2 = values[:, :2].unbind(1) if n >= FEWEST_POINTS else values.new_zeros(2, 0)
+    return BlockAnalysis(mean, std, int(((r1 > 0) & (r2 > r1)).sum()), int((r1 == 0).sum()))
+
+
+def _nearest_neighbours(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances and indices, (n, at most k), of each point's nearest other points, ascending."""
+    others = distances.clone().fill_diagonal_(math.inf)
+    return others.topk(min(k, len(distances) - 1), largest=False)
+
+
+def _nearest_in_block(distances: Tensor, values: Tensor, indices: Tensor, blocks: Tensor) -> Tensor:
+    """Distances (n, 2) to each point's first two neighbours inside its block.
+
+    Args:
+        distances: (n, n).
+        values: (n, k) distances to nearest neighbours, ascending.
+        indices: (n, k) which these are.
+        blocks: (b, m) points; other points' results are meaningless.
+    """
+    count, size = blocks.shape
+    label = torch.full((len(distances),), -1, dtype=torch.int8, device=distances.device)
+    label[blocks] = torch.arange(count, dtype=torch.int8, device=distances.device)[:, None]
+    same = label[indices] == label[:, None]  # (n, k)
+    first = same.int().argmax(1, keepdim=True)
+    same.scatter_(1, first, False)
+    second = same.int().argmax(1, keepdim=True)
+    nearest = values.gather(1, torch.cat([first, second], 1))
+    # fewer than two on the list: look at the whole block
+    missing = (~same.gather(1, second)[:, 0] & (label >= 0)).nonzero()  # (r, 1)
+    members = blocks[label[missing[:, 0]].long()]  # (r, m)
+    whole = distances[missing, members].masked_fill(members == missing, math.inf)
+    nearest[missing[:, 0]] = whole.topk(2, largest=False).values
+    return nearest
+
+
+def _slope(nearest: Tensor, fraction: float) -> Tensor:
+    """Least-squares slopes (...) of -log(1 - F) against log(r2 / r1), from r1 and r2 (..., m, 2)."""
+    r1, r2 = nearest.unbind(-1)
+    usable = (r1 > 0) & (r2 > r1)
+    x = torch.where(usable, (r2 / r1).log(), math.inf).sort().values
+    count = usable.sum(-1, keepdim=True)
+    rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    fitted = rank <= torch.minimum(count - 2, (count * fraction).floor())
+    y = -torch.log1p(-rank / count).masked_fill(~fitted, 0)
+    x = x.masked_fill(~fitted, 0)
+    return (x * y).sum(-1) / x.square().sum(-1)
