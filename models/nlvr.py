@@ -111,6 +111,12 @@ class NlvrClassifier(nn.Module):
         """
         return F.cross_entropy(self.logits(image0, image1, sentences), targets)
 
+    def loss_terms(
+        self, image0: Tensor, image1: Tensor, sentences: list[str], targets: Tensor
+    ) -> int:
+        """How many terms `forward` averages over: one a statement."""
+        return len(sentences)
+
     def logits(self, image0: Tensor, image1: Tensor, sentences: list[str]) -> Tensor:
         """(B, 2) logits of "false" and "true"; arguments as `forward`."""
         return self.logits_from_ids(image0, image1, *self.tokenize(sentences))
