@@ -67,8 +67,8 @@ class Reporter:
         if self.board is None:
             return
         write_json(self.run.folder / "sparsity.json", report)
-        plot_sparsity(report, self.run.folder / "sparsity.png")
-        shares = {"overall": report["overall"], **report["modality"]}
+        plot_sparsity({self.run.folder.name: report}, self.run.folder / "sparsity.png")
+        shares = {"overall": report["overall"], **report["by_modality"]}
         for name, share in shares.items():
             self.board.add_scalar(f"sparsity/{name}", share, self.state.progress.step)
 

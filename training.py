@@ -184,6 +184,7 @@ def prepare(
     """
     run = start(args, task)
     datasets = build_datasets(run.config, args.seed)
+    datasets[0].skip_bad_images = args.skip_bad_images  # evaluation needs every image
     for dataset in datasets[1:] if args.evaluate else datasets:
         dataset.check()
     model = build_model(run.config)
@@ -221,11 +222,17 @@ def load_weights(run: Run, model: nn.Module) -> None:
     """Loads what --pruned or the config's `pretrained` names, and says what became of it.
 
     Raises:
-        ValueError: it does not fit, or there is nothing to evaluate.
+        ValueError: it does not fit, or there is nothing to evaluate, or not all of it.
     """
     path = run.args.pruned or run.config["pretrained"]
     if path:
-        run.say(str(load_checkpoint(model, path)))
+        report = load_checkpoint(model, path)
+        run.say(str(report))
+        if run.args.evaluate and report.initialised:
+            raise ValueError(
+                f"{path} is a start for training, not weights to evaluate: it lacks "
+                f"{', '.join(report.initialised)}"
+            )
     elif run.args.evaluate:
         raise ValueError("nothing to evaluate: give --pruned, or --pretrained for dense weights")
     model.to(run.process.device)
@@ -243,7 +250,6 @@ def eval_loader(run: Run, dataset: Dataset, batch_size: int) -> DataLoader:
 
 def train_loader(run: Run, dataset: Dataset) -> DataLoader:
     """Loads this process's batches; its `batch_sampler` is told the epoch."""
-    dataset.skip_bad_images = run.args.skip_bad_images
     return DataLoader(
         dataset,
         batch_sampler=TrainBatchSampler(
@@ -432,6 +438,8 @@ def build_pruner(args: argparse.Namespace, model: nn.Module, plan: Plan) -> Prun
 
 def save(run: Run, state: TrainState) -> None:
     """Writes a checkpoint. Every process calls it, for each has a random state of its own."""
+    if state.pruner:
+        state.pruner.check_masks_equal()
     rng = [checkpointing.rng_state()] * run.process.world_size
     if run.process.world_size > 1:
         dist.all_gather_object(rng, rng[0])
@@ -564,7 +572,12 @@ def train_one_epoch(
             all_terms, stops, log = sum_over_processes(
                 run, [sum(terms), stop.requested, reporter.is_due(LOG_SECONDS)]
             )
-            train_step(run, state, parts, [n * run.process.world_size / all_terms for n in terms])
+            weights = [n * run.process.world_size / all_terms for n in terms]
+            try:
+                train_step(run, state, parts, weights)
+            except ValueError:  # of the pruner: scores that are not numbers
+                read_losses(run, state, loader)  # tells why, if the loss was not finite
+                raise
             at_end = progress.step_in_epoch == steps
             save_now = at_end or stops or is_multiple(progress.step, args.checkpoint_steps)
             if save_now or log:
@@ -676,7 +689,7 @@ def finish_epoch(
         "lr": state.optimizer.param_groups[0]["lr"],
         "remaining_ratio": progress.remaining_ratio,
         "sparsity": sparsity["overall"],
-        "sparsity_by_modality": sparsity["modality"],
+        "sparsity_by_modality": sparsity["by_modality"],
     }
     if args.skip_bad_images:
         (record["bad_images"],) = map(int, sum_over_processes(run, [bad_images]))

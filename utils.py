@@ -159,13 +159,15 @@ class Process:
         return self.rank == 0
 
 
-def init_distributed(device: str = "auto", timeout_s: float = 60.0) -> Process:
+def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process:
     """Joins the processes that torchrun started, or stands alone under plain `python`.
 
     Args:
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Under torchrun each
             process on "cuda" takes the GPU of its local rank.
-        timeout_s: a collective that waits longer for another process ends this one.
+        timeout_s: a collective that waits longer for another process ends this one. It covers the
+            longest work of one process alone (scoring, a download); a process that dies closes its
+            connections, which ends the others at once.
 
     Raises:
         ValueError: the device is not there.

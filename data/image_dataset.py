@@ -95,6 +95,8 @@ class ImageDataset(Dataset):
     def check(self, sample: int = 20) -> None:
         """Reads some images, so that a wrong folder fails before a run and not within it.
 
+        With `skip_bad_images` no image is read.
+
         Args:
             sample: Records to try, evenly spaced.
 
@@ -109,6 +111,8 @@ class ImageDataset(Dataset):
                 f"image folder {self.image_root} does not exist: set config key image_root to "
                 "where the images are, or use a demo config (python -m data.scenes makes its data)"
             )
+        if self.skip_bad_images:
+            return
         for index in range(0, len(self), max(1, len(self) // sample)):
             for path in self.image_paths(index):
                 if not Path(path).is_file():
