@@ -8,7 +8,7 @@ for an image, whatever the number of beams.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 
@@ -43,24 +43,23 @@ def generate_ids(
     batch, prompt_length = prompt_ids.shape
     device = prompt_ids.device
     search = BeamSearch(prompt_ids, num_beams, max_length, eos_id, pad_id, length_normalization)
-    decode = CachedDecoder(
-        decoder, image_embeds, prompt_length + num_beams * (max_length - prompt_length)
-    )
+    capacity = prompt_length + num_beams * (max_length - prompt_length)
+    cached = CachedDecoder(decoder, image_embeds, capacity)
     images = torch.arange(batch, device=device)[:, None]
     itself = torch.eye(num_beams, dtype=torch.bool, device=device).expand(batch, -1, -1)
 
     causal = torch.ones(batch, prompt_length, prompt_length, dtype=torch.bool, device=device).tril()
-    hidden = decode(prompt_ids, torch.arange(prompt_length, device=device), causal)
+    hidden = cached.feed(prompt_ids, torch.arange(prompt_length, device=device), causal)
     hidden, visible = hidden[:, -1:], causal[:, -1:]  # the prompt's end is the first, only beam
     for length in range(prompt_length, max_length):
-        log_probs = decoder.cls(hidden).float().log_softmax(-1)  # (B, beams, V)
+        log_probs = cached.log_probabilities(hidden)  # (B, beams, V)
         if length < min_length:
             log_probs[..., eos_id] = -torch.inf
         parent, token = search.advance(log_probs, length)
         if search.done.all() or length + 1 == max_length:
             break
         visible = torch.cat([visible[images, parent], itself], dim=-1)
-        hidden = decode(token, torch.tensor([length], device=device), visible)
+        hidden = cached.feed(token, torch.tensor([length], device=device), visible)
     return search.best_captions()
 
 
@@ -150,8 +149,8 @@ class BeamSearch:
 class CachedDecoder:
     """The text decoder over a batch of images, fed a few tokens at a time.
 
-    It calls the submodules of the library's decoder; the library's own forward pass needs a copy
-    of the image's keys and values for each beam.
+    It runs the layers of the library's decoder itself: the library's own forward pass needs a
+    copy of the image's keys and values for each beam.
     """
 
     def __init__(self, decoder: BlipTextLMHeadModel, image_embeds: Tensor, capacity: int):
@@ -162,10 +161,9 @@ class CachedDecoder:
             image_embeds: (B, L, D) image tokens.
             capacity: most tokens that will be fed for an image.
         """
-        self.embeddings, self.layers = decoder.bert.embeddings, decoder.bert.encoder.layer
-        self.num_heads = decoder.config.num_attention_heads
+        self.decoder = decoder
         self.caches, self.image_caches = [], []  # keys and values of a layer, (B, heads, ., d)
-        for layer in self.layers:
+        for layer in decoder.bert.encoder.layer:
             attention = layer.crossattention.self
             keys = self._heads(attention.key(image_embeds))
             values = self._heads(attention.value(image_embeds))
@@ -174,7 +172,7 @@ class CachedDecoder:
             self.caches.append((keys.new_zeros(room), keys.new_zeros(room)))
         self.filled = 0
 
-    def __call__(self, ids: Tensor, position: Tensor, visible: Tensor) -> Tensor:
+    def feed(self, ids: Tensor, position: Tensor, visible: Tensor) -> Tensor:
         """Feeds Q tokens of each image.
 
         Args:
@@ -187,24 +185,45 @@ class CachedDecoder:
         """
         new = slice(self.filled, self.filled + ids.shape[1])
         self.filled = new.stop
-        x = self.embeddings(ids, position_ids=position)
+        x = self.decoder.bert.embeddings(ids, position_ids=position)
         for layer, cache, image_cache in zip(
-            self.layers, self.caches, self.image_caches, strict=True
+            self.decoder.bert.encoder.layer, self.caches, self.image_caches, strict=True
         ):
             attention = layer.attention.self
             keys, values = (entries[:, :, : self.filled] for entries in cache)
-            keys[:, :, new] = self._heads(attention.key(x))
-            values[:, :, new] = self._heads(attention.value(x))
-            context = self._attend(attention.query(x), keys, values, visible[:, None])
-            x = layer.attention.output(context, x)
-            context = self._attend(layer.crossattention.self.query(x), *image_cache)
-            x = layer.crossattention.output(context, x)
-            x = layer.output(layer.intermediate(x), x)
+            keys[:, :, new] = self._heads(linear(attention.key, x))
+            values[:, :, new] = self._heads(linear(attention.value, x))
+            context = self._attend(linear(attention.query, x), keys, values, visible[:, None])
+            x = self._residual(layer.attention.output, context, x)
+            query = linear(layer.crossattention.self.query, x)
+            x = self._residual(layer.crossattention.output, self._attend(query, *image_cache), x)
+            hidden = linear(layer.intermediate.dense, x)
+            hidden = layer.intermediate.intermediate_act_fn(hidden)
+            x = self._residual(layer.output, hidden, x)
         return x
 
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Of the next token, (B, Q, V) in float32, from hidden states (B, Q, width)."""
+        head = self.decoder.cls.predictions
+        hidden = head.transform.transform_act_fn(linear(head.transform.dense, hidden))
+        return linear(head.decoder, head.transform.LayerNorm(hidden)).float().log_softmax(-1)
+
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.decoder.config.num_attention_heads, -1)).transpose(1, 2)
 
     def _attend(self, query, keys, values, visible=None) -> Tensor:
         context = F.scaled_dot_product_attention(self._heads(query), keys, values, visible)
         return context.transpose(1, 2).flatten(2)
+
+    def _residual(self, output, update, x) -> Tensor:
+        return output.LayerNorm(linear(output.dense, update) + x)
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Applies a linear layer to few rows, where reading the weights is what takes the time.
+
+    In float32 on a CPU oneDNN is about 1.6 times as fast at that as the BLAS behind `F.linear`.
+    """
+    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return F.linear(x.to_mkldnn(), layer.weight, layer.bias).to_dense()
+    return layer(x)
