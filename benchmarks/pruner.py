@@ -1,0 +1,187 @@
+"""Times the pruner on tensors of BLIP-base captioning's sizes, 198 million prunable numbers.
+
+    python -m benchmarks.pruner
+
+Compares PLATON's score update and mask event with the straightforward method (new tensors, one
+concatenation of all scores, `kthvalue`, `masked_fill`) and with the time that a copy of the same
+number of bytes takes. Needs 10 GB of memory and Linux; takes about a minute on two cores.
+"""
+
+import argparse
+import ctypes
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pruners import Pruner
+from pruners.mask import mask_, mask_checksums
+from pruners.threshold import kth_smallest
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ROOT / "tests/golden/blip_caption_base.json"
+PROFILE = ROOT / "configs/id/blip_coco.json"
+REMAINING = 0.3
+
+
+def build_layers() -> nn.Module:
+    """The prunable linear layers of BLIP base with random weights and gradients."""
+    model = nn.Module()
+    for key, shape in json.loads(SHAPES.read_text()).items():
+        name, kind = key.rsplit(".", 1)
+        in_block = re.search(r"\.(blocks|layer)\.\d", name)
+        if not (in_block and kind == "weight" and len(shape) == 2):
+            continue
+        parent = model
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, nn.Linear(shape[1], shape[0]))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    return model
+
+
+def build_pruner(model: nn.Module) -> Pruner:
+    """PLATON, with averages that three short windows have filled."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    run = dict(total_steps=100, initial_warmup=0, final_warmup=1, warmup_steps=1)
+    pruner = Pruner(model, layers, final_threshold=REMAINING, **run)
+    for step in [1, 10, 11, 20, 21, 30]:
+        for parameter in model.parameters():
+            parameter.grad.mul_(torch.rand(parameter.shape[-1]) + 0.5)
+        pruner.score.update_(step)
+    return pruner
+
+
+class Straightforward:
+    """PLATON as its formulas read: a new tensor for every intermediate result."""
+
+    def __init__(self, pruner: Pruner):
+        self.parameters = pruner.parameters
+        for kind, averages in pruner.score.state.items():
+            setattr(self, kind, {name: average.clone() for name, average in averages.items()})
+
+    @torch.no_grad()
+    def update(self, position: int) -> None:
+        """A step at a position of the window; 0 folds the window before."""
+        for name, p in self.parameters.items():
+            if position:
+                self.ipt[name] = (self.ipt[name] * position + (p * p.grad).abs()) / (position + 1)
+            else:
+                self.avg[name] = 0.85 * self.avg[name] + 0.15 * self.ipt[name]
+                deviation = (self.ipt[name] - self.avg[name]).abs()
+                self.unc[name] = 0.95 * self.unc[name] + 0.05 * deviation
+                self.ipt[name] = (p * p.grad).abs()
+
+    @torch.no_grad()
+    def mask(self, rank: int) -> float:
+        """A mask event; returns the threshold."""
+        scores = {name: self.avg[name] * self.unc[name] for name in self.parameters}
+        flat = torch.cat([score.view(-1) for score in scores.values()])
+        threshold = flat.kthvalue(rank).values.item()
+        for name, parameter in self.parameters.items():
+            parameter.masked_fill_(scores[name] < threshold, 0.0)
+        return threshold
+
+
+def median_time(work: Callable[[], object], runs: int) -> float:
+    """Median seconds of several runs, after one that is not counted."""
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def copy_time(pruner: Pruner, runs: int) -> float:
+    """Seconds that copying takes for each byte read or written."""
+    pairs = list(zip(pruner.parameters.values(), pruner.score.state["ipt"].values(), strict=True))
+
+    def copy() -> None:
+        for parameter, target in pairs:
+            target.copy_(parameter.detach())
+
+    return median_time(copy, runs) / (2 * 4 * pruner.numel)
+
+
+def peak_extra_memory(work: Callable[[], object]) -> int:
+    """Bytes by which the process's resident memory grows at most during work (Linux)."""
+
+    def status(field: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024
+
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be used again unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a line for each kind of step."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each kind of step")
+    parser.add_argument("--slow_runs", type=int, default=3, help="of the straightforward event")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    pruner = build_pruner(build_layers())
+    rank = int(pruner.numel * (1 - REMAINING))
+    plain = Straightforward(pruner)
+    per_byte = copy_time(pruner, args.runs)
+    print(f"{len(pruner.parameters)} tensors, {pruner.numel:,} numbers, ", end="")
+    print(f"{torch.get_num_threads()} threads, copying at {1e-9 / per_byte:.1f} GB/s")
+
+    print(f"{'':32} {'ours':>9} {'straightforward':>18} {'copy bound':>11}")
+
+    def line(what: str, ours: float, bytes_touched: int, straight: float | None = None) -> None:
+        bound = bytes_touched * pruner.numel * per_byte  # bytes of a number
+        compared = f"{straight:8.3f} s {straight / ours:5.1f} x" if straight else " " * 18
+        print(
+            f"{what:32} {ours:7.3f} s {compared} {bound:7.3f} s {ours / bound:5.2f} x", flush=True
+        )
+
+    updates = []
+    for what, step, size in [("plain step", 5, 16), ("folding step", 10, 32)]:
+        straight = median_time(lambda step=step: plain.update(step % 10), args.runs)
+        ours = median_time(lambda step=step: pruner.score.update_(step), args.runs)
+        line(f"score update, {what}", ours, size, straight)
+        updates.append((ours, straight))
+    ours, straight = (statistics.mean(times) for times in zip(*updates, strict=True))
+    line("score update, mean of both", ours, 24, straight)
+
+    def find() -> float:
+        return kth_smallest(pruner.score.blocks, pruner.numel, rank)
+
+    def find_and_mask() -> None:
+        mask_(pruner.score, find())
+
+    plain.avg, plain.unc = pruner.score.state["avg"], pruner.score.state["unc"]  # the same scores
+    straight = median_time(lambda: plain.mask(rank), args.slow_runs)
+    threshold = find()
+    same = "as kthvalue" if plain.mask(rank) == threshold else "UNLIKE KTHVALUE"
+    line("mask event", median_time(find_and_mask, args.runs), 24, straight)
+    line("  finding the threshold", median_time(find, args.runs), 8)
+    line("  masking", median_time(lambda: mask_(pruner.score, threshold), args.runs), 16)
+    checksums = median_time(lambda: mask_checksums(pruner.parameters.values()), args.runs)
+    line("checksum of the masks", checksums, 4)
+    line("sparsity report", median_time(pruner.report, args.runs), 4)
+    pruner.score.layer_id = json.loads(PROFILE.read_text())
+    line("mask event with --useID", median_time(find_and_mask, args.runs), 24)
+    print(f"threshold {threshold:.7e}, {same}; ", end="")
+    largest = max(4 * parameter.numel() for parameter in pruner.parameters.values())
+    print(f"peak extra memory of a mask event {peak_extra_memory(find_and_mask) / 1e6:.1f} MB, ")
+    print(f"the bracket included; two of the largest tensors are {2 * largest / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

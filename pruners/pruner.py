@@ -1,0 +1,187 @@
+"""Iterative pruning during training: after every optimizer step score, and at times mask."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from models import prunable_layers
+from pruners.mask import check_masks_equal, mask_
+from pruners.report import sparsity_report
+from pruners.schedule import CubicSchedule
+from pruners.score import Magnitude, Platon, Taylor
+from pruners.threshold import kth_smallest
+
+METHODS = ("PLATON", "Taylor", "Magnitude")
+
+
+class Pruner:
+    """Prunes weights and biases of linear layers by one global threshold, one for a whole run.
+
+    Weights are not frozen: a later update may revive a pruned one.
+
+    Args:
+        model: on its final device; plain or in DistributedDataParallel. Changed in place.
+        layers: names of its linear layers to prune; None takes `models.prunable_layers`.
+        method: score by "PLATON", "Taylor" or "Magnitude".
+        total_steps: optimizer steps of the run.
+        delta_t: steps in PLATON's window, and between mask events.
+        beta1: decay of PLATON's importance, in [0, 1).
+        beta2: decay of PLATON's uncertainty, in [0, 1).
+        initial_threshold: share that remains at first, in (0, 1].
+        final_threshold: share that remains at last, in (0, initial_threshold].
+        initial_warmup: initial phase without masks, in units of `warmup_steps`.
+        final_warmup: final phase with a mask at each step, in units of `warmup_steps`.
+        warmup_steps: optimizer steps in a unit.
+        steps_per_epoch: also mask after the last step of an epoch.
+        layer_id: intrinsic dimension by layer name, to weight scores with; None weights none.
+
+    Raises:
+        ValueError: an argument is out of range, or `layer_id` is not of these layers.
+
+    Source: PLATON (Zhang et al., ICML 2022), and the ID weighting of Wang et al. (ICML 2024).
+    Unlike the original code, all averages last for the whole run, and IDs go by layer name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str] | None = None,
+        method: str = "PLATON",
+        *,
+        total_steps: int,
+        delta_t: int = 10,
+        beta1: float = 0.85,
+        beta2: float = 0.95,
+        initial_threshold: float = 1.0,
+        final_threshold: float,
+        initial_warmup: int,
+        final_warmup: int,
+        warmup_steps: int,
+        steps_per_epoch: int | None = None,
+        layer_id: dict[str, float] | None = None,
+    ):
+        model = getattr(model, "module", model)
+        if layers is None:
+            self.layers = prunable_layers(model)
+        else:
+            self.layers = {name: model.get_submodule(name) for name in layers}
+        if layer_id is not None:
+            check_layer_id(layer_id, self.layers)
+        self.schedule = CubicSchedule(
+            total_steps,
+            initial_threshold,
+            final_threshold,
+            initial_warmup,
+            final_warmup,
+            warmup_steps,
+            delta_t,
+            steps_per_epoch,
+        )
+        self.parameters = {
+            f"{layer}.{kind}": parameter
+            for layer, module in self.layers.items()
+            for kind, parameter in module.named_parameters()
+        }
+        self.numel = sum(parameter.numel() for parameter in self.parameters.values())
+        self.method = method
+        if method == "PLATON":
+            self.score = Platon(self.parameters, layer_id, delta_t, beta1, beta2)
+        elif method in METHODS:
+            self.score = {"Taylor": Taylor, "Magnitude": Magnitude}[method](
+                self.parameters, layer_id
+            )
+        else:
+            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+        self._found: tuple[int, float] | None = None  # rank and threshold of the present scores
+
+    def step(self, global_step: int) -> tuple[float, float | None]:
+        """Updates the scores and, where the schedule says so, masks the parameters in place.
+
+        Args:
+            global_step: from 1. The optimizer has stepped; the gradients are still in place.
+
+        Returns:
+            The share of the numbers that should remain, and the score below which numbers were
+            zeroed, None where none were to be.
+
+        Raises:
+            ValueError: a gradient is missing or a score is NaN; names the parameter.
+            RuntimeError: the masks of the processes differ.
+        """
+        if self.score.update_(global_step):
+            self._found = None
+        ratio = self.schedule.remaining_ratio(global_step)
+        rank = int(self.numel * (1 - ratio))
+        if rank < 1 or not self.schedule.masks_at(global_step):
+            return ratio, None
+        threshold = self.threshold(rank)
+        mask_(self.score, threshold)
+        if self.schedule.in_cubic_phase(global_step):
+            self.check_masks_equal()
+        return ratio, threshold
+
+    def threshold(self, rank: int) -> float:
+        """The rank-th smallest score, from 1; known already if no score changed since."""
+        if self._found is None or self._found[0] != rank:
+            self._found = rank, kth_smallest(self.score.blocks, self.numel, rank)
+        return self._found[1]
+
+    def check_masks_equal(self) -> None:
+        """Stops all processes if their masks differ; in one process there is nothing to do.
+
+        `step` calls it after every mask of the cubic phase. Call it before each checkpoint too, on
+        all processes.
+
+        Raises:
+            RuntimeError: on all processes; names the first parameter that differs.
+        """
+        check_masks_equal(self.parameters)
+
+    def report(self) -> dict:
+        """The zeros of the layers, as `sparsity_report` gives them."""
+        return sparsity_report(self.layers)
+
+    def state_dict(self) -> dict:
+        """All that later steps depend on: the method's name and its averages, not copied."""
+        return {"method": self.method, "score": self.score.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues from a state, copied to the parameters' devices.
+
+        Raises:
+            ValueError: the state is of another method or of other parameters.
+        """
+        if state["method"] != self.method:
+            raise ValueError(
+                f"the state is of pruner {state['method']}, this is {self.method}: "
+                "resume with the pruner that began the run"
+            )
+        for kind, own in self.score.state.items():
+            saved = state["score"][kind]
+            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
+                raise ValueError(
+                    f"the pruner's state {kind!r} is of another model: names or shapes differ, "
+                    f"for instance {sorted(saved.keys() ^ own.keys())[:3]}"
+                )
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        self._found = None
+
+
+def check_layer_id(layer_id: dict[str, float], layers: dict[str, nn.Linear]) -> None:
+    """Checks that an ID profile is of these layers.
+
+    Raises:
+        ValueError: lists the layers that are missing, unknown, or without a positive number.
+    """
+    problems = {
+        "missing": [name for name in layers if name not in layer_id],
+        "unknown": [name for name in layer_id if name not in layers],
+        "not positive": [name for name, dimension in layer_id.items() if not dimension > 0],
+    }
+    found = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"the ID profile does not fit the model ({'; '.join(found)}). Measure one with "
+            "ComputeID.py and the same config"
+        )

@@ -1,0 +1,110 @@
+"""The k-th smallest of very many scores, exactly, in one pass and without holding them.
+
+A sample brackets the answer; one pass counts the scores below the bracket and keeps the few inside,
+among which the answer is selected. Where the bracket misses or many scores are equal, a radix
+select on the bit patterns takes two passes. Both rest on counts, which processes that each hold a
+part of the scores could add up.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+from pruners.score import BLOCK
+
+SAMPLE = 1 << 18  # scores; the bracket then holds less than 1 % of all
+MARGIN = 4  # standard deviations of a sample's rank to either side of it
+
+Blocks = Callable[[int], Iterable[torch.Tensor]]
+
+
+def kth_smallest(blocks: Blocks, n: int, k: int) -> float:
+    """The k-th smallest score, as `torch.kthvalue` would find it, for any number of scores.
+
+    Args:
+        blocks: `blocks(stride)` streams every stride-th score in flat float32 blocks of at most
+            BLOCK, each valid until the next. No score is negative or NaN.
+        n: number of scores.
+        k: rank, from 1 to n.
+
+    Returns:
+        The score of that rank, ties included.
+    """
+    stride = n // SAMPLE | 1  # odd: goes through all columns of a matrix of even width
+    if stride > 1:
+        lower, upper = bracket(blocks, stride, k / n)
+        inside = select_inside(blocks, n, k, lower, upper)
+        if inside is not None:
+            return inside
+    return radix_select(lambda: blocks(1), k)
+
+
+def bracket(blocks: Blocks, stride: int, quantile: float) -> tuple[float, float]:
+    """Two values between which a quantile lies almost surely, from every stride-th score."""
+    sample = torch.cat([block.clone() for block in blocks(stride)])
+    size = sample.numel()
+    margin = MARGIN * math.sqrt(size * quantile * (1 - quantile)) + 2 * MARGIN
+    low, high = int(quantile * size - margin), int(quantile * size + margin)
+    lower = radix_select(lambda: [sample], low) if low >= 1 else -1.0
+    upper = radix_select(lambda: [sample], high) if high <= size else math.inf
+    return lower, upper
+
+
+def select_inside(blocks: Blocks, n: int, k: int, lower: float, upper: float) -> float | None:
+    """The k-th smallest score if it lies strictly between two values, in one pass.
+
+    Returns:
+        The score; None if it lies elsewhere, or if more than a sixteenth of all scores lie inside.
+    """
+    buffers, kept, above = None, [], 0
+    for scores in blocks(1):
+        if buffers is None:  # comparisons into float32 and their sums are vectorised, bool is not
+            buffers = torch.empty(2, BLOCK, device=scores.device)
+            above = torch.zeros((), dtype=torch.float64, device=scores.device)
+        inside, under = buffers[:, : scores.numel()]
+        torch.gt(scores, lower, out=inside)
+        above += inside.sum()  # exact: a block is smaller than 2^24
+        inside.mul_(torch.lt(scores, upper, out=under))
+        # Few lie inside. To search pairs of them as one int64 takes half the time.
+        wide = inside.view(torch.int32 if scores.numel() % 2 else torch.int64)
+        kept.append(scores.view(len(wide), -1)[wide.nonzero().view(-1)].view(-1))
+        if sum(map(len, kept)) > n // 16:
+            return None
+    kept = torch.cat(kept)  # and some of their neighbours, which lie outside
+    rank = k - (n - int(above)) + int((kept <= lower).sum())
+    if not 1 <= rank <= len(kept):
+        return None
+    value = radix_select(lambda: [kept], rank)
+    return value if lower < value < upper else None
+
+
+def radix_select(blocks: Callable[[], Iterable[torch.Tensor]], k: int) -> float:
+    """The k-th smallest of non-negative float32 numbers, in two passes.
+
+    Bit patterns of non-negative floats are ordered as the numbers are. The first pass counts the
+    numbers by the upper 16 bits, the second those of the right upper bits by the lower 16.
+
+    Args:
+        blocks: called for each pass.
+        k: rank, from 1 to the number of numbers.
+    """
+    counts = 0
+    for block in blocks():
+        upper = (block.view(torch.int32) & 0x7FFFFFFF) >> 16  # the sign bit is a NaN's only
+        counts = torch.bincount(upper, minlength=1 << 15).add_(counts)
+    upper_bits, rank = _locate(counts, k)
+    counts = 0
+    for block in blocks():
+        bits = block.view(torch.int32)
+        lower = bits[(bits >> 16) == upper_bits] & 0xFFFF
+        counts = torch.bincount(lower, minlength=1 << 16).add_(counts)
+    lower_bits, _ = _locate(counts, rank)
+    return torch.tensor(upper_bits << 16 | lower_bits, dtype=torch.int32).view(torch.float32).item()
+
+
+def _locate(counts: torch.Tensor, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th number, and the number's rank within the bin."""
+    up_to = counts.cumsum(0)
+    at = int(torch.searchsorted(up_to, k))
+    return at, k - int(up_to[at] - counts[at])

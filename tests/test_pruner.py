@@ -1,0 +1,220 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pruners import Pruner, plot_sparsity, sparsity_report
+from pruners.score import BLOCK
+
+GOLDEN_RUN = dict(
+    total_steps=120,
+    final_threshold=0.2,
+    initial_warmup=1,
+    final_warmup=2,
+    warmup_steps=12,
+    steps_per_epoch=40,
+)
+GOLDENS = {
+    "platon": dict(method="PLATON"),
+    "platon_id": dict(method="PLATON"),
+    "platon_dt7_id": dict(method="PLATON", delta_t=7),
+    "magnitude_id": dict(method="Magnitude"),
+    "taylor": dict(method="Taylor"),
+}
+
+
+def build_model(shapes: dict[str, tuple[int, int]]) -> nn.Module:
+    """A tree of linear layers with these names and (outputs, inputs)."""
+    model = nn.Module()
+    for name, (outputs, inputs) in shapes.items():
+        *path, last = name.split(".")
+        parent = model
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, nn.Linear(inputs, outputs))
+    return model
+
+
+class GoldenRun:
+    """The golden's model, its pruner, and its steps `p <- p - 0.02 * grad`."""
+
+    def __init__(self, golden_dir, name: str):
+        self.data = dict(np.load(golden_dir / f"{name}.npz"))
+        self.layers = [str(layer) for layer in self.data["layer_names"]]
+        self.model = build_model({n: self.data[f"init.{n}.weight"].shape for n in self.layers})
+        self.parameters = dict(self.model.named_parameters())
+        self.set(lambda n: self.data[f"init.{n}"])
+        ids = dict(zip(self.layers, self.data["layer_id"].tolist(), strict=True))
+        self.arguments = GOLDENS[name] | {"layer_id": ids if "_id" in name else None}
+        self.pruner = self.build_pruner()
+
+    def build_pruner(self) -> Pruner:
+        return Pruner(self.model, self.layers, **GOLDEN_RUN, **self.arguments)
+
+    def set(self, values):
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(torch.from_numpy(values(name)))
+
+    def step(self, step: int):
+        for name, parameter in self.parameters.items():
+            parameter.grad = torch.from_numpy(self.data[f"grad.{name}"][step - 1])
+            parameter.data -= 0.02 * parameter.grad
+        return self.pruner.step(step)
+
+
+@pytest.fixture(params=GOLDENS)
+def golden_run(golden_dir, request):
+    return GoldenRun(golden_dir, request.param)
+
+
+def test_prunes_like_the_original_code(golden_run):
+    data = golden_run.data
+    for step in range(1, 121):
+        ratio, threshold = golden_run.step(step)
+        assert ratio == pytest.approx(data["remaining_ratio"][step - 1], rel=1e-12)
+        expected = data["score_threshold"][step - 1]
+        assert (threshold is None) == np.isnan(expected)
+        if threshold is not None:
+            assert threshold == pytest.approx(expected, rel=1e-4)
+        for name, parameter in golden_run.parameters.items():
+            after = data[f"after.{name}"][step - 1]
+            np.testing.assert_array_equal(parameter.detach().numpy() == 0, after == 0)
+            np.testing.assert_allclose(parameter.detach().numpy(), after, rtol=1e-5, atol=1e-6)
+
+
+# Window positions and phases: mid-window, on a fold, on an epoch's end, in the final phase.
+@pytest.mark.parametrize("saved_at", [13, 30, 40, 103])
+def test_resumes_bit_by_bit(golden_run, golden_dir, saved_at, tmp_path):
+    for step in range(1, saved_at + 1):
+        golden_run.step(step)
+    torch.save(golden_run.pruner.state_dict(), tmp_path / "state.pt")
+    weights = {n: p.detach().clone() for n, p in golden_run.parameters.items()}
+    expected = [golden_run.step(step) for step in range(saved_at + 1, 121)]
+
+    final = {n: p.detach().clone() for n, p in golden_run.parameters.items()}
+    golden_run.set(lambda name: weights[name].numpy())
+    golden_run.pruner = golden_run.build_pruner()
+    golden_run.pruner.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [golden_run.step(step) for step in range(saved_at + 1, 121)] == expected
+    for name, parameter in golden_run.parameters.items():
+        assert torch.equal(parameter, final[name])
+
+
+def pruner_of(shapes, final_threshold=0.25, layer_id=None, method="Magnitude", **arguments):
+    """A pruner that masks at each of 4 steps, down to the final threshold at once."""
+    run = dict(total_steps=4, initial_warmup=0, final_warmup=4, warmup_steps=1)
+    model = build_model(shapes)
+    run |= dict(final_threshold=final_threshold, layer_id=layer_id, method=method) | arguments
+    return Pruner(model, list(shapes), **run)
+
+
+def test_zeroes_the_exact_number_across_blocks():
+    pruner = pruner_of({"a.0.wide": (3, BLOCK - 1), "b.0.small": (5, 7)})
+    ratio, threshold = pruner.step(1)
+    scores = torch.cat([p.detach().abs().view(-1) for p in pruner.parameters.values()])
+    assert ratio == 0.25
+    assert int((scores == 0).sum()) == int(0.75 * pruner.numel) - 1  # the k-th itself stays
+    assert scores[scores > 0].min() == threshold
+
+
+def test_dimension_weights_weight_and_bias_of_its_layer():
+    pruner = pruner_of(
+        {"a.0.high": (2, 3), "b.0.low": (2, 3)}, 0.5, {"a.0.high": 30.0, "b.0.low": 2.0}
+    )
+    for parameter in pruner.parameters.values():
+        nn.init.uniform_(parameter, 0.5, 1.0)
+    pruner.parameters["b.0.low.bias"].data[0] = 8.0  # 16 when weighted
+    pruner.step(1)
+    zeros = {n: int((p == 0).sum()) for n, p in pruner.parameters.items()}
+    assert zeros["b.0.low.weight"] == 6 and zeros["b.0.low.bias"] == 1
+    assert zeros["a.0.high.weight"] == zeros["a.0.high.bias"] == 0
+
+
+def test_pruned_weight_may_revive():
+    pruner = pruner_of({"a.0.x": (2, 4)}, 0.5)
+    pruner.step(1)
+    weight = pruner.parameters["a.0.x.weight"]
+    dead = int((weight.view(-1) == 0).nonzero()[0])
+    weight.data.view(-1)[dead] = 9.0
+    pruner.step(2)
+    assert weight.view(-1)[dead] == 9.0
+
+
+@pytest.mark.parametrize("method", ["PLATON", "Taylor"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number_names_its_parameter(method, value):
+    pruner = pruner_of({"a.0.x": (2, 4), "a.1.y": (2, 4)}, method=method, delta_t=1)
+    for parameter in pruner.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    bias = pruner.parameters["a.1.y.bias"]
+    bias.grad[1], bias.data[1] = value, 0.0  # infinity times zero
+    with pytest.raises(ValueError, match=r"a\.1\.y\.bias are not numbers"):
+        for step in range(1, 4):
+            pruner.step(step)
+
+
+def test_missing_gradient_names_its_parameter():
+    pruner = pruner_of({"a.0.x": (2, 4)}, method="PLATON")
+    with pytest.raises(ValueError, match=r"a\.0\.x\.weight has no gradient"):
+        pruner.step(1)
+
+
+@pytest.mark.parametrize(
+    "layer_id, message",
+    [
+        ({"a.0.x": 3.0}, "missing: a.0.y"),
+        ({"a.0.x": 3.0, "a.0.y": 2.0, "a.0.z": 1.0}, "unknown: a.0.z"),
+        ({"a.0.x": 3.0, "a.0.y": float("nan")}, "not positive: a.0.y"),
+    ],
+)
+def test_profile_of_other_layers_is_an_error(layer_id, message):
+    with pytest.raises(ValueError, match=message):
+        pruner_of({"a.0.x": (2, 4), "a.0.y": (2, 4)}, layer_id=layer_id)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"method": "OBD"}, "PLATON, Taylor, Magnitude"), ({"beta2": 2.0}, "beta2")],
+)
+def test_bad_arguments_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pruner_of({"a.0.x": (2, 4)}, **({"method": "PLATON"} | arguments))
+
+
+def test_state_of_another_run_is_an_error():
+    pruner = pruner_of({"a.0.x": (2, 4)}, method="PLATON")
+    other = pruner_of({"a.0.z": (2, 4)}, method="PLATON")
+    with pytest.raises(ValueError, match=r"a\.0\.[xz]"):
+        pruner.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="pruner PLATON, this is Magnitude"):
+        pruner_of({"a.0.x": (2, 4)}).load_state_dict(pruner.state_dict())
+
+
+def test_report_counts_zeros_by_layer_and_modality(tmp_path):
+    model = build_model(
+        {
+            "visual_encoder.blocks.0.attn.qkv": (4, 4),  # 20 numbers
+            "visual_encoder.blocks.1.attn.qkv": (4, 4),
+            "text_decoder.bert.encoder.layer.0.crossattention.self.key": (2, 4),  # 10 numbers
+        }
+    )
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for layer in layers.values():
+        nn.init.ones_(layer.bias)
+    first, second, text = layers.values()
+    nn.init.zeros_(first.weight)  # 16 zeros
+    second.bias.data[:2] = 0  # 2 zeros
+    text.weight.data[0] = 0  # 4 zeros
+    report = sparsity_report(layers)
+    assert report["overall"] == 22 / 50 and (report["pruned"], report["prunable"]) == (22, 50)
+    assert report["by_modality"] == {"vision": 18 / 40, "language": 0.4}
+    assert list(report["by_layer"].values()) == [0.8, 0.1, 0.4]
+    assert report["vision_share_of_pruned"] == 18 / 22
+    assert json.loads(json.dumps(report)) == report
+    plot_sparsity({"one": report, "two": report}, tmp_path / "sparsity.png")
+    assert (tmp_path / "sparsity.png").read_bytes().startswith(b"\x89PNG")

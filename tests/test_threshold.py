@@ -1,0 +1,115 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruners import threshold
+from pruners.threshold import kth_smallest, radix_select, select_inside
+
+TINY, DENORMAL, BIG = 1.2e-38, 1e-45, 3e38
+
+
+def stream(numbers: torch.Tensor, block: int):
+    """Every stride-th number in blocks of one buffer that is overwritten, as scores come."""
+    buffer = torch.empty(block)
+
+    def blocks(stride: int):
+        for part in numbers[::stride].split(block):
+            buffer[: len(part)] = part
+            yield buffer[: len(part)]
+
+    return blocks
+
+
+def distributions(n: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(n, generator=generator)
+    return {
+        "uniform": uniform,
+        "products": uniform * torch.rand(n, generator=generator) ** 8,
+        "all equal": torch.full((n,), 0.7),
+        "all zero": torch.zeros(n),
+        "mostly zero": torch.where(uniform < 0.9, 0.0, uniform),
+        "two values": (uniform < 0.5).float(),
+        "denormals": uniform * TINY,
+        "infinities": torch.where(uniform < 0.3, math.inf, uniform),
+        "ascending": torch.arange(n).float(),
+        "over all magnitudes": torch.exp((uniform - 0.5) * 170),
+        # Every number of the sample is small, all others are large: the bracket misses.
+        "sample lies": 1 + (torch.arange(n) % (n // threshold.SAMPLE | 1)).float() * uniform,
+    }
+
+
+N = 400_001
+
+
+@pytest.fixture
+def small_sample(monkeypatch):
+    monkeypatch.setattr(threshold, "SAMPLE", 1 << 15)
+
+
+@pytest.mark.parametrize("kind", distributions(8))
+@pytest.mark.parametrize("quantile", [0.0, 1e-3, 0.3, 0.8, 0.97, 1.0])
+def test_bracketed_selection_equals_kthvalue(kind, quantile, small_sample):
+    numbers = distributions(N)[kind]
+    k = max(1, int(N * quantile))
+    expected = numbers.kthvalue(k).values.item()
+    assert kth_smallest(stream(numbers, 8192), N, k) == expected
+
+
+def test_one_pass_suffices_where_the_sample_tells(small_sample, monkeypatch):
+    monkeypatch.setattr(threshold, "radix_select", count_full := Counting(N))
+    numbers = distributions(N)["products"]
+    assert kth_smallest(stream(numbers, 8192), N, 200_000) == numbers.kthvalue(200_000).values
+    assert count_full.largest < N // 10
+
+
+class Counting:
+    """radix_select that remembers the most numbers that it was given."""
+
+    def __init__(self, n):
+        self.largest = 0
+
+    def __call__(self, blocks, k):
+        self.largest = max(self.largest, sum(len(block) for block in blocks()))
+        return radix_select(blocks, k)
+
+
+@pytest.mark.parametrize("lower, upper", [(0.6, 0.7), (0.1, 0.2), (0.5, 0.5), (-1.0, math.inf)])
+def test_bracket_that_misses_or_holds_too_much_finds_nothing(lower, upper):
+    numbers = torch.rand(10_000)
+    assert select_inside(stream(numbers, 999), 10_000, 5000, lower, upper) is None
+
+
+floats = st.floats(0, width=32) | st.sampled_from([0.0, DENORMAL, TINY, 1.0, BIG, math.inf])
+
+
+@given(st.lists(floats, min_size=1, max_size=300), st.data())
+def test_radix_select_equals_sort(numbers, data):
+    k = data.draw(st.integers(1, len(numbers)))
+    block = data.draw(st.integers(1, len(numbers)))
+    tensor = torch.tensor(numbers, dtype=torch.float32)
+    found = radix_select(lambda: tensor.split(block), k)
+    assert found == np.sort(tensor.numpy())[k - 1]
+
+
+@given(
+    st.lists(floats, min_size=1, max_size=40),
+    st.integers(2000, 30_000),
+    st.integers(0, 2**32),
+    st.data(),
+)
+def test_kth_smallest_equals_sort(values, n, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(len(values), generator=generator) ** 4 + 1e-3
+    picked = torch.multinomial(weights, n, replacement=True, generator=generator)
+    numbers = torch.tensor(values)[picked] * torch.rand(n, generator=generator).clamp(min=0.5)
+    k = data.draw(st.integers(1, n))
+    block = data.draw(st.integers(100, 5000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threshold, "SAMPLE", 512)
+        found = kth_smallest(stream(numbers, block), n, k)
+    assert found == np.sort(numbers.numpy())[k - 1]
