@@ -58,10 +58,22 @@ class TrainBatchSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """Gives every index to exactly one process; shards may differ in length by one."""
+    """Gives every index to exactly one process; shards may differ in length.
 
-    def __init__(self, n: int, rank: int = 0, world_size: int = 1):
-        self.indices = range(rank, n, world_size)
+    Of the batches of the whole set, process r of W takes number r, r + W, and so on. So a batch
+    has the same members whatever the number of processes, and the last bits of what is computed
+    from it do not depend on that number.
+
+    Args:
+        n: Samples in the dataset.
+        rank: This process.
+        world_size: Number of processes.
+        batch_size: Of the loader.
+    """
+
+    def __init__(self, n: int, rank: int = 0, world_size: int = 1, batch_size: int = 1):
+        firsts = range(rank * batch_size, n, world_size * batch_size)
+        self.indices = [i for first in firsts for i in range(first, min(first + batch_size, n))]
 
     def __iter__(self) -> Iterator[int]:
         """Yields this process's indices in ascending order."""

@@ -130,6 +130,19 @@ def test_evaluation_shards_partition_the_set(n, world_size):
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
+def test_evaluation_batches_have_the_same_members_in_any_number_of_processes():
+    def batches(rank, world_size):
+        shard = list(EvalSampler(11, rank, world_size, batch_size=3))
+        return [shard[first : first + 3] for first in range(0, len(shard), 3)]
+
+    assert batches(0, 1) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
+    assert [batches(rank, 3) for rank in range(3)] == [
+        [[0, 1, 2], [9, 10]],
+        [[3, 4, 5]],
+        [[6, 7, 8]],
+    ]
+
+
 # --- datasets of the published layout, written here
 
 
