@@ -14,10 +14,13 @@ def tokenize(references: dict, captions: dict) -> list[dict]:
     """Tokenizes both with Stanford's tokenizer, which needs Java."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    return [
-        PTBTokenizer().tokenize({i: [{"caption": s} for s in lines] for i, lines in group.items()})
-        for group in (references, captions)
-    ]
+    tokenized = []
+    for sentences in (references, captions):
+        coco = {image: [{"caption": line} for line in lines] for image, lines in sentences.items()}
+        tokenized.append(PTBTokenizer().tokenize(coco))
+        if list(map(len, tokenized[-1].values())) != list(map(len, sentences.values())):
+            raise RuntimeError("Java gave back fewer sentences than it got")
+    return tokenized
 
 
 def bleu(references: dict, captions: dict) -> dict:

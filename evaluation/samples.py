@@ -9,7 +9,8 @@ from PIL import Image
 from data.caption_dataset import CaptionEvalDataset, coco_id
 
 COLUMNS = 4
-WIDTH = 34  # of a caption line, in characters
+SIDE, TEXT = 3.0, 0.5  # inches of a picture, and of the room below it for each caption
+LINE = 48  # characters
 
 
 def contact_sheet(
@@ -33,7 +34,9 @@ def contact_sheet(
     ]
     samples = min(samples, len(files))
     rows = -(-samples // COLUMNS)
-    figure = Figure(figsize=(3.0 * COLUMNS, (2.6 + 0.5 * len(captions)) * rows), layout="tight")
+    text = TEXT * len(captions)
+    figure = Figure(figsize=(SIDE * COLUMNS, (SIDE + text) * rows))
+    figure.subplots_adjust(0.01, text / (SIDE + text) / rows, 0.99, 0.99, 0.05, text / SIDE)
     for place in range(samples):
         file = files[place * len(files) // samples]
         axes = figure.add_subplot(rows, COLUMNS, place + 1)
@@ -41,9 +44,9 @@ def contact_sheet(
             axes.imshow(image.convert("RGB"))
         axes.axis("off")
         lines = [
-            textwrap.fill(f"{name}: {of_image[coco_id(file)]}", WIDTH)
+            textwrap.fill(f"{name}: {of_image[coco_id(file)]}", LINE)
             for name, of_image in by_id.items()
         ]
-        axes.set_title("\n".join(lines), y=-0.04, va="top", ha="left", x=0.0, fontsize=8)
+        axes.set_title("\n".join(lines), x=0, y=-0.03, va="top", ha="left", fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
