@@ -21,7 +21,7 @@ class Reporter:
         """Starts the clock.
 
         Args:
-            run: `training.Run`.
+            run: `launching.Run`.
             state: `training.TrainState`, where a resumed run starts.
         """
         self.run, self.state = run, state

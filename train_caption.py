@@ -10,54 +10,115 @@ embedded scenes.
 """
 
 import argparse
+import json
+from pathlib import Path
 
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import launching
 import training
 from data import build_caption_datasets
-from evaluation import caption_split, score_results
-from models import build_captioner
+from evaluation import caption_split, contact_sheet, generate_captions, score_results
+from models import build_captioner, load_checkpoint
+from utils import load_config
 
 
-def evaluate(run: training.Run, model, dataset, split: str) -> dict[str, float]:
+def evaluate(run: launching.Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
     """Captions a split over all processes, writes the captions, then scores them.
 
     Args:
-        run: of `training.start`.
-        model: captioner, not wrapped.
+        run: of `launching.prepare`.
+        model: captioner in eval mode, not wrapped.
         dataset: the split.
         split: "val" or "test".
 
     Returns:
-        Metric name to score on the main process; empty on the others.
+        `scores` and `left_out` of `evaluation.score_results`; on other processes nothing in them.
     """
-    loader = training.eval_loader(run, dataset, run.batch_size)
-    results = run.folder / "results" / f"{split}.json"
+    loader = launching.eval_loader(run, dataset, run.batch_size)
+    results = results_path(run, split)
     with run.autocast():
         caption_split(model, loader, run.config, run.process.device, results)
     if not run.process.is_main:
-        return {}
-    gt_path = f"{run.config['coco_gt_root']}/coco_karpathy_{split}_gt.json"
-    return score_results(results, gt_path, run.args.spice)["scores"]
+        return {"scores": {}, "left_out": {}}
+    slow = run.args.evaluate  # METEOR takes seconds to start; a validation goes without
+    return score_results(results, ground_truth(run.config, split), run.args.spice, meteor=slow)
+
+
+def results_path(run: launching.Run, split: str) -> Path:
+    """The file of a split's captions."""
+    return run.folder / "results" / f"{split}.json"
+
+
+def ground_truth(config: dict, split: str) -> Path:
+    """The file of a split's references."""
+    return Path(config["coco_gt_root"], f"coco_karpathy_{split}_gt.json")
+
+
+def show(reports: dict[str, dict]) -> None:
+    """Prints the scores by split, and once what was left out."""
+    for split, report in reports.items():
+        print(f"{split}: {json.dumps(report['scores'])}")
+    for metric, reason in report["left_out"].items():
+        print(f"{metric} is left out: {reason}")
+
+
+def draw_samples(run: launching.Run, model: nn.Module, dataset: Dataset, split: str) -> None:
+    """Draws a few images of a split with their captions, and with the dense model's beside them.
+
+    Args:
+        run: of `launching.prepare`, on the main process.
+        model: takes the dense weights.
+        dataset: the split, evaluated before.
+        split: "val" or "test".
+    """
+    samples = min(run.args.samples, len(dataset))
+    captions = {"pruned": json.loads(results_path(run, split).read_text())}
+    if run.args.pruned and run.config["pretrained"]:
+        load_checkpoint(model, run.config["pretrained"])
+        drawn = Subset(dataset, [place * len(dataset) // samples for place in range(samples)])
+        with run.autocast():
+            dense = generate_captions(
+                model, DataLoader(drawn, run.batch_size), run.config, run.process.device
+            )
+        captions = {"dense": dense, **captions}
+    sheet = run.folder / "results" / f"{split}_samples.png"
+    contact_sheet(dataset, captions, sheet, samples)
+    print(f"samples: {sheet}", flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains and prunes, or with --evaluate scores weights."""
-    run, model, (train_set, val_set, test_set) = training.prepare(
+    """Trains and prunes; with --evaluate or --score_only scores weights or captions."""
+    if args.score_only:
+        split = args.score_only.stem
+        if split not in ("val", "test"):
+            raise ValueError("--score_only takes the val.json or test.json of an evaluation")
+        references = ground_truth(load_config(args.config, task="caption"), split)
+        show({split: score_results(args.score_only, references, args.spice)})
+        return
+    run, model, (train_set, val_set, test_set) = launching.prepare(
         args, "caption", build_caption_datasets, build_captioner
     )
     if args.evaluate:
         model.eval()
-        for split, dataset in (("val", val_set), ("test", test_set)):
-            run.say(f"{split}: {evaluate(run, model, dataset, split)}")
+        splits = {"val": val_set, "test": test_set}
+        reports = {split: evaluate(run, model, data, split) for split, data in splits.items()}
+        if run.process.is_main:
+            show(reports)
+            for split, dataset in splits.items() if args.samples else ():
+                draw_samples(run, model, dataset, split)
         return
     training.train(
         run,
         model,
         train_set,
         validate=lambda: {
-            f"val_{name}": score for name, score in evaluate(run, model, val_set, "val").items()
+            f"val_{metric}": value
+            for metric, value in evaluate(run, model, val_set, "val")["scores"].items()
         },
         best_by="val_CIDEr",
-        model_inputs=lambda batch: batch[:2],  # image, caption; the image's name is not needed
+        model_inputs=lambda batch: batch[:2],  # image, caption; not the image's id
     )
 
 
@@ -66,10 +127,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    training.add_flags(parser, config="configs/caption_coco.yaml", warmups=(1, 1))
-    parser.add_argument("--spice", action="store_true", help="also SPICE, which needs Java")
+    launching.add_flags(parser, config="configs/caption_coco.yaml", warmups=(1, 1))
+    scores = parser.add_argument_group("scores")
+    scores.add_argument("--spice", action="store_true", help="also SPICE; downloads its models")
+    scores.add_argument("--samples", type=int, default=0, help="images to draw with their captions")
+    scores.add_argument("--score_only", type=Path, help="score this file of captions again")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    training.launch(main, parse_args())
+    launching.launch(main, parse_args())

@@ -13,6 +13,7 @@ import argparse
 
 import torch
 
+import launching
 import training
 from data import build_nlvr_datasets
 from models import build_nlvr
@@ -20,31 +21,31 @@ from utils import write_json
 
 
 @torch.no_grad()
-def evaluate(run: training.Run, model, dataset) -> float:
+def evaluate(run: launching.Run, model, dataset) -> float:
     """The share of a split's statements that are judged correctly, counted over all processes.
 
     Args:
-        run: of `training.start`.
+        run: of `launching.start`.
         model: NLVR2 model in eval mode, not wrapped.
         dataset: the split; each statement is judged by one process, however uneven the shares.
 
     Returns:
         A fraction in [0, 1], the same on every process.
     """
-    loader = training.eval_loader(run, dataset, run.config["batch_size_test"])
+    loader = launching.eval_loader(run, dataset, run.config["batch_size_test"])
     correct = torch.zeros((), dtype=torch.int64, device=run.process.device)
     for batch in loader:
-        image0, image1, sentences, targets = training.move(batch, run.process.device)
+        image0, image1, sentences, targets = launching.move(batch, run.process.device)
         with run.autocast():
             logits = model.logits(image0, image1, sentences)  # (B, 2)
         correct += (logits.argmax(dim=1) == targets).sum()
-    (all_correct,) = training.sum_over_processes(run, [correct.item()])
+    (all_correct,) = launching.sum_over_processes(run, [correct.item()])
     return all_correct / len(dataset)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the accuracy of weights."""
-    run, model, (train_set, dev_set, test_set) = training.prepare(
+    run, model, (train_set, dev_set, test_set) = launching.prepare(
         args, "nlvr", build_nlvr_datasets, build_nlvr
     )
     if args.evaluate:
@@ -68,9 +69,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    training.add_flags(parser, config="configs/nlvr.yaml", warmups=(0, 5))
+    launching.add_flags(parser, config="configs/nlvr.yaml", warmups=(0, 5))
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    training.launch(main, parse_args())
+    launching.launch(main, parse_args())

@@ -5,6 +5,7 @@ python tests/kill_and_resume.py --kills 10 --processes 2
 """
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import random
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from safetensors.torch import load_file
 
+import launching
 import train_caption
 import training
 from data import scenes
@@ -76,13 +78,18 @@ def write_config(path: Path, data: Path, dropout: float = 0.1, **changes) -> str
     return str(path)
 
 
-def start(argv: list[str], world_size: int = 1) -> list:
-    """Starts the trainer in one process or several and returns them."""
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(argv: list[str], world_size: int = 1, script: str = "train_caption") -> list:
+    """Starts a trainer in one process or several and returns them."""
+    port = free_port()
     started = [
-        processes.Process(target=run_rank, args=(argv, rank, world_size, port))
+        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port))
         for rank in range(world_size)
     ]
     for process in started:
@@ -90,14 +97,15 @@ def start(argv: list[str], world_size: int = 1) -> list:
     return started
 
 
-def run_rank(argv: list[str], rank: int, world_size: int, port: int) -> None:
+def run_rank(script: str, argv: list[str], rank: int, world_size: int, port: int) -> None:
     """What torchrun's processes do: the script with its place among the others."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the image loading workers
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    training.launch(train_caption.main, train_caption.parse_args(argv))
+    trainer = importlib.import_module(script)
+    launching.launch(trainer.main, trainer.parse_args(argv))
 
 
 def finish(started: list, timeout: float = 120) -> list[int]:

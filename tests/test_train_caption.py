@@ -1,0 +1,247 @@
+"""train_caption.py as it is run: training, evaluation, torchrun, and mistakes in the input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import launching
+import train_caption
+import training
+from models import build_captioner, prunable_layers
+from tests.kill_and_resume import free_port, make_scenes, write_config
+from utils import load_config
+
+PRUNE = ["--warmup_steps", "3", "--deltaT", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_java():
+    """The metrics that run in Java take long to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent))
+        yield
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.fixture(scope="module")
+def config(scenes, tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config") / "tiny.yaml", scenes, max_epoch=2)
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """The results of a run with validation."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(["--config", config, "--output_dir", str(folder), "--model_dir", "run", *PRUNE])
+    return folder / "run"
+
+
+def run(argv: list[str]) -> None:
+    train_caption.main(train_caption.parse_args(argv))
+
+
+def below_threshold(prunable: int, remaining: float) -> int:
+    """Numbers that are strictly below the k-th smallest, where no two are equal."""
+    return int(prunable * (1 - remaining)) - 1
+
+
+def zeros(path, config: str) -> tuple[int, int]:
+    """Zeros among the prunable numbers of a weights file, and how many numbers these are."""
+    weights = load_file(path)
+    layers = prunable_layers(build_captioner(load_config(config, task="caption")))
+    tensors = [weights[f"{name}.{kind}"] for name in layers for kind in ("weight", "bias")]
+    return sum(int((t == 0).sum()) for t in tensors), sum(t.numel() for t in tensors)
+
+
+def test_training_prunes_to_the_final_threshold(trained, config):
+    pruned, prunable = zeros(trained / training.PRUNED_FILE, config)
+    assert pruned == below_threshold(prunable, 0.2)
+    assert json.loads((trained / "sparsity.json").read_text())["pruned"] == pruned
+    assert (trained / "sparsity.png").stat().st_size > 0
+
+
+def test_log_has_a_line_an_epoch(trained):
+    log = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
+    assert [(line["epoch"], line["step"], line["lr"]) for line in log] == [
+        (0, 24, pytest.approx(1e-3)),
+        (1, 48, pytest.approx(5e-4)),
+    ]
+    assert log[1]["loss"] < log[0]["loss"] < 4.9  # of 128 tokens, log 128 = 4.85 at random
+    assert log[1]["remaining_ratio"] == pytest.approx(0.2)
+    assert log[1]["sparsity"] == pytest.approx(0.8, abs=1e-4)
+    assert {"val_CIDEr", "val_Bleu_4"} <= log[1].keys()
+    saved = json.loads((trained / "config.json").read_text())
+    assert saved["config"]["batch_size"] == 2 and saved["flags"]["final_threshold"] == 0.2
+
+
+def test_tensorboard_has_the_sparsity_by_modality(trained):
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    by_modality = json.loads((trained / "sparsity.json").read_text())["by_modality"]
+    for modality in ("vision", "language"):
+        last = events.Scalars(f"sparsity/{modality}")[-1]
+        assert last.step == 48
+        assert last.value == pytest.approx(by_modality[modality])
+    assert {"train/loss", "train/lr", "train/remaining_ratio"} <= set(events.Tags()["scalars"])
+
+
+def test_best_weights_are_those_of_an_epoch_at_the_final_ratio(trained):
+    best, last = (load_file(trained / name) for name in (training.BEST_FILE, training.PRUNED_FILE))
+    assert all(torch.equal(best[name], last[name]) for name in last)
+
+
+def test_evaluate_writes_captions_and_scores(trained, config, capsys):
+    argv = ["--config", config, "--output_dir", str(trained.parent), "--model_dir", "evaluated"]
+    run([*argv, "--evaluate", "--pruned", str(trained), "--samples", "2"])
+    results = trained.parent / "evaluated/results"
+    for split in ("val", "test"):
+        captions = json.loads((results / f"{split}.json").read_text())
+        assert len({caption["image_id"] for caption in captions}) == len(captions) == 6
+        assert "CIDEr" in json.loads((results / f"{split}_scores.json").read_text())["scores"]
+        assert (results / f"{split}_samples.png").stat().st_size > 0
+    assert not (trained.parent / "evaluated/config.json").exists()  # that is of training runs
+    said = capsys.readouterr().out
+    assert "val: {" in said and "test: {" in said
+    assert said.count("METEOR is left out: needs Java") == 1
+
+    edited = [{**caption, "caption": "a"} for caption in captions]
+    (results / "test.json").write_text(json.dumps(edited))
+    run(["--config", config, "--score_only", str(results / "test.json")])
+    assert json.loads(capsys.readouterr().out.split("test: ")[1].splitlines()[0])["Bleu_4"] < 1e-3
+
+
+def test_papers_commands_under_torchrun(config, tmp_path):
+    """Two processes, the paper's flags: only one of them speaks, and evaluation reads the file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port()}", "train_caption.py", "--config", config]
+    command += ["--output_dir", str(tmp_path), "--pruner_name", "PLATON", "--eval_epochs", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = ["--final_threshold", "0.2", "--model_dir", "coco/PLATON80", *PRUNE]
+    done = subprocess.run([*command, *flags], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"epoch": 0') == 1
+    pruned, prunable = zeros(tmp_path / "coco/PLATON80" / training.PRUNED_FILE, config)
+    assert pruned == below_threshold(prunable, 0.2)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "off"])
+def test_pruning_keeps_float32_weights(config, tmp_path, amp):
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", amp, "--amp", amp]
+    run([*argv, *PRUNE, "--max_steps", "9", "--eval_epochs", "0", "--pruner_name", "Taylor"])
+    weights = load_file(tmp_path / amp / training.PRUNED_FILE)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    pruned, prunable = zeros(tmp_path / amp / training.PRUNED_FILE, config)
+    assert pruned == below_threshold(prunable, 0.2)
+
+
+def test_id_profile_decides_who_is_pruned(config, tmp_path):
+    names = prunable_layers(build_captioner(load_config(config, task="caption")))
+    profile = {name: 1e6 if name.startswith("visual_encoder.") else 1e-6 for name in names}
+    (tmp_path / "id.json").write_text(json.dumps(profile))
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "id", *PRUNE]
+    argv += ["--final_threshold", "0.6", "--pruner_name", "Magnitude", "--eval_epochs", "0"]
+    run([*argv, "--id_profile", str(tmp_path / "id.json")])
+    by_modality = json.loads((tmp_path / "id/sparsity.json").read_text())["by_modality"]
+    assert by_modality["vision"] == 0 and by_modality["language"] > 0.4
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+Mistake = namedtuple("Mistake", "flags changes message")
+MISTAKES = {
+    "image root": Mistake([], {"image_root": "/nowhere"}, "/nowhere does not exist: set .*image_r"),
+    "unknown key": Mistake([], {"image_sizes": 3}, r"unknown keys \['image_sizes'\]"),
+    "unreadable config": Mistake(["--config", "no.yaml"], {}, "cannot read the config no.yaml"),
+    "schedule": Mistake(
+        ["--max_steps", "48"], {}, r"\(1 initial \+ 1 final\) x 24 .* has 48 steps"
+    ),
+    "batch": Mistake(["--batch_size", "49"], {}, "takes 49 samples .* training set has 48"),
+    "accumulation": Mistake(["--gradient_accumulation_steps", "0"], {}, "must be at least 1"),
+    "device": Mistake(["--device", "cuda:99"], {}, "no GPU|GPU 99 is asked for"),
+    "thresholds": Mistake(["--final_threshold", "80"], {}, "fractions that remain.*80.0"),
+    "beta2": Mistake(["--beta2", "2"], {}, "beta2"),
+    "no profile": Mistake(["--useID"], {}, "names no id_profile"),
+    "wrong profile": Mistake(
+        ["--id_profile", "configs/id/blip_nlvr.json"], {}, "crossattention.self0.query"
+    ),
+    "weights": Mistake(
+        ["--pretrained", "Makefile"], {}, "cannot read the checkpoint Makefile|than"
+    ),
+    "no weights": Mistake(["--evaluate"], {}, "nothing to evaluate: give --pruned"),
+    "pruned": Mistake(["--pruned", "x"], {}, "goes with --evaluate; training starts from --pretr"),
+    "vit": Mistake([], {"image_size": 40}, "40 is no multiple of patch_size 16"),
+    "output": Mistake(["--output_dir", "Makefile"], {}, "cannot make Makefile.*--output_dir"),
+    "captions": Mistake(["--score_only", "train.json"], {}, "takes the val.json or test.json"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistake_is_told_before_the_first_step(mistake, scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train_step", None)
+    config = write_config(tmp_path / "c.yaml", scenes, max_epoch=3, **mistake.changes)
+    argv = ["--config", config, "--output_dir", str(tmp_path), *mistake.flags]
+    with pytest.raises((ValueError, FileNotFoundError), match=mistake.message):
+        run(argv)
+    with pytest.raises(SystemExit) as stop:
+        launching.launch(train_caption.main, train_caption.parse_args(argv))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_full_disk(config, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free=10_000))
+    with pytest.raises(ValueError, match="GB are free: make room"):
+        run(["--config", config, "--output_dir", str(tmp_path), *PRUNE])
+
+
+@pytest.fixture
+def damaged(scenes, tmp_path):
+    """A copy of the scenes: one training image is cut off, one is missing, of 16."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(scenes, copy)
+    images = sorted((copy / "images/train").glob("*.png"))
+    images[3].write_bytes(images[3].read_bytes()[:100])
+    images[9].unlink()
+    return copy, images[3], images[9]
+
+
+def test_damaged_image_is_named(damaged, tmp_path):
+    data, truncated, missing = damaged
+    config = write_config(tmp_path / "c.yaml", data)
+    with pytest.raises(ValueError, match=truncated.name):
+        run(["--config", config, "--output_dir", str(tmp_path)])
+    Image.new("RGB", (32, 32)).save(truncated)
+    with pytest.raises(FileNotFoundError, match=missing.name):
+        run(["--config", config, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_images_are_counted_and_skipped(damaged, tmp_path, workers):
+    config = write_config(tmp_path / "c.yaml", damaged[0], max_epoch=1, num_workers=workers)
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "skipped"]
+    run([*argv, "--final_threshold", "1", "--eval_epochs", "0", "--skip_bad_images"])
+    (line,) = (tmp_path / "skipped/log.txt").read_text().splitlines()
+    captions = json.loads((damaged[0] / "annotation/coco_karpathy_train.json").read_text())
+    bad = sum(caption["image"].endswith(("0003.png", "0009.png")) for caption in captions)
+    assert json.loads(line)["bad_images"] >= bad  # the replacement may be bad too
+
+
+def test_annotation_missing_offline(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError))
+    config = write_config(tmp_path / "c.yaml", scenes, ann_root=str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="coco_karpathy_train.json yourself and put it at"):
+        run(["--config", config, "--output_dir", str(tmp_path)])
