@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo demo-nlvr test test-slow lint format bench clean
+.PHONY: setup demo scenes test test-slow lint format bench clean
 
 setup: $(READY)
 
@@ -27,5 +27,30 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: setup
+	for file in id pruner generate train; do $(BIN)/python -m benchmarks.$$file || exit; done
+
+# The paper's experiment on the embedded data: IDs, then pruning without and with them, 80 % and 95 %.
+RUN     := $(BIN)/python
+CAPTION := $(RUN) train_caption.py --config configs/caption_demo.yaml --output_dir output/demo
+PRUNE   := $(CAPTION) --max_steps 300 --warmup_steps 60 --eval_epochs 0 --resume off
+WITH_ID := --id_profile output/demo/ID/profile.json
+
+scenes: setup
+	$(RUN) -m data.scenes --out datasets/scenes
+
+demo: scenes
+	$(RUN) ComputeID.py --config configs/caption_demo.yaml -n 500 --Path output/demo/ID
+	$(PRUNE) --model_dir PLATON80 --final_threshold 0.2
+	$(PRUNE) --model_dir PLATON80-ID --final_threshold 0.2 $(WITH_ID)
+	$(PRUNE) --model_dir PLATON95 --final_threshold 0.05
+	$(PRUNE) --model_dir PLATON95-ID --final_threshold 0.05 $(WITH_ID)
+	$(CAPTION) --evaluate --model_dir dense
+	$(CAPTION) --evaluate --model_dir PLATON80 --pruned output/demo/PLATON80
+	$(CAPTION) --evaluate --model_dir PLATON80-ID --pruned output/demo/PLATON80-ID
+	$(CAPTION) --evaluate --model_dir PLATON95 --pruned output/demo/PLATON95
+	$(CAPTION) --evaluate --model_dir PLATON95-ID --pruned output/demo/PLATON95-ID
+	$(RUN) -m evaluation.table output/demo dense PLATON80 PLATON80-ID PLATON95 PLATON95-ID
+
 clean:
-	rm -rf $(VENV) datasets output
+	rm -rf $(VENV) datasets/scenes output/demo

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from data import EvalSampler, TrainBatchSampler
-from models import load_checkpoint
+from models import load_checkpoint, prunable_layers
+from pruners import sparsity_report
 from utils import Process, init_distributed, load_config, seed_everything, write_json
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -164,6 +165,8 @@ def prepare(
         dataset.check()
     model = build_model(run.config)
     load_weights(run, model)
+    if args.evaluate and run.process.is_main:
+        write_json(run.folder / "sparsity.json", sparsity_report(prunable_layers(model)))
     return run, model, datasets
 
 

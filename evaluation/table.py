@@ -1,0 +1,65 @@
+"""Prints what evaluated runs have come to, as a Markdown table.
+
+    python -m evaluation.table output/demo dense PLATON80 PLATON80-ID
+
+reads what `--evaluate` wrote: sparsity.json and results/ of each run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
+
+
+def read_run(folder: Path) -> dict[str, str]:
+    """A row of the table: column to formatted value.
+
+    Raises:
+        ValueError: the run was not evaluated.
+    """
+    results = folder / "results"
+    try:
+        sparsity = json.loads((folder / "sparsity.json").read_text())
+        if (results / "accuracy.json").exists():
+            accuracy = json.loads((results / "accuracy.json").read_text())
+            scores = {f"{split} accuracy": f"{share:.1%}" for split, share in accuracy.items()}
+        else:
+            found = json.loads((results / "test_scores.json").read_text())["scores"]
+            scores = {column: f"{found[name]:.3f}" for column, name in CAPTION_SCORES.items()}
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{folder} holds no evaluated run ({error}): run --evaluate") from error
+    return {
+        "run": folder.name,
+        "sparsity": f"{sparsity['overall']:.1%}",
+        **{kind: f"{share:.1%}" for kind, share in sparsity["by_modality"].items()},
+        **scores,
+    }
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Rows with the same columns as an aligned Markdown table."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table of the runs named on the command line, and where their figures are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="the runs' --output_dir")
+    parser.add_argument("runs", nargs="+", help="their --model_dir")
+    args = parser.parse_args(argv)
+    print(markdown([read_run(args.folder / run) for run in args.runs]))
+    figures = sorted(args.folder.glob("*/*.png"))
+    print("figures:", *figures, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
