@@ -102,13 +102,13 @@ def median_time(work: Callable[[], object], runs: int) -> float:
     return statistics.median(times[1:])
 
 
-def copy_time(pruner: Pruner, runs: int) -> float:
+def copy_time(pruner: Pruner, targets: dict[str, torch.Tensor], runs: int) -> float:
     """Seconds that copying takes for each byte read or written."""
-    pairs = list(zip(pruner.parameters.values(), pruner.score.state["ipt"].values(), strict=True))
+    pairs = [(pruner.score.state["ipt"][name], target) for name, target in targets.items()]
 
     def copy() -> None:
-        for parameter, target in pairs:
-            target.copy_(parameter.detach())
+        for source, target in pairs:
+            target.copy_(source)
 
     return median_time(copy, runs) / (2 * 4 * pruner.numel)
 
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     pruner = build_pruner(build_layers())
     rank = int(pruner.numel * (1 - REMAINING))
     plain = Straightforward(pruner)
-    per_byte = copy_time(pruner, args.runs)
+    per_byte = copy_time(pruner, plain.ipt, args.runs)
     print(f"{len(pruner.parameters)} tensors, {pruner.numel:,} numbers, ", end="")
     print(f"{torch.get_num_threads()} threads, copying at {1e-9 / per_byte:.1f} GB/s")
 

@@ -31,8 +31,8 @@ def mask_checksums(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     parameters = list(parameters)
     device = parameters[0].device
     generator = torch.Generator().manual_seed(0)
-    # Integers below 32, so that the sum over a block is below 2^24 and exact in float32.
-    weights = torch.randint(1, 32, (BLOCK,), generator=generator).to(device, torch.float32)
+    # Integers up to 28, so that the sum over a block is below 2^24 and exact in float32.
+    weights = torch.randint(1, 29, (BLOCK,), generator=generator).to(device, torch.float32)
     buffer = torch.empty(BLOCK, device=device)
     checksums = torch.zeros(len(parameters), dtype=torch.float64, device=device)
     for checksum, parameter in zip(checksums, parameters, strict=True):

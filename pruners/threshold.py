@@ -23,8 +23,8 @@ def kth_smallest(blocks: Blocks, n: int, k: int) -> float:
     """The k-th smallest score, as `torch.kthvalue` would find it, for any number of scores.
 
     Args:
-        blocks: `blocks(stride)` streams every stride-th score in flat float32 blocks of at most
-            BLOCK, each valid until the next. No score is negative or NaN.
+        blocks: `blocks(stride)` streams every stride-th score in flat float32 blocks of fewer
+            than 2 * BLOCK, each valid until the next. No score is negative or NaN.
         n: number of scores.
         k: rank, from 1 to n.
 
@@ -60,7 +60,7 @@ def select_inside(blocks: Blocks, n: int, k: int, lower: float, upper: float) ->
     buffers, kept, above = None, [], 0
     for scores in blocks(1):
         if buffers is None:  # comparisons into float32 and their sums are vectorised, bool is not
-            buffers = torch.empty(2, BLOCK, device=scores.device)
+            buffers = torch.empty(2, 2 * BLOCK, device=scores.device)
             above = torch.zeros((), dtype=torch.float64, device=scores.device)
         inside, under = buffers[:, : scores.numel()]
         torch.gt(scores, lower, out=inside)

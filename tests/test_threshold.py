@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruners import threshold
@@ -87,6 +87,7 @@ def test_bracket_that_misses_or_holds_too_much_finds_nothing(lower, upper):
 floats = st.floats(0, width=32) | st.sampled_from([0.0, DENORMAL, TINY, 1.0, BIG, math.inf])
 
 
+@settings(deadline=None)
 @given(st.lists(floats, min_size=1, max_size=300), st.data())
 def test_radix_select_equals_sort(numbers, data):
     k = data.draw(st.integers(1, len(numbers)))
@@ -96,6 +97,7 @@ def test_radix_select_equals_sort(numbers, data):
     assert found == np.sort(tensor.numpy())[k - 1]
 
 
+@settings(deadline=None)
 @given(
     st.lists(floats, min_size=1, max_size=40),
     st.integers(2000, 30_000),
