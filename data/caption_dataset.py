@@ -42,9 +42,12 @@ class CaptionTrainDataset(ImageDataset):
 
     def load(self, index: int) -> tuple[torch.Tensor, str, str]:
         """The item, see the class."""
-        record = self.records[index]
-        caption = self.prompt + normalize_caption(record["caption"], self.max_words)
-        return self.open(*self.image_paths(index)), caption, record["image_id"]
+        image_id = self.records[index]["image_id"]
+        return self.open(*self.image_paths(index)), self.text(index), image_id
+
+    def text(self, index: int) -> str:
+        """The item's prompt and caption."""
+        return self.prompt + normalize_caption(self.records[index]["caption"], self.max_words)
 
 
 class CaptionEvalDataset(ImageDataset):

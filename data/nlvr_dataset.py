@@ -47,10 +47,14 @@ class NlvrDataset(ImageDataset):
         """The item, see the class."""
         record = self.records[index]
         left, right = (self.open(path) for path in self.image_paths(index))
-        sentence = normalize_caption(record["sentence"], self.max_words)
+        sentence = self.text(index)
         if self.swap and torch.rand(()) < 0.5:
             left, right, sentence = right, left, mirror(sentence)
         return left, right, sentence, torch.tensor(LABELS[record["label"]])
+
+    def text(self, index: int) -> str:
+        """The item's statement, before any swap."""
+        return normalize_caption(self.records[index]["sentence"], self.max_words)
 
 
 def mirror(sentence: str) -> str:

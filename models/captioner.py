@@ -5,6 +5,7 @@ from torch import nn
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 from models.generation import generate_ids
+from models.stages import Stage, text_stages, vision_stages
 from models.text import load_tokenizer, text_config, tokenize
 from models.vit import VisionEncoder, build_vision_encoder
 
@@ -58,6 +59,13 @@ class Captioner(nn.Module):
         labels = input_ids.masked_fill(input_ids == self.tokenizer.pad_token_id, IGNORED_LABEL)
         labels[:, : self.prompt_length] = IGNORED_LABEL
         return self.loss_from_ids(self.encode_image(image), input_ids, attention_mask, labels)
+
+    def stages(self) -> list[Stage]:
+        """The forward pass over "image", "input_ids" and "attention_mask", for profiling."""
+        return [
+            *vision_stages(self.visual_encoder),
+            *text_stages(self.text_decoder.bert, images=("tokens",), causal=True),
+        ]
 
     def loss_terms(self, image: torch.Tensor, captions: list[str]) -> int:
         """Number of predicted tokens, over which the loss of `forward` is a mean."""
@@ -115,7 +123,11 @@ class Captioner(nn.Module):
         prompt_ids = prompt_ids.expand(len(image), -1)
         ids = self.generate_ids(image, prompt_ids, num_beams, max_length, min_length)
         ids = ids[:, self.prompt_length :]
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        # Joining "man ' s" to "man's" was the default when BLIP's scores were published.
+        texts = self.tokenizer.batch_decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=True
+        )
+        return [text.strip() for text in texts]
 
 
 def build_captioner(config: dict) -> Captioner:

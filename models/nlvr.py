@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
+from models.stages import Stage, text_stages, vision_stages
 from models.text import load_tokenizer, text_config, tokenize
 from models.vit import VisionEncoder, build_vision_encoder
 
@@ -134,6 +135,17 @@ class NlvrClassifier(nn.Module):
         """(B, 2) logits of "false" and "true" of token ids and their mask, both (B, L)."""
         images = self.encode_images(image0, image1)
         return self.cls_head(self.encode_text(images, input_ids, attention_mask)[:, 0])
+
+    def stages(self) -> list[Stage]:
+        """The forward pass over "image0", "image1" and text, for profiling.
+
+        The vision layers' samples are the first images: their stages come first.
+        """
+        return [
+            *vision_stages(self.visual_encoder, "image0", "tokens0"),
+            *vision_stages(self.visual_encoder, "image1", "tokens1"),
+            *text_stages(self.text_encoder, images=("tokens0", "tokens1"), causal=False),
+        ]
 
     def encode_images(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor]:
         """Token embeddings, (B, L_img, D_img) each, of two batches (B, 3, S, S); one ViT call."""

@@ -65,7 +65,6 @@ def text_stages(text: nn.Module, images: tuple[str, ...], causal: bool) -> Itera
             tuple of them.
         causal: whether a token sees only those before it (a decoder).
     """
-
     yield Stage("text: embedding", text.embeddings, ("input_ids",), "text")
     for index, layer in enumerate(text.encoder.layer):
         attend = _self_attention(layer, causal)

@@ -19,8 +19,16 @@ from tqdm import tqdm
 
 from models.layers import sees_image
 from models.stages import Stage
-from pruners.plan import FLOAT32, LayerShape, Piece, Plan, StagePlan, StageShape, segment_tokens
-from pruners.plan import live_states
+from pruners.plan import (
+    FLOAT32,
+    LayerShape,
+    Piece,
+    Plan,
+    StagePlan,
+    StageShape,
+    live_states,
+    segment_tokens,
+)
 from pruners.twonn import squared_distances
 
 

@@ -18,6 +18,7 @@ FLOAT32 = 4  # bytes
 SEGMENT_NUMBERS = 2**26  # of all samples, whose distances are computed at a time: 256 MB
 WORKSPACE = 2**26  # bytes for chunks of features
 MATRICES = 4  # (n, n) in float64: a layer's sum, a segment's term, and what the estimate needs
+BATCH_OUTPUTS = 4  # of the widest layer, alive at a time within a stage
 
 
 class LayerShape(NamedTuple):
@@ -99,7 +100,7 @@ class Plan:
         n: samples.
         budget: bytes.
         plain_flops: of one sample in one forward of the model.
-        fixed: bytes for matrices and work space.
+        fixed: bytes for matrices, work space and the outputs of one batch.
         stages: those up to the last one with a layer of interest.
     """
 
@@ -147,7 +148,12 @@ class Plan:
 
 
 def make_plan(
-    shapes: list[StageShape], layers: set[str], inputs: dict[str, int], n: int, budget: int
+    shapes: list[StageShape],
+    layers: set[str],
+    inputs: dict[str, int],
+    n: int,
+    batch_size: int,
+    budget: int,
 ) -> Plan:
     """Plans the capture of some layers.
 
@@ -156,6 +162,7 @@ def make_plan(
         layers: names of those to capture.
         inputs: bytes of one sample of each input that stays in memory.
         n: samples.
+        batch_size: in samples.
         budget: bytes for activations, states and matrices together.
 
     Raises:
@@ -168,7 +175,9 @@ def make_plan(
     plain_flops = sum(shape.flops for shape in shapes)
     while wanted and not wanted[-1].layers:
         wanted.pop()
-    fixed = MATRICES * n * n * 8 + WORKSPACE
+    widest = max((x.tokens * x.width for shape in wanted for x in shape.layers), default=0)
+    outputs = BATCH_OUTPUTS * min(batch_size, n) * widest * FLOAT32
+    fixed = MATRICES * n * n * 8 + WORKSPACE + outputs
     stages = []
     for index, shape in enumerate(wanted):
         carried = n * _carried(wanted, index, inputs)

@@ -16,11 +16,12 @@ BLOCK_COUNTS = range(1, 21)  # the points are cut into 1, 2, ..., 20 blocks
 FEWEST_POINTS = 3  # the last two ratios are dropped, so a fit needs three
 
 DIRECT_FEATURES = 64  # up to here differences cost no more than a matrix product
-PRODUCT_FEATURES = 2048  # summed in float32 before float64 takes over
-CHUNK_NUMBERS = 2**22  # centred at a time: 16 MB, about what stays in cache
+PRODUCT_FEATURES = 4096  # summed in float32 before float64 takes over; narrower points: float64
+GROUP = 64  # features of a norm summed in float32
+CHUNK_NUMBERS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
 STRIP = {"cpu": 192, "cuda": 1024}  # rows of a product, which starts at the diagonal
 CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
-NEIGHBOURS = 128  # kept of each point; two of one block in 20 are among them but for 1 point in 80
+NEIGHBOURS = 64  # kept of each point; a third falls short in blocks of a 20th and is looked up
 
 
 def pairwise_distances(points: Tensor) -> Tensor:
@@ -55,7 +56,8 @@ def squared_distances(points: Tensor) -> Tensor:
     norms = torch.zeros(n, dtype=torch.float64, device=points.device)  # squared
     with full_float32():
         for chunk in _centred_chunks(points):
-            norms += torch.linalg.vector_norm(chunk.unflatten(1, (-1, 64)), dim=2).double().square().sum(1)
+            groups = chunk.unflatten(1, (-1, GROUP))
+            norms += torch.linalg.vector_norm(groups, dim=2).double().square().sum(1)
             _add_products_(result, chunk)
     _require_finite(norms)
     close = _products_to_distances_(result, norms)
@@ -69,17 +71,17 @@ def _require_finite(numbers: Tensor) -> None:
 
 
 def _centred_chunks(points: Tensor) -> Iterator[Tensor]:
-    """Chunks of the features with their mean removed, zero-padded to a multiple of 64."""
+    """Chunks of the features with their mean removed, zero-padded to whole groups."""
     n, width = points.shape
     dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
     size = PRODUCT_FEATURES * max(1, CHUNK_NUMBERS // (n * PRODUCT_FEATURES))
-    size = min(size, 64 * math.ceil(width / 64))
+    size = min(size, GROUP * math.ceil(width / GROUP))
     buffer = torch.empty(n, size, dtype=dtype, device=points.device)
     for start in range(0, width, size):
         features = points[:, start : start + size]
         filled = features.shape[1]
         if filled < size:
-            buffer = buffer[:, : 64 * math.ceil(filled / 64)].fill_(0)
+            buffer = buffer[:, : GROUP * math.ceil(filled / GROUP)].fill_(0)
         torch.sub(features, features.mean(0), out=buffer[:, :filled])
         yield buffer
 
@@ -264,7 +266,7 @@ def _nearest_in_block(distances: Tensor, values: Tensor, indices: Tensor, blocks
 
 
 def _slope(nearest: Tensor, fraction: float) -> Tensor:
-    """Least-squares slopes (...) of -log(1 - F) against log(r2 / r1), from r1 and r2 (..., m, 2)."""
+    """Slopes (...) of -log(1 - F) against log(r2 / r1), given r1 and r2 of m points (..., m, 2)."""
     r1, r2 = nearest.unbind(-1)
     usable = (r1 > 0) & (r2 > r1)
     x = torch.where(usable, (r2 / r1).log(), math.inf).sort().values

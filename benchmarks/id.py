@@ -1,0 +1,298 @@
+"""Times the ID engine against the straightforward method, other packages and the bound.
+
+    python -m benchmarks.id                            # all parts, two minutes on two cores
+    python -m benchmarks.id distances --n 2000 --features 28416
+    python -m benchmarks.id blocks --n 2000
+    python -m benchmarks.id capture --n 96 --memory_gb 6
+    python -m benchmarks.id straightforward --n 12 --disk /tmp/activations
+    python -m benchmarks.id plan --n 2000 --memory_gb 12
+
+Models have random weights, images and captions are random: no data is needed. scikit-dimension and
+DADApy take part where they are installed. Add --device cuda for a GPU.
+"""
+
+import argparse
+import importlib
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models import build_captioner, prunable_layers
+from models.layers import sees_image
+from pruners.capture import Capture, Samples, counted_positions, trace_stages
+from pruners.plan import make_plan
+from pruners.twonn import (
+    block_analysis,
+    draw_permutations,
+    estimate_id,
+    pairwise_distances,
+)
+
+CAPTION_LENGTHS = (9, 16)  # tokens, prompt included
+
+
+def seconds(run: Callable, repeats: int = 1) -> float:
+    """The least time of some runs, after all that a GPU had to do."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def report(name: str, value: float, reference: float | None = None) -> None:
+    """Prints a time, and how many times faster than it the reference time is."""
+    ratio = "" if reference is None else f"   {value / reference:6.2f} x ours"
+    print(f"  {name:44}{value:9.3f} s{ratio}", flush=True)
+
+
+def gemm_rate(device: str) -> float:
+    """Float32 multiply-adds a second, twice, of a large product."""
+    a = torch.randn(2000, 4096, device=device)
+    out = torch.empty(2000, 2000, device=device)
+    torch.mm(a, a.T, out=out)
+    return 2 * 2000 * 2000 * 4096 / seconds(lambda: torch.mm(a, a.T, out=out), 5)
+
+
+def distances(args: argparse.Namespace) -> None:
+    """All distances of one layer: ours, torch.pdist, the bound, and whole TwoNN of others."""
+    n, width = args.n or 2000, args.features
+    print(f"distances, n {n} x D {width}")
+    points = torch.randn(n, width, device=args.device)
+    pairwise_distances(points[:, :8192])
+    before = gemm_rate(args.device)
+    ours = seconds(lambda: pairwise_distances(points), 5)
+    rate = (before + gemm_rate(args.device)) / 2
+    useful = n * (n + 1) * width / ours
+    report("ours", ours)
+    print(f"  {'useful product rate / GEMM rate':44}{useful / rate:9.3f}    ({rate / 1e9:.0f} GF/s)")
+    report("bound: half a product at the GEMM rate", n * (n + 1) * width / rate, ours)
+    found = []
+    report("torch.pdist", seconds(lambda: found.append(torch.pdist(points))), ours)
+    above = torch.triu_indices(n, n, 1, device=args.device)
+    error = (pairwise_distances(points)[above[0], above[1]] / found[0].double() - 1).abs().max()
+    print(f"  largest relative difference from torch.pdist {error:.1e} (its own rounding included)")
+    whole = seconds(lambda: estimate_id(pairwise_distances(points)), 3)
+    report("ours, whole TwoNN", whole)
+    for name, run in other_packages(points.cpu().numpy()).items():
+        report(name, seconds(run), whole)
+
+
+def other_packages(points) -> dict[str, Callable]:
+    """TwoNN of the packages that are installed, on an array (n, D)."""
+    found = {}
+    try:
+        skdim = importlib.import_module("skdim.id")
+        found["scikit-dimension, whole TwoNN"] = lambda: skdim.TwoNN().fit(points)
+    except ImportError as error:
+        print(f"  scikit-dimension is not installed ({error})")
+    try:
+        dadapy = importlib.import_module("dadapy")
+        found["DADApy, whole TwoNN"] = lambda: dadapy.Data(points).compute_id_2NN()
+    except ImportError as error:
+        print(f"  DADApy is not installed ({error})")
+    return found
+
+
+def sorted_blocks(distances: Tensor, permutations: Tensor) -> tuple[Tensor, Tensor]:
+    """Block analysis by sorting every row of every block, as the original code does."""
+    means, stds = [], []
+    for b, permutation in enumerate(permutations, 1):
+        size = len(permutation) // b
+        slopes = []
+        for block in permutation[: b * size].view(b, size):
+            nearest = distances[block][:, block].sort(dim=1).values
+            r1, r2 = nearest[:, 1], nearest[:, 2]
+            usable = (r1 > 0) & (r2 > r1)
+            x = (r2[usable] / r1[usable]).sort().values.log()
+            y = -torch.log1p(-torch.arange(1, len(x) + 1, device=x.device) / len(x)).double()
+            slopes.append((x[:-2] @ y[:-2]) / (x[:-2] @ x[:-2]))
+        slopes = torch.stack(slopes)
+        means.append(slopes.mean())
+        stds.append(slopes.std(correction=0))
+    return torch.stack(means), torch.stack(stds)
+
+
+def blocks(args: argparse.Namespace) -> None:
+    """Block analysis of one layer: ours against full sorts."""
+    n = args.n or 2000
+    print(f"block analysis, n {n}")
+    matrix = pairwise_distances(torch.randn(n, 100, device=args.device))
+    permutations = draw_permutations(n, torch.Generator().manual_seed(0)).to(args.device)
+    ours = seconds(lambda: block_analysis(matrix, permutations=permutations), 7)
+    report("ours", ours)
+    report("full sorts", seconds(lambda: sorted_blocks(matrix, permutations), 3), ours)
+    error = block_analysis(matrix, permutations=permutations).mean
+    error = (sorted_blocks(matrix, permutations)[0].cpu() / error - 1).abs().max()
+    print(f"  largest relative difference of a mean {error:.1e}")
+
+
+def random_model(args: argparse.Namespace) -> nn.Module:
+    """A captioner with random weights and a vocabulary of the prompt's words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.txt").write_text("\n".join(words) + "\n")
+        sizes = {"vit": args.vit, "image_size": args.image_size, "med_config": {}}
+        model = build_captioner(sizes | {"tokenizer": folder})
+    return model.to(args.device).eval()
+
+
+def random_samples(args: argparse.Namespace, n: int) -> Samples:
+    """Images and captions."""
+    lengths = torch.randint(*CAPTION_LENGTHS, (n, 1))
+    mask = (torch.arange(int(lengths.max())) < lengths).long()
+    ids = torch.randint(5, 30_000, mask.shape) * mask
+    images = torch.randn(n, 3, args.image_size, args.image_size)
+    return Samples(
+        tensors={"input_ids": ids, "attention_mask": mask},
+        images={"image": images},
+        counted=counted_positions(mask, args.batch_size, keep_padding=False),
+        batch_size=args.batch_size,
+    )
+
+
+def plan_for(args: argparse.Namespace, model: nn.Module, samples: Samples, n: int):
+    """The engine's plan for all layers of a model."""
+    layers = prunable_layers(model)
+    shapes = trace_stages(model.stages(), layers, samples, torch.device(args.device))
+    budget = int(args.memory_gb * 1e9)
+    return make_plan(shapes, set(layers), samples.sizes(), n, args.batch_size, budget)
+
+
+@torch.no_grad()
+def plain_forward(model: nn.Module, samples: Samples, device: str) -> None:
+    """The model over all samples, without its vocabulary head, which has no profiled layer."""
+    inputs = [samples.images["image"], *samples.tensors.values()]
+    for batch in zip(*(values.split(samples.batch_size) for values in inputs), strict=True):
+        image, ids, mask = (values.to(device) for values in batch)
+        model.text_decoder.bert(
+            ids,
+            attention_mask=mask,
+            encoder_hidden_states=model.encode_image(image),
+            is_decoder=True,
+        )
+
+
+def capture(args: argparse.Namespace) -> None:
+    """All layers of a model: the whole engine against one plain forward."""
+    n = args.n or 12
+    model, samples = random_model(args), random_samples(args, n)
+    plan = plan_for(args, model, samples, n)
+    print(f"capture, vit {args.vit}, {args.image_size} px, n {n}\n{plan}")
+    permutations = draw_permutations(n, torch.Generator().manual_seed(0))
+    found = {}
+
+    def engine() -> None:
+        layers = prunable_layers(model)
+        for layer, matrix in Capture(plan, layers, samples, torch.device(args.device), False):
+            found[layer.name] = block_analysis(matrix, permutations=permutations).id
+
+    plain_forward(model, random_samples(args, min(n, args.batch_size)), args.device)  # warm-up
+    plain = seconds(lambda: plain_forward(model, samples, args.device))
+    ours = seconds(engine)
+    plain = (plain + seconds(lambda: plain_forward(model, samples, args.device))) / 2
+    report("plain evaluation forward (before and after)", plain)
+    report("ours, IDs of all layers", ours)
+    print(f"  {'ours / plain forward':44}{ours / plain:9.3f}")
+    if args.ids:
+        torch.save(found, args.ids)
+
+
+def straightforward(args: argparse.Namespace) -> None:
+    """Hooks keep all activations; then torch.pdist and full sorts, layer by layer."""
+    n = args.n or 12
+    model, samples = random_model(args), random_samples(args, n)
+    layers, kept = prunable_layers(model), {}
+    print(f"straightforward, vit {args.vit}, {args.image_size} px, n {n}")
+
+    def keep(name: str, output: Tensor) -> None:
+        kept.setdefault(name, []).append(output)
+
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output, name=name: keep(name, output))
+        for name, layer in layers.items()
+    ]
+    report("forward with hooks", seconds(lambda: plain_forward(model, samples, args.device)))
+    for hook in hooks:
+        hook.remove()
+    mask = samples.counted[..., None].to(args.device)
+    for name in kept:
+        whole = torch.cat(kept[name])
+        kept[name] = (whole if sees_image(name) else whole * mask).flatten(1)
+    if args.disk:
+        disk_round_trip(kept, Path(args.disk))
+    permutations = draw_permutations(n, torch.Generator().manual_seed(0)).to(args.device)
+
+    def estimate() -> None:
+        above = torch.triu_indices(n, n, 1)
+        for points in kept.values():
+            matrix = torch.zeros(n, n, dtype=torch.float64, device=args.device)
+            matrix[above[0], above[1]] = torch.pdist(points).double()
+            sorted_blocks(matrix + matrix.T, permutations)
+
+    report("torch.pdist and full sorts", seconds(estimate))
+
+
+def disk_round_trip(kept: dict[str, Tensor], folder: Path) -> None:
+    """Writes all activations and reads them again, as the original code does."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        for number, points in enumerate(kept.values()):
+            torch.save(points, folder / f"{number}.pt")
+
+    def read() -> None:
+        for number in range(len(kept)):
+            torch.load(folder / f"{number}.pt", weights_only=True)
+
+    report(f"write {sum(x.nbytes for x in kept.values()) / 1e9:.1f} GB", seconds(write))
+    report("read them", seconds(read))
+    for number in range(len(kept)):
+        (folder / f"{number}.pt").unlink()
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Prints the engine's plan; nothing is run over the samples."""
+    n = args.n or 2000
+    model, samples = random_model(args), random_samples(args, 1)
+    print(f"plan, vit {args.vit}, {args.image_size} px, n {n}\n{plan_for(args, model, samples, n)}")
+
+
+PARTS = {part.__name__: part for part in (distances, blocks, capture, straightforward, plan)}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the parts that are asked for."""
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads, device {args.device}")
+    for part in args.parts or PARTS:
+        PARTS[part](args)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("--n", type=int, help="samples; each part has its default")
+    parser.add_argument("--features", type=int, default=28416)
+    parser.add_argument("--memory_gb", type=float, default=12)
+    parser.add_argument("--vit", default="base", choices=["tiny", "base", "large"])
+    parser.add_argument("--image_size", type=int, default=384)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--disk", help="folder for the straightforward method's round trip")
+    parser.add_argument("--ids", help="file for the IDs that `capture` finds, to compare budgets")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())

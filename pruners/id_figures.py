@@ -1,0 +1,87 @@
+"""Figures of ID profiles."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from models.layers import modality, sees_image
+from pruners.profile import IDProfile
+
+KINDS = {  # of layers: colour, and marker with its filling
+    "vision": ("tab:blue", "o", "full"),
+    "language": ("tab:orange", "o", "none"),
+    "cross-attention key, value": ("tab:red", "^", "full"),
+}
+
+
+def layer_kind(name: str) -> str:
+    """Which of `KINDS` a layer is: keys and values of cross-attention see the image."""
+    if modality(name) == "language" and sees_image(name):
+        return "cross-attention key, value"
+    return modality(name)
+
+
+def plot_depth(profile: IDProfile, path: str | Path) -> None:
+    """ID of each layer with its error bar, against its position in the model."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, (colour, marker, fill) in KINDS.items():
+        layers = [
+            (position, layer.id, layer.error)
+            for position, (name, layer) in enumerate(profile.layers.items())
+            if layer_kind(name) == kind
+        ]
+        if layers:
+            x, y, error = zip(*layers, strict=True)
+            style = {"fmt": marker, "fillstyle": fill, "ms": 4, "color": colour}
+            axes.errorbar(x, y, error, elinewidth=0.6, label=kind, **style)
+    axes.set(xlabel="layer", ylabel="intrinsic dimension")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_comparison(profiles: dict[str, dict[str, float]], path: str | Path) -> None:
+    """IDs of several models against relative depth, overlaid as in the paper's figure.
+
+    Args:
+        profiles: label to a mapping from layer name to ID, layers in forward order.
+        path: of the image file.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, layers) in enumerate(profiles.items()):
+        colour, ids = f"C{number}", list(layers.values())
+        depth = [position / max(1, len(ids) - 1) for position in range(len(ids))]
+        axes.plot(depth, ids, lw=0.5, color=colour, label=label)
+        for kind, (_, marker, fill) in KINDS.items():
+            chosen = [i for i, name in enumerate(layers) if layer_kind(name) == kind]
+            x, y = [depth[i] for i in chosen], [ids[i] for i in chosen]
+            axes.plot(x, y, marker, ms=4, color=colour, fillstyle=fill)
+    for kind, (_, marker, fill) in KINDS.items():
+        axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill, label=kind)
+    axes.set(xlabel="relative depth", ylabel="intrinsic dimension")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_scale(profile: IDProfile, path: str | Path) -> None:
+    """ID against the number of points in a block, one line a layer.
+
+    Where a line is level, the ID does not depend on the scale at which the data is seen.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    labelled = set()
+    for name, layer in profile.layers.items():
+        sizes = [profile.settings["nsamples"] // b for b in range(1, len(layer.block_means) + 1)]
+        means = [float("nan") if mean is None else mean for mean in layer.block_means]
+        kind = layer_kind(name)
+        label = None if kind in labelled else kind
+        labelled.add(kind)
+        axes.plot(sizes, means, color=KINDS[kind][0], lw=0.6, alpha=0.6, label=label)
+    axes.set(xlabel="points in a block", ylabel="mean intrinsic dimension", xscale="log")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

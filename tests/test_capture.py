@@ -1,0 +1,260 @@
+import pytest
+import torch
+
+from models import build_captioner, build_nlvr, prunable_layers
+from models.layers import sees_image
+from pruners import plan as planning
+from pruners.capture import Capture, Samples, counted_positions, trace_stages
+from pruners.plan import make_plan, share_layers
+from pruners.twonn import estimate_id, pairwise_distances
+
+N, LENGTH = 50, 11
+CPU = torch.device("cpu")
+GB = 10**9
+
+
+def with_large_weights(model):
+    """Samples differ by more than rounding errors at all depths, as in a trained model."""
+    for layer in prunable_layers(model).values():
+        torch.nn.init.xavier_normal_(layer.weight)
+    return model.eval()
+
+
+@pytest.fixture
+def captioner(caption_tiny_config):
+    return with_large_weights(build_captioner(caption_tiny_config))
+
+
+@pytest.fixture
+def nlvr(nlvr_tiny_config):
+    return with_large_weights(build_nlvr(nlvr_tiny_config))
+
+
+@pytest.fixture(params=["captioner", "nlvr"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def make_samples(model, batch_size=4, keep_padding=False, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(104, 158, (N, LENGTH), generator=generator)
+    lengths = torch.randint(4, LENGTH + 1, (N, 1), generator=generator)
+    lengths[5] = LENGTH
+    mask = (torch.arange(LENGTH) < lengths).long()
+    names = ["image"] if hasattr(model, "text_decoder") else ["image0", "image1"]
+    return Samples(
+        tensors={"input_ids": ids * mask, "attention_mask": mask},
+        images={name: list(torch.randn(N, 3, 32, 32, generator=generator)) for name in names},
+        counted=counted_positions(mask, batch_size, keep_padding),
+        batch_size=batch_size,
+    )
+
+
+def run_model(model, samples, rows, trim=False):
+    """The model's own forward over some samples."""
+    images = [torch.stack(column[rows]) for column in samples.images.values()]
+    ids, mask = samples.tensors["input_ids"][rows], samples.tensors["attention_mask"][rows]
+    if trim:
+        longest = int(mask.sum(1).max())
+        ids, mask = ids[:, :longest], mask[:, :longest]
+    with torch.no_grad():
+        if len(images) == 1:
+            embeds = model.encode_image(*images)
+            model.text_decoder(ids, attention_mask=mask, encoder_hidden_states=embeds)
+        else:
+            model.logits_from_ids(*images, ids, mask)
+
+
+def hooked_outputs(model, samples, trim=False):
+    """Outputs (n, L, width) of all layers in plain forwards, text padded with zeros to LENGTH."""
+    outputs = {name: [] for name in prunable_layers(model)}
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out, name=name: outputs[name].append(out))
+        for name, layer in prunable_layers(model).items()
+    ]
+    for start in range(0, N, samples.batch_size):
+        run_model(model, samples, slice(start, start + samples.batch_size), trim)
+    for hook in hooks:
+        hook.remove()
+    result = {}
+    for name, parts in outputs.items():
+        if not sees_image(name):
+            parts = [torch.nn.functional.pad(x, (0, 0, 0, LENGTH - x.shape[1])) for x in parts]
+        result[name] = torch.cat(parts)
+        if len(samples.images) == 2 and name.startswith("visual_encoder."):
+            firsts = [x.chunk(2)[0] for x in parts]  # one call sees both images
+            result[name] = torch.cat(firsts)
+    return result
+
+
+def plan_for(model, samples, budget=GB, layers=None):
+    shapes = trace_stages(model.stages(), prunable_layers(model), samples, CPU)
+    layers = set(prunable_layers(model)) if layers is None else layers
+    return make_plan(shapes, layers, samples.sizes(), N, samples.batch_size, budget)
+
+
+def measure(model, samples, budget=GB, layers=None):
+    plan = plan_for(model, samples, budget, layers)
+    capture = Capture(plan, prunable_layers(model), samples, CPU, progress=False)
+    return {layer.name: distances for layer, distances in capture}
+
+
+def dimensions(distances):
+    return {name: estimate_id(values) for name, values in distances.items()}
+
+
+def test_stages_equal_the_models_forward(model):
+    samples = make_samples(model)
+    found = measure(model, samples)
+    outputs = hooked_outputs(model, samples)
+    assert set(found) == set(outputs)
+    for name, output in outputs.items():
+        if not sees_image(name):
+            output = output * samples.tensors["attention_mask"][..., None]
+        expected = pairwise_distances(output.flatten(1))
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Segments of a token or a few, and nothing but outputs and states in the budget."""
+    monkeypatch.setattr(planning, "SEGMENT_NUMBERS", 3000)
+    for name in ("WORKSPACE", "MATRICES", "BATCH_OUTPUTS"):
+        monkeypatch.setattr(planning, name, 0)
+
+
+def test_any_budget_gives_the_same_bits(model, small_pieces):
+    samples = make_samples(model)
+    peak = plan_for(model, samples).peak
+    plans = [plan_for(model, samples, int(share * peak)) for share in (1, 0.6, 0.3)]
+    passes = [max(len(stage.passes) for stage in plan.stages) for plan in plans]
+    assert passes[0] == 1 < passes[1] < passes[2]
+    assert plans[0].work == 1 < plans[1].work < plans[2].work
+    assert all(plan.peak <= plan.budget for plan in plans)
+    results = [measure(model, samples, plan.budget) for plan in plans]
+    for name, distances in results[0].items():
+        assert torch.equal(results[1][name], distances)
+        assert torch.equal(results[2][name], distances)
+
+
+def test_calls_of_each_layer_are_those_planned(captioner, small_pieces):
+    """A pass stops at the last output it keeps: later layers of the stage are not called."""
+    samples = make_samples(captioner)
+    plan = plan_for(captioner, samples, int(0.3 * plan_for(captioner, samples).peak))
+    calls = dict.fromkeys(prunable_layers(captioner), 0)
+
+    def count(module, args, output, name):
+        calls[name] += 1
+
+    batches = -(-N // samples.batch_size)
+    for name, layer in prunable_layers(captioner).items():
+        layer.register_forward_hook(lambda *call, name=name: count(*call, name=name))
+    list(Capture(plan, prunable_layers(captioner), samples, CPU, progress=False))
+    for stage in plan.stages:
+        names = [layer.name for layer in stage.shape.layers]
+        for position, name in enumerate(names):
+            reaching = [
+                kept for kept in stage.passes if names.index(kept[-1].layer.name) >= position
+            ]
+            advancing = stage.advances and stage.passes[-1] not in reaching
+            assert calls[name] == batches * (len(reaching) + advancing)
+
+
+def test_buffers_stay_within_the_plan(captioner, small_pieces, monkeypatch):
+    samples = make_samples(captioner)
+    budget = int(0.4 * plan_for(captioner, samples).peak)
+    plan = plan_for(captioner, samples, budget)
+    capture = Capture(plan, prunable_layers(captioner), samples, CPU, progress=False)
+    seen = []
+    forward = Capture._forward
+
+    def spy(self, *args):
+        forward(self, *args)
+        seen.append(self.arena.nbytes + sum(state.nbytes for state in self.states.values()))
+
+    monkeypatch.setattr(Capture, "_forward", spy)
+    list(capture)
+    assert 0.8 * budget < max(seen) <= plan.peak <= budget
+
+
+def test_base_model_at_12_gb(golden_tokenizer):
+    """BLIP base, 384 px, 2,000 images: at most three plain forwards of work."""
+    config = {"vit": "base", "image_size": 384, "med_config": {}, "tokenizer": golden_tokenizer}
+    with torch.device("meta"):  # sizes without weights
+        model = build_captioner(config).eval()
+        ids = torch.ones(1, 40, dtype=torch.long)
+        image = torch.empty(3, 384, 384)
+    tensors = {"input_ids": ids, "attention_mask": ids}
+    samples = Samples(tensors, {"image": [image]}, ids.bool())
+    layers = prunable_layers(model)
+    shapes = trace_stages(model.stages(), layers, samples, torch.device("meta"))
+    numbers = sum(x.tokens * x.width for shape in shapes for x in shape.layers)
+    assert numbers == 12 * (577 * (2304 + 768 + 3072 + 768 + 2 * 768) + 40 * (6 * 768 + 3072 + 768))
+    # multiply-adds of the layers and of attention, patches included
+    layer_flops = 2 * 577 * 768 * (2304 + 768 + 3072 + 3072)
+    block_flops = layer_flops + 4 * 577 * 577 * 768
+    assert sum(shape.flops for shape in shapes[1:25]) == 12 * block_flops
+    plan = make_plan(shapes, set(layers), samples.sizes(), 2000, 8, 12 * GB)
+    assert len([x for stage in plan.stages for x in stage.shape.layers]) == 168
+    assert 1 < plan.work <= 3
+    assert plan.peak <= 12 * GB
+    assert make_plan(shapes, set(layers), samples.sizes(), 96, 8, 6 * GB).work == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_padding_does_not_count(model, batch_size):
+    expected = dimensions(measure(model, make_samples(model, 16)))
+    found = dimensions(measure(model, make_samples(model, batch_size)))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_keep_padding_is_the_originals(model):
+    """What a batch pads to its longest text is kept; what other batches add, is zero."""
+    samples = make_samples(model, keep_padding=True)
+    found = measure(model, samples)
+    for name, output in hooked_outputs(model, samples, trim=True).items():
+        expected = pairwise_distances(output.flatten(1))
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+    without = measure(model, make_samples(model))
+    name = next(name for name in found if name.endswith("layer.0.output.dense"))
+    assert not torch.allclose(without[name], found[name])
+
+
+def test_budget_too_small(captioner, small_pieces):
+    with pytest.raises(ValueError, match=r"--memory_gb 1e-05 is too little: .* needs 0\.\d+ GB"):
+        plan_for(captioner, make_samples(captioner), 10_000)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_name_the_layer(model, value):
+    name = next(name for name in prunable_layers(model) if name.endswith("blocks.1.mlp.fc2"))
+    prunable_layers(model)[name].bias.data[3] = value
+    with pytest.raises(ValueError, match=f"layer {name}: values are NaN, infinite"):
+        measure(model, make_samples(model))
+
+
+def test_processes_share_the_layers(model, small_pieces):
+    """Each layer belongs to one process, loads are even, and the bits are those of one process."""
+    samples = make_samples(model)
+    layers = prunable_layers(model)
+    shapes = trace_stages(model.stages(), layers, samples, CPU)
+    shares = share_layers(shapes, set(layers), 2)
+    assert shares[0] | shares[1] == set(layers)
+    assert not shares[0] & shares[1]
+    numbers = {x.name: x.tokens * x.width for shape in shapes for x in shape.layers}
+    loads = [sum(numbers[name] for name in share) for share in shares]
+    assert max(loads) < 1.1 * min(loads)
+    whole = measure(model, samples)
+    for share in shares:
+        part = measure(model, samples, plan_for(model, samples).peak // 2, share)
+        assert set(part) == share
+        assert all(torch.equal(part[name], whole[name]) for name in share)
+
+
+def test_chain_ends_at_the_last_layer_wanted(captioner):
+    name = "visual_encoder.blocks.1.attn.qkv"
+    samples = make_samples(captioner)
+    plan = plan_for(captioner, samples, layers={name})
+    assert plan.stages[-1].shape.layers[0].name == name
+    assert not plan.stages[-1].advances
+    assert list(measure(captioner, samples, layers={name})) == [name]
