@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data import build_caption_datasets, build_nlvr_datasets
+from launching import launch
 from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
 from pruners.capture import Capture, Samples, counted_positions, trace_stages
 from pruners.id_figures import plot_comparison, plot_depth, plot_scale
@@ -36,7 +37,6 @@ from pruners.profile import (
     save_distances,
 )
 from pruners.twonn import draw_permutations
-from launching import launch
 from utils import Process, init_distributed, load_config
 
 TASKS = {
