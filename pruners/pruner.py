@@ -1,5 +1,6 @@
 """Iterative pruning during training: after every optimizer step score, and at times mask."""
 
+import math
 from collections.abc import Iterable
 
 from torch import nn
@@ -121,9 +122,20 @@ class Pruner:
         return ratio, threshold
 
     def threshold(self, rank: int) -> float:
-        """The rank-th smallest score, from 1; known already if no score changed since."""
+        """The rank-th smallest score, from 1; known already if no score changed since.
+
+        Raises:
+            ValueError: a score is NaN; names the parameter.
+        """
         if self._found is None or self._found[0] != rank:
-            self._found = rank, kth_smallest(self.score.blocks, self.numel, rank)
+            value = kth_smallest(self.score.blocks, self.numel, rank)
+            if math.isnan(value):
+                raise ValueError(
+                    f"the scores of {self.score.first_nan()} are not numbers: its weights or "
+                    "gradients became infinite or NaN. Resume from an earlier checkpoint with a "
+                    "lower learning rate"
+                )
+            self._found = rank, value
         return self._found[1]
 
     def check_masks_equal(self) -> None:

@@ -86,30 +86,26 @@ class Score:
 
         Yields:
             Fewer than 2 * BLOCK scores, float32. The next block overwrites them.
-
-        Raises:
-            ValueError: a score is NaN; raised after the last block.
         """
         buffer = torch.empty(2 * BLOCK, device=next(iter(self.parameters.values())).device)
-        end, names, sums = 0, [], []
+        end = 0
         for name in self.parameters:
             for operands in split(*self.operands(name), stride=stride):
-                scores = self.of_block(name, operands, buffer[end:])
-                end += scores.numel()
-                names.append(name)
-                sums.append(scores.sum())  # NaN if one of them is, for none is negative
+                end += self.of_block(name, operands, buffer[end:]).numel()
                 if end >= BLOCK:
                     yield buffer[:end]
                     end = 0
         if end:
             yield buffer[:end]
-        bad = torch.stack(sums).isnan().cpu()
-        if bad.any():
-            name = names[int(bad.nonzero()[0])]
-            raise ValueError(
-                f"the scores of {name} are not numbers: its weights or gradients became infinite "
-                "or NaN. Resume from an earlier checkpoint with a lower learning rate"
-            )
+
+    def first_nan(self) -> str | None:
+        """Name of the first parameter that has a score that is NaN."""
+        buffer = torch.empty(BLOCK, device=next(iter(self.parameters.values())).device)
+        for name in self.parameters:
+            for operands in split(*self.operands(name)):
+                if self.of_block(name, operands, buffer).isnan().any():
+                    return name
+        return None
 
 
 class Magnitude(Score):
