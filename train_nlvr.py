@@ -12,6 +12,8 @@ embedded scenes.
 import argparse
 
 import torch
+from torch import nn
+from torch.utils.data import Dataset
 
 import launching
 import training
@@ -21,11 +23,11 @@ from utils import write_json
 
 
 @torch.no_grad()
-def evaluate(run: launching.Run, model, dataset) -> float:
+def evaluate(run: launching.Run, model: nn.Module, dataset: Dataset) -> float:
     """The share of a split's statements that are judged correctly, counted over all processes.
 
     Args:
-        run: of `launching.start`.
+        run: of `launching.prepare`.
         model: NLVR2 model in eval mode, not wrapped.
         dataset: the split; each statement is judged by one process, however uneven the shares.
 
