@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file
 
 import launching
-import train_caption
 import training
 from data import scenes
 
