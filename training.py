@@ -5,7 +5,9 @@ steps are optimizer steps.
 """
 
 import argparse
+import ctypes
 import math
+import platform
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +32,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, checkpoint 
 LOG_SECONDS = 10.0  # between progress lines
 PRUNED_FILE = "pruned.safetensors"
 BEST_FILE = "pruned_best.safetensors"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 # What a resumed run must have in common with the run that wrote the checkpoint.
 _RESUME_CONFIG = (
@@ -266,6 +269,8 @@ def train(
         SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT and a checkpoint.
     """
     args, process = run.args, run.process
+    if process.device.type == "cpu":
+        keep_freed_memory()
     state = build_state(run, model, len(dataset))
     loader = train_loader(run, dataset)
     if process.is_main:
@@ -312,7 +317,7 @@ def train_one_epoch(
             terms = [state.model.loss_terms(*part) for part in parts]
             # what the processes must agree on travels in one message
             all_terms, stops, log = sum_over_processes(
-                run, [sum(terms), stop.requested, reporter.is_due(LOG_SECONDS)]
+                run, [sum(terms), stop.number is not None, reporter.is_due(LOG_SECONDS)]
             )
             weights = [n * run.process.world_size / all_terms for n in terms]
             try:
@@ -326,9 +331,21 @@ def train_one_epoch(
                 reporter.progress(read_losses(run, state, loader), lr)
             if save_now:
                 save(run, state)
-            if stops and not at_end:
+            if stops:
                 run.say(f"stopped by a signal after step {progress.step}: run again to go on")
                 raise SystemExit(EXIT_STOPPED)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees, instead of returning it to the kernel for the next step.
+
+    A step on the CPU frees gigabytes, and a page that comes back is zeroed first: BLIP base's took
+    6.3 s without this and 5.2 s with it (batch 2, two cores), at the same peak of memory.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def is_multiple(step: int, interval: int) -> bool:
@@ -465,22 +482,27 @@ def is_best(record: dict, history: list[dict], best_by: str, final_ratio: float)
 
 @dataclass
 class StopRequest:
-    """Whether the process was told to stop."""
+    """The signal by which the process was told to stop, if it was."""
 
-    requested: bool = False
+    number: int | None = None
 
 
 @contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """Inside the block SIGTERM and SIGINT set `requested` instead of ending the process."""
+    """Inside the block SIGTERM and SIGINT are noted, and do not end the process.
+
+    A signal that nobody acted on, for it came in the last step, has its usual effect at the end.
+    """
     stop = StopRequest()
 
-    def request(number, frame):
-        stop.requested = True
+    def note(number, frame):
+        stop.number = number
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if stop.number is not None:
+        signal.raise_signal(stop.number)

@@ -92,25 +92,15 @@ class Straightforward:
         return threshold
 
 
-def median_time(work: Callable[[], object], runs: int) -> float:
-    """Median seconds of several runs, after one that is not counted."""
-    times = []
+def median_times(runs: int, **works: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each work over several rounds; the works take turns, after a warm-up."""
+    times = {name: [] for name in works}
     for _ in range(runs + 1):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def copy_time(pruner: Pruner, targets: dict[str, torch.Tensor], runs: int) -> float:
-    """Seconds that copying takes for each byte read or written."""
-    pairs = [(pruner.score.state["ipt"][name], target) for name, target in targets.items()]
-
-    def copy() -> None:
-        for source, target in pairs:
-            target.copy_(source)
-
-    return median_time(copy, runs) / (2 * 4 * pruner.numel)
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def peak_extra_memory(work: Callable[[], object]) -> int:
@@ -130,34 +120,25 @@ def peak_extra_memory(work: Callable[[], object]) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Prints a line for each kind of step."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=7, help="timed runs of each kind of step")
-    parser.add_argument("--slow_runs", type=int, default=3, help="of the straightforward event")
+    parser.add_argument("--runs", type=int, default=7, help="timed rounds")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     pruner = build_pruner(build_layers())
-    rank = int(pruner.numel * (1 - REMAINING))
     plain = Straightforward(pruner)
-    per_byte = copy_time(pruner, plain.ipt, args.runs)
+    rank = int(pruner.numel * (1 - REMAINING))
     print(f"{len(pruner.parameters)} tensors, {pruner.numel:,} numbers, ", end="")
-    print(f"{torch.get_num_threads()} threads, copying at {1e-9 / per_byte:.1f} GB/s")
-
+    print(f"{torch.get_num_threads()} threads")
     print(f"{'':32} {'ours':>9} {'straightforward':>18} {'copy bound':>11}")
 
-    def line(what: str, ours: float, bytes_touched: int, straight: float | None = None) -> None:
-        bound = bytes_touched * pruner.numel * per_byte  # bytes of a number
+    def line(what: str, ours: float, bound: float, straight: float | None = None) -> None:
         compared = f"{straight:8.3f} s {straight / ours:5.1f} x" if straight else " " * 18
         print(
             f"{what:32} {ours:7.3f} s {compared} {bound:7.3f} s {ours / bound:5.2f} x", flush=True
         )
 
-    updates = []
-    for what, step, size in [("plain step", 5, 16), ("folding step", 10, 32)]:
-        straight = median_time(lambda step=step: plain.update(step % 10), args.runs)
-        ours = median_time(lambda step=step: pruner.score.update_(step), args.runs)
-        line(f"score update, {what}", ours, size, straight)
-        updates.append((ours, straight))
-    ours, straight = (statistics.mean(times) for times in zip(*updates, strict=True))
-    line("score update, mean of both", ours, 24, straight)
+    def copy() -> None:  # 8 bytes a number: the yardstick
+        for name, target in plain.ipt.items():
+            target.copy_(pruner.score.state["ipt"][name])
 
     def find() -> float:
         return kth_smallest(pruner.score.blocks, pruner.numel, rank)
@@ -165,22 +146,44 @@ def main(argv: list[str] | None = None) -> None:
     def find_and_mask() -> None:
         mask_(pruner.score, find())
 
+    t = median_times(
+        args.runs,
+        copy=copy,
+        step=lambda: pruner.score.update_(5),
+        plain_step=lambda: plain.update(5),
+        fold=lambda: pruner.score.update_(10),
+        plain_fold=lambda: plain.update(0),
+    )
+    line("score update, plain step", t["step"], 2 * t["copy"], t["plain_step"])
+    line("score update, folding step", t["fold"], 4 * t["copy"], t["plain_fold"])
+    both = (t["step"] + t["fold"]) / 2, 3 * t["copy"], (t["plain_step"] + t["plain_fold"]) / 2
+    line("score update, mean of both", *both)
+
     plain.avg, plain.unc = pruner.score.state["avg"], pruner.score.state["unc"]  # the same scores
-    straight = median_time(lambda: plain.mask(rank), args.slow_runs)
     threshold = find()
-    same = "as kthvalue" if plain.mask(rank) == threshold else "UNLIKE KTHVALUE"
-    line("mask event", median_time(find_and_mask, args.runs), 24, straight)
-    line("  finding the threshold", median_time(find, args.runs), 8)
-    line("  masking", median_time(lambda: mask_(pruner.score, threshold), args.runs), 16)
-    checksums = median_time(lambda: mask_checksums(pruner.parameters.values()), args.runs)
-    line("checksum of the masks", checksums, 4)
-    line("sparsity report", median_time(pruner.report, args.runs), 4)
+    t = median_times(
+        args.runs,
+        copy=copy,
+        event=find_and_mask,
+        find=find,
+        mask=lambda: mask_(pruner.score, threshold),
+        checksum=lambda: mask_checksums(pruner.parameters.values()),
+        report=pruner.report,
+    )
+    straight = median_times(2, event=lambda: plain.mask(rank))["event"]
+    line("mask event", t["event"], 3 * t["copy"], straight)
+    line("  finding the threshold", t["find"], t["copy"])
+    line("  masking", t["mask"], 2 * t["copy"])
+    line("checksum of the masks", t["checksum"], t["copy"] / 2)
+    line("sparsity report", t["report"], t["copy"] / 2)
     pruner.score.layer_id = json.loads(PROFILE.read_text())
-    line("mask event with --useID", median_time(find_and_mask, args.runs), 24)
-    print(f"threshold {threshold:.7e}, {same}; ", end="")
-    largest = max(4 * parameter.numel() for parameter in pruner.parameters.values())
-    print(f"peak extra memory of a mask event {peak_extra_memory(find_and_mask) / 1e6:.1f} MB, ")
-    print(f"the bracket included; two of the largest tensors are {2 * largest / 1e6:.1f} MB")
+    t = median_times(args.runs, copy=copy, event=find_and_mask)
+    line("mask event with --useID", t["event"], 3 * t["copy"])
+    same = "as" if plain.mask(rank) == threshold else "UNLIKE"
+    print(f"threshold {threshold:.7e}, {same} kthvalue's")
+    largest = 4e-6 * max(parameter.numel() for parameter in pruner.parameters.values())
+    print(f"peak extra memory of a mask event: {1e-6 * peak_extra_memory(find_and_mask):.1f} MB, ")
+    print(f"the bracket included; two of the largest tensors: {2 * largest:.1f} MB")
 
 
 if __name__ == "__main__":

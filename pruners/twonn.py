@@ -21,7 +21,7 @@ GROUP = 64  # features of a norm summed in float32
 CHUNK_NUMBERS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
 STRIP = {"cpu": 192, "cuda": 1024}  # rows of a product, which starts at the diagonal
 CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
-NEIGHBOURS = 64  # kept of each point; a third falls short in blocks of a 20th and is looked up
+NEIGHBOURS = 64  # kept of each point; in blocks of a 20th one in six needs more and is looked up
 
 
 def pairwise_distances(points: Tensor) -> Tensor:

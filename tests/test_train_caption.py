@@ -128,6 +128,7 @@ def test_papers_commands_under_torchrun(config, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += [f"--master_port={free_port()}", "train_caption.py", "--config", config]
     command += ["--output_dir", str(tmp_path), "--pruner_name", "PLATON", "--eval_epochs", "0"]
+    command += ["--distributed", "True", "--dist_url", "env://"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = ["--final_threshold", "0.2", "--model_dir", "coco/PLATON80", *PRUNE]
     done = subprocess.run([*command, *flags], env=env, capture_output=True, text=True, timeout=300)

@@ -10,7 +10,8 @@ import torch
 import train_caption
 import training
 from data import TrainBatchSampler
-from tests.kill_and_resume import finish, make_scenes, result, start, write_config
+from models import Captioner, vit
+from tests.kill_and_resume import finish, make_scenes, result, same, start, write_config
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,25 @@ def test_result_does_not_depend_on_the_spread_of_a_batch(tmp_path, scenes):
                 torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-4)
 
 
+def test_recomputed_blocks_change_nothing(tmp_path, scenes, monkeypatch):
+    """With drop path, so that recomputation must restore the random state."""
+    recomputed = []
+    checkpoint_seq = vit.checkpoint_seq
+    monkeypatch.setattr(
+        vit, "checkpoint_seq", lambda b, x: recomputed.append(len(b)) or checkpoint_seq(b, x)
+    )
+    for name, layers in [("plain", {}), ("one", {"vit_grad_ckpt": True, "vit_ckpt_layer": 1})]:
+        config = write_config(tmp_path / f"{name}.yaml", scenes, max_epoch=1, **layers)
+        argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", name]
+        train_caption.main(
+            train_caption.parse_args([*argv, "--final_threshold", "1", "--eval_epochs", "0"])
+        )
+    assert recomputed == [1] * 24
+    assert same(result(tmp_path / "plain"), result(tmp_path / "one"))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_loss_that_is_not_finite_names_its_images(tmp_path, scenes, monkeypatch, accumulation):
-    from models.captioner import Captioner
-
     argv = ["--config", write_config(tmp_path / "c.yaml", scenes), "--output_dir", str(tmp_path)]
     argv += ["--gradient_accumulation_steps", str(accumulation), "--checkpoint_steps", "4"]
     args = train_caption.parse_args([*argv, "--warmup_steps", "2"])
