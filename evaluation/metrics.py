@@ -7,7 +7,9 @@ function returns. The imports stand in the functions because a job needs only it
 """
 
 import json
+import os
 import sys
+import traceback
 
 
 def tokenize(references: dict, captions: dict) -> list[dict]:
@@ -74,6 +76,10 @@ if __name__ == "__main__":
     _, name, source, target = sys.argv
     with open(source) as file:
         references, captions = json.load(file)
-    output = JOBS[name](references, captions)
+    try:
+        output = JOBS[name](references, captions)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)  # an orderly exit would wait for ever for the lock that a failed METEOR holds
     with open(target, "w") as file:
         json.dump(output, file)

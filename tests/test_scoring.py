@@ -1,0 +1,194 @@
+"""Scores against pycocoevalcap called directly, and what happens when Java is absent or hangs."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from evaluation import scoring
+from evaluation.ptb import ptb_tokenize
+from evaluation.scoring import score_captions, score_results
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java on PATH")
+
+REFERENCES = {
+    7: ["A man's dog isn't on the bed.", "the dog (brown) sits, alone, on a bed"],
+    3: ["Two half-eaten pizzas at 10:30 a.m.", "a table with two pizzas & a glass of beer!"],
+    12: ['a sign that says "don\'t walk"', "St. John's street sign", "the sign is red and white"],
+    40: ["a cat", "the cat's toy"],
+}
+CAPTIONS = {
+    3: "two pizzas on a table with a glass of beer",
+    7: "a man's dog on the bed",
+    12: "a red and white street sign that says don't walk",
+    40: "",
+}
+# What Stanford's tokenizer makes of them, without punctuation.
+TOKENS = {
+    "A man's dog isn't on the dogs' bed.": "a man 's dog is n't on the dogs bed",
+    "It's 5 o'clock and I can't see John's U.S. flag, can you?": (
+        "it 's 5 o'clock and i ca n't see john 's u.s. flag can you"
+    ),
+    "we cannot say; they're gonna (maybe) go -- or not...": (
+        "we can not say they 're gon na -lrb- maybe -rrb- go or not"
+    ),
+    "a black-and-white sign: \"STOP\" & 'go' 50% off $5.00": (
+        "a black-and-white sign stop & go 50 % off $ 5.00"
+    ),
+    "Mr. Smith at St. John's St. vs. Dr. Who etc.": "mr. smith at st. john 's st. vs. dr. who etc.",
+    "half/half and/or 1/2 at 10:30am or 6 p.m.": "half/half and/or 1/2 at 10:30 am or 6 p.m.",
+    "1,000 fries,and 3.5-inch 2x4's; the '90s rock 'n' roll": (
+        "1,000 fries and 3.5-inch 2x4 's the '90s rock 'n' roll"
+    ),
+    "a dog—running – fast… “quoted” it’s": "a dog running fast quoted it 's",
+    "what?! wow!!! is this no. 5? no.": "what ?! wow !!! is this no. 5 no",
+    "the cat 's  tail\tdo n't [move] w/ w/o": "the cat 's tail do n't -lsb- move -rsb- w / w/o",
+    " . ": "",
+    "": "",
+}
+
+
+@pytest.fixture
+def gt_path(tmp_path) -> Path:
+    annotations = [
+        {"image_id": image, "id": 10 * image + n, "caption": caption}
+        for image, captions in REFERENCES.items()
+        for n, caption in enumerate(captions)
+    ]
+    path = tmp_path / "gt.json"
+    path.write_text(
+        json.dumps({"annotations": annotations, "images": [{"id": i} for i in CAPTIONS]})
+    )
+    return path
+
+
+@pytest.fixture
+def without_java(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def fake_java(tmp_path, monkeypatch, script: str) -> None:
+    java = tmp_path / "java"
+    java.write_text(f"#!/bin/sh\n{script}\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def results() -> list[dict]:
+    return [{"image_id": image, "caption": caption} for image, caption in CAPTIONS.items()]
+
+
+def expected_scores(references: dict, captions: dict) -> tuple[dict, dict]:
+    """Scores of tokenized sentences, and CIDEr by image, by pycocoevalcap in this process."""
+    bleu = Bleu(4).compute_score(references, captions, verbose=0)[0]
+    cider, of_images = Cider().compute_score(references, captions)
+    scores = {f"Bleu_{n}": score for n, score in enumerate(bleu, start=1)}
+    scores |= {"ROUGE_L": Rouge().compute_score(references, captions)[0], "CIDEr": cider}
+    return scores, dict(zip(references, of_images, strict=True))
+
+
+def python_tokens() -> tuple[dict, dict]:
+    references = {i: list(map(ptb_tokenize, REFERENCES[i])) for i in CAPTIONS}
+    return references, {i: [ptb_tokenize(caption)] for i, caption in CAPTIONS.items()}
+
+
+@pytest.mark.parametrize("caption", TOKENS)
+def test_python_tokenizer(caption):
+    assert ptb_tokenize(caption) == TOKENS[caption]
+
+
+@needs_java
+def test_the_expected_tokens_are_those_of_stanford():
+    tokens = PTBTokenizer().tokenize({i: [{"caption": c}] for i, c in enumerate(TOKENS)})
+    assert [line for (line,) in tokens.values()] == list(TOKENS.values())
+
+
+def test_without_java_all_but_meteor_is_scored(gt_path, without_java):
+    report = score_captions(results(), gt_path, spice=True)
+    scores, of_images = expected_scores(*python_tokens())
+    assert report["scores"] == pytest.approx(scores, rel=1e-9)
+    assert (
+        0 < report["scores"]["Bleu_4"] < report["scores"]["Bleu_1"] < 1 < report["scores"]["CIDEr"]
+    )
+    assert report["left_out"] == dict.fromkeys(["METEOR", "SPICE"], scoring.NO_JAVA)
+    assert report["tokenizer"].startswith("PTB rules in Python")
+    assert [image["image_id"] for image in report["images"]] == list(CAPTIONS)
+    for image in report["images"]:
+        assert image["caption"] == CAPTIONS[image["image_id"]]
+        assert image["references"] == REFERENCES[image["image_id"]]
+        assert image["CIDEr"] == pytest.approx(of_images[image["image_id"]], rel=1e-9)
+
+
+def test_perfect_captions_score_one(gt_path, without_java):
+    perfect = [{"image_id": i, "caption": captions[-1]} for i, captions in REFERENCES.items()]
+    scores = score_captions(perfect, gt_path, meteor=False)["scores"]
+    assert [scores[f"Bleu_{n}"] for n in (1, 2, 3, 4)] == pytest.approx([1] * 4)
+    assert scores["ROUGE_L"] == pytest.approx(1)
+
+
+@needs_java
+@pytest.mark.parametrize("meteor", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_with_java_scores_are_those_of_pycocoevalcap(gt_path, meteor):
+    report = score_captions(results(), gt_path, meteor=meteor)
+    tokenizer = PTBTokenizer()
+    references = tokenizer.tokenize({i: [{"caption": c} for c in REFERENCES[i]] for i in CAPTIONS})
+    captions = tokenizer.tokenize({i: [{"caption": c}] for i, c in CAPTIONS.items()})
+    scores, _ = expected_scores(references, captions)
+    if meteor:
+        scores["METEOR"] = Meteor().compute_score(references, captions)[0]
+    assert report["scores"] == pytest.approx(scores, rel=1e-9)
+    assert report["left_out"] == {}
+    assert report["tokenizer"] == "Stanford's PTB tokenizer (Java)"
+
+
+def test_java_that_fails_leaves_the_other_scores(gt_path, tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, "exit 1")
+    report = score_captions(results(), gt_path)
+    assert report["scores"] == pytest.approx(expected_scores(*python_tokens())[0], rel=1e-9)
+    assert report["left_out"].keys() == {"METEOR"}
+    assert report["left_out"]["METEOR"].startswith("failed: ")
+    assert "failed: RuntimeError: Java gave back fewer sentences" in report["tokenizer"]
+
+
+def test_java_that_hangs_is_ended_at_the_time_limit(tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; exec sleep 600")
+    references, captions = python_tokens()
+    outputs, failures = scoring._run(["METEOR"], references, captions, timeout_s=5.0)
+    assert (outputs, failures) == ({}, {"METEOR": "did not finish within 5 s"})
+    state = Path("/proc", (tmp_path / "pid").read_text().strip(), "status")
+    deadline = time.monotonic() + 10
+    while state.exists() and "State:\tZ" not in state.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not state.exists() or "State:\tZ" in state.read_text()
+
+
+def test_a_results_file_is_scored_again(gt_path, tmp_path, without_java):
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(results()))
+    report = score_results(path, gt_path)
+    expected = score_captions(results(), gt_path)
+    assert json.loads((tmp_path / "val_images.json").read_text()) == expected.pop("images")
+    assert report == expected == json.loads((tmp_path / "val_scores.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [results()[1:], [*results(), {"image_id": 99, "caption": "a"}], [*results(), results()[0]]],
+    ids=["missing", "unknown", "twice"],
+)
+def test_captions_of_other_images_are_an_error(gt_path, captions):
+    with pytest.raises(ValueError, match="made for another split"):
+        score_captions(captions, gt_path)
+
+
+def test_an_unreadable_results_file_is_an_error_that_names_it(gt_path, tmp_path):
+    with pytest.raises(ValueError, match="cannot read .*absent.json"):
+        score_results(tmp_path / "absent.json", gt_path)
