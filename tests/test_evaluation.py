@@ -1,0 +1,84 @@
+"""Captions of a split over processes, and the contact sheet."""
+
+import json
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+from data import EvalSampler
+from data.caption_dataset import CaptionEvalDataset
+from evaluation import caption_split, contact_sheet
+from models import build_captioner
+
+IMAGES, BATCH = 101, 8
+DECODING = {"num_beams": 3, "max_length": 12, "min_length": 5}
+
+
+def caption(rank, world_size, model_config, path):
+    """Captions the split with a model whose captions differ from image to image."""
+    if world_size > 1:
+        store = f"file://{path}.store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = build_captioner(model_config).eval()
+    with torch.no_grad():
+        for weight in model.text_decoder.parameters():
+            weight.mul_(10)
+    # Ids descend, so that the file's order is not the split's.
+    split = TensorDataset(torch.randn(IMAGES, 3, 32, 32), 1000 - torch.arange(IMAGES))
+    sampler = EvalSampler(IMAGES, rank, world_size, BATCH)
+    loader = DataLoader(split, BATCH, sampler=sampler)
+    results = caption_split(model, loader, DECODING, torch.device("cpu"), path)
+    assert (results is None) == (rank > 0)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_write_the_captions_of_one(caption_tiny_config, tmp_path):
+    caption(0, 1, caption_tiny_config, tmp_path / "one.json")
+    arguments = (2, caption_tiny_config, tmp_path / "two.json")
+    mp.start_processes(caption, arguments, 2, start_method="spawn")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert [result["image_id"] for result in one] == list(range(900, 1001))
+    assert len({result["caption"] for result in one}) > 20
+    assert two == one
+
+
+def colours(path) -> set[tuple]:
+    """Those that fill a good part of a picture, white aside."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    values, counts = np.unique(pixels, axis=0, return_counts=True)
+    return {tuple(map(int, v)) for v in values[counts > len(pixels) / 50]} - {(255, 255, 255)}
+
+
+def test_contact_sheet_shows_captioned_images(tmp_path):
+    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    for number, colour in enumerate((red, green, blue)):
+        Image.new("RGB", (8, 6), colour).save(tmp_path / f"{number}.png")
+    split = CaptionEvalDataset([{"image": f"{n}.png"} for n in range(3)], tmp_path, transform=None)
+    dense = [{"image_id": n, "caption": f"picture {n}"} for n in range(3)]
+    sheet = tmp_path / "sheets" / "test.png"
+
+    contact_sheet(split, {"dense": dense}, sheet, samples=5)
+    assert colours(sheet) == {red, green, blue}
+    contact_sheet(split, {"dense": dense, "pruned": dense[1:]}, sheet, samples=5)
+    assert colours(sheet) == {green, blue}
+    contact_sheet(split, {"dense": dense, "pruned": dense[1:]}, sheet, samples=1)
+    assert colours(sheet) == {green}
+
+
+def test_contact_sheet_shows_the_captions(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "4.png")
+    split = CaptionEvalDataset([{"image": "4.png"}], tmp_path, transform=None)
+    ink = []
+    for words in ("a", "a dog and a cat", "a dog and a cat on a bed"):
+        contact_sheet(
+            split, {"dense": [{"image_id": 4, "caption": words}]}, tmp_path / "sheet.png", samples=1
+        )
+        grey = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+        ink.append(int((grey < 128).sum()))
+    assert ink[0] < ink[1] < ink[2]
