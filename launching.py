@@ -254,14 +254,8 @@ def _loader_options(run: Run) -> dict:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Lets a worker live on when its trainer is told to stop, for the trainer finishes its step.
-
-    The terminal and torchrun signal whole process groups, and schedulers every process of a job;
-    only a second SIGTERM, which is the loader's own, ends the worker.
-    """
-    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def move(inputs: tuple, device: torch.device) -> tuple:
@@ -289,9 +283,8 @@ def sum_over_processes(run: Run, numbers: list[float]) -> list[float]:
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Runs a script's `main`; a user's mistake ends it with one sentence instead of a traceback.
 
-    Exit codes: 0 done; 1 failed; 2 a user's mistake; 75 (training.EXIT_STOPPED) stopped by a
-    signal, with a checkpoint from which the same command goes on. (torchrun, when it is told to
-    stop, passes the signal on, waits half a minute for its processes, and itself exits with 1.)
+    Exit codes: 0 done; 1 failed; 2 a user's mistake; 75 (EXIT_STOPPED) stopped by a signal, with a
+    checkpoint from which the same command goes on.
     """
     try:
         main(args)
