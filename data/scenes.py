@@ -25,9 +25,9 @@ from data.scene_statements import random_pairs
 from data.scene_words import attributes_correct, describe, vocabulary
 from utils import write_json
 
-VERSION = 1  # raise when the same arguments give other data
+VERSION = 2  # raise when the same arguments give other data
 FIRST_ID = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # no two images share a COCO id
-TRAIN_CAPTIONS, REFERENCES = 3, 5  # captions an image
+TRAIN_CAPTIONS, REFERENCES = 1, 5  # captions an image
 
 
 def generate(settings: dict, root: Path) -> None:
@@ -162,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Generates the embedded data.")
     parser.add_argument("--out", default="datasets/scenes", help="folder to write")
-    parser.add_argument("--train", type=int, default=8000, help="scenes with 3 captions")
+    parser.add_argument("--train", type=int, default=20000, help="scenes with a caption")
     parser.add_argument("--val", type=int, default=500, help="scenes with 5 references")
     parser.add_argument("--test", type=int, default=500, help="scenes with 5 references")
     parser.add_argument("--statements", type=int, default=12000, help="about training pairs")

@@ -13,7 +13,7 @@ def mask_(score: Score, threshold: float) -> None:
 
     One pass over the score's operands and the parameters.
     """
-    buffer = torch.empty(BLOCK, device=next(iter(score.parameters.values())).device)
+    buffer = score.buffer(BLOCK)
     for name, parameter in score.parameters.items():
         for block, *operands in split(parameter, *score.operands(name)):
             scores = score.of_block(name, operands, buffer)

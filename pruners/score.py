@@ -43,6 +43,10 @@ class Score:
         self.layer_id = layer_id
         self.state: dict[str, dict[str, torch.Tensor]] = {}  # averages, by parameter name
 
+    def buffer(self, size: int) -> torch.Tensor:
+        """Uninitialised float32 numbers where the parameters are."""
+        return torch.empty(size, device=next(iter(self.parameters.values())).device)
+
     def update_(self, step: int) -> bool:
         """Takes in the gradients of an optimizer step, in place.
 
@@ -87,7 +91,7 @@ class Score:
         Yields:
             Fewer than 2 * BLOCK scores, float32. The next block overwrites them.
         """
-        buffer = torch.empty(2 * BLOCK, device=next(iter(self.parameters.values())).device)
+        buffer = self.buffer(2 * BLOCK)
         end = 0
         for name in self.parameters:
             for operands in split(*self.operands(name), stride=stride):
@@ -100,7 +104,7 @@ class Score:
 
     def first_nan(self) -> str | None:
         """Name of the first parameter that has a score that is NaN."""
-        buffer = torch.empty(BLOCK, device=next(iter(self.parameters.values())).device)
+        buffer = self.buffer(BLOCK)
         for name in self.parameters:
             for operands in split(*self.operands(name)):
                 if self.of_block(name, operands, buffer).isnan().any():
@@ -183,7 +187,7 @@ class Platon(Taylor):
         folding step also avg and unc.
         """
         position = step % self.delta_t
-        buffer = torch.empty(BLOCK, device=next(iter(self.parameters.values())).device)
+        buffer = self.buffer(BLOCK)
         for name in self.parameters:
             averages = [self.state["ipt"][name]]
             if position == 0:

@@ -211,13 +211,13 @@ def test_full_disk(config, tmp_path, monkeypatch):
 
 @pytest.fixture
 def damaged(scenes, tmp_path):
-    """A copy of the scenes: one training image is cut off, one is missing, of 16."""
+    """A copy of the scenes: one training image is cut off, one is missing, of 48."""
     copy = tmp_path / "damaged"
     shutil.copytree(scenes, copy)
     images = sorted((copy / "images/train").glob("*.png"))
-    images[3].write_bytes(images[3].read_bytes()[:100])
-    images[9].unlink()
-    return copy, images[3], images[9]
+    images[2].write_bytes(images[2].read_bytes()[:100])
+    images[8].unlink()
+    return copy, images[2], images[8]
 
 
 def test_damaged_image_is_named(damaged, tmp_path):
@@ -237,7 +237,7 @@ def test_bad_images_are_counted_and_skipped(damaged, tmp_path, workers):
     run([*argv, "--final_threshold", "1", "--eval_epochs", "0", "--skip_bad_images"])
     (line,) = (tmp_path / "skipped/log.txt").read_text().splitlines()
     captions = json.loads((damaged[0] / "annotation/coco_karpathy_train.json").read_text())
-    bad = sum(caption["image"].endswith(("0003.png", "0009.png")) for caption in captions)
+    bad = sum(caption["image"].endswith(("0002.png", "0008.png")) for caption in captions)
     assert json.loads(line)["bad_images"] >= bad  # the replacement may be bad too
 
 
