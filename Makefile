@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo scenes test test-slow lint format bench clean
+.PHONY: setup demo demo-nlvr scenes test test-slow lint format bench clean
 
 setup: $(READY)
 
@@ -28,7 +28,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for file in id pruner train; do $(BIN)/python -m benchmarks.$$file || exit; done
+	for file in id pruner train generate; do $(BIN)/python -m benchmarks.$$file || exit; done
 
 # The paper's experiment on the embedded data: IDs, then pruning without and with them, 80 % and 95 %.
 RUN     := $(BIN)/python
@@ -52,5 +52,18 @@ demo: scenes
 	$(CAPTION) --evaluate --model_dir PLATON95-ID --pruned output/demo/PLATON95-ID
 	$(RUN) -m evaluation.table output/demo dense PLATON80 PLATON80-ID PLATON95 PLATON95-ID
 
+# The same for statements about pairs of pictures, 80 %.
+NLVR       := $(RUN) train_nlvr.py --config configs/nlvr_demo.yaml --output_dir output/demo-nlvr
+PRUNE_NLVR := $(NLVR) --max_steps 200 --warmup_steps 40 --final_warmup 1 --eval_epochs 0 --resume off
+
+demo-nlvr: scenes
+	$(RUN) ComputeID.py --config configs/nlvr_demo.yaml -n 500 --Path output/demo-nlvr/ID
+	$(PRUNE_NLVR) --model_dir PLATON80 --final_threshold 0.2
+	$(PRUNE_NLVR) --model_dir PLATON80-ID --final_threshold 0.2 --id_profile output/demo-nlvr/ID/profile.json
+	$(NLVR) --evaluate --model_dir dense
+	$(NLVR) --evaluate --model_dir PLATON80 --pruned output/demo-nlvr/PLATON80
+	$(NLVR) --evaluate --model_dir PLATON80-ID --pruned output/demo-nlvr/PLATON80-ID
+	$(RUN) -m evaluation.table output/demo-nlvr dense PLATON80 PLATON80-ID
+
 clean:
-	rm -rf $(VENV) datasets/scenes output/demo
+	rm -rf $(VENV) datasets/scenes output/demo output/demo-nlvr

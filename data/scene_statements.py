@@ -1,25 +1,21 @@
 """Statements about pairs of scenes in NLVR2's sense, each with a true and a false pair."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from data.nlvr_dataset import OTHER_SIDE
 from data.scene_pictures import Scene, SceneObject
 from data.scene_words import NUMBERS, PLURALS, STATEMENTS
 
-TRIES = 400  # images tried for the pair of the other label before a statement is given up
-Description = tuple[str, ...]  # for instance ("red", "circle"), ("large", "shape"), ("star",)
+ATTEMPTS = 1000  # statements in a row without a pair of the other label before giving up
+TRIES = 20  # images tried for the pair of the other label before a statement is given up
+Description = tuple[str, ...]  # for instance ("red", "circle") or ("red", "shape")
 
 
 def descriptions(item: SceneObject) -> list[Description]:
     """The ways in which a statement may speak of an object."""
-    return [
-        (item.kind,),
-        (item.colour, "shape"),
-        (item.size, "shape"),
-        (item.colour, item.kind),
-    ]
+    return [(item.colour, "shape"), (item.colour, item.kind)]
 
 
 def count_descriptions(scene: Scene) -> Counter:
@@ -54,18 +50,16 @@ class Statement:
         this, that = (left, right) if self.side == "left" else (right, left)
         x, y = self.x, self.y
         match self.family:
-            case "left and right":
+            case "left and right" | "one and other":
                 return this[x] > 0 and that[y] > 0
-            case "one and other":
-                return (this[x] > 0 and that[y] > 0) or (that[x] > 0 and this[y] > 0)
             case "both":
                 return this[x] > 0 and that[x] > 0
             case "neither":
                 return this[x] == 0 and that[x] == 0
             case "either":
                 return this[x] > 0 or that[x] > 0
-            case "only one":
-                return (this[x] > 0) != (that[x] > 0)
+            case "only":
+                return this[x] > 0 and that[x] == 0
             case "more":
                 return this[x] > that[x]
             case "fewer":
@@ -103,15 +97,28 @@ def random_pairs(
 
     Returns:
         (statement, indices of the left and the right scene, truth), in random order.
+
+    Raises:
+        ValueError: the scenes are too few or too alike.
     """
     counts = [count_descriptions(scene) for scene in scenes]
-    rows = []
+    showing = defaultdict(list)  # scenes by what they show
+    for index, shown in enumerate(counts):
+        for words in shown:
+            showing[words].append(index)
+    rows, failed = [], 0
     while len(rows) < count:
+        if failed == ATTEMPTS:
+            raise ValueError(
+                f"{len(scenes)} scenes are too few for statements that are true of one pair and "
+                "false of another: make more, or no statements"
+            )
         pair = tuple(rng.sample(range(len(scenes)), 2))
         items = [item for index in pair for item in scenes[index].objects]
         statement = random_statement(items, rng)
         truth = statement.holds(*(counts[index] for index in pair))
-        other = contrasting_pair(statement, pair, truth, counts, rng)
+        other = contrasting_pair(statement, pair, truth, counts, showing, rng)
+        failed = failed + 1 if other is None else 0
         if other is not None:
             rows += [(statement, pair, truth), (statement, other, not truth)]
     rng.shuffle(rows)
@@ -123,12 +130,19 @@ def contrasting_pair(
     pair: tuple[int, int],
     truth: bool,
     counts: list[Counter],
+    showing: dict[Description, list[int]],
     rng: random.Random,
 ) -> tuple[int, int] | None:
-    """A pair that differs in one image and has the other truth value; None if none is found."""
-    for _ in range(TRIES):
+    """A pair that differs in one image and has the other truth value; None if none is found.
+
+    Half of the images tried show what the statement speaks of; few images at random do.
+    """
+    for attempt in range(TRIES):
+        spoken_of = showing[rng.choice([statement.x, statement.y])]
         other = list(pair)
-        other[rng.randrange(2)] = rng.randrange(len(counts))
+        other[rng.randrange(2)] = (
+            rng.choice(spoken_of) if attempt % 2 == 0 else rng.randrange(len(counts))
+        )
         left, right = other
         if left != right and statement.holds(counts[left], counts[right]) != truth:
             return left, right

@@ -44,11 +44,11 @@ NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 # {x} and {y} are descriptions with an article, {xs} a plural
 STATEMENTS = {
     "left and right": "the {side} image contains {x} and the {other} image contains {y}",
-    "one and other": "one image contains {x} and the other image contains {y}",
+    "one and other": "the {side} image contains {x} and the other image contains {y}",
     "both": "both images contain {x}",
     "neither": "neither image contains {x}",
     "either": "at least one image contains {x}",
-    "only one": "only one of the images contains {x}",
+    "only": "only the {side} image contains {x}",
     "more": "the {side} image contains more {xs} than the {other} image",
     "fewer": "the {side} image contains fewer {xs} than the {other} image",
     "total": "there are exactly {number} {xs} in the two images",

@@ -165,7 +165,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=20000, help="scenes with a caption")
     parser.add_argument("--val", type=int, default=500, help="scenes with 5 references")
     parser.add_argument("--test", type=int, default=500, help="scenes with 5 references")
-    parser.add_argument("--statements", type=int, default=12000, help="about training pairs")
+    parser.add_argument("--statements", type=int, default=40000, help="about training pairs")
     parser.add_argument("--heldout_statements", type=int, default=1000, help="in dev, and in test")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

@@ -44,6 +44,7 @@ processes.set_forkserver_preload(["train_caption"])  # found where the current f
 def make_scenes(folder: Path) -> Path:
     """The folder, with 48 training and 6 + 6 evaluation scenes in it."""
     sizes = ["--train", "48", "--val", "6", "--test", "6"]
+    sizes += ["--statements", "8", "--heldout_statements", "8"]
     scenes.main(scenes.parse_args(["--out", str(folder), *sizes]))
     return folder
 
