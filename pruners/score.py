@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 BLOCK = 9 << 16  # numbers, a 768 x 768 matrix; quicker on two cores than smaller or larger blocks
+STREAM_BLOCK = BLOCK + BLOCK // 8  # room for the biases around a matrix
 
 
 def split(*tensors: torch.Tensor, stride: int = 1) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -89,16 +90,16 @@ class Score:
             stride: takes every stride-th score of each parameter.
 
         Yields:
-            Fewer than 2 * BLOCK scores, float32. The next block overwrites them.
+            At most STREAM_BLOCK scores, float32. The next block overwrites them.
         """
-        buffer = self.buffer(2 * BLOCK)
+        buffer = self.buffer(STREAM_BLOCK)
         end = 0
         for name in self.parameters:
             for operands in split(*self.operands(name), stride=stride):
-                end += self.of_block(name, operands, buffer[end:]).numel()
-                if end >= BLOCK:
+                if end + operands[0].numel() > STREAM_BLOCK:
                     yield buffer[:end]
                     end = 0
+                end += self.of_block(name, operands, buffer[end:]).numel()
         if end:
             yield buffer[:end]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from pruners.score import BLOCK
+from pruners.score import BLOCK, STREAM_BLOCK
 
 SAMPLE = 1 << 18  # scores; the bracket then holds about 0.5 % of all
 MARGIN = 3  # standard deviations of a sample's rank, to either side; 1 bracket in 400 misses
@@ -25,8 +25,8 @@ def kth_smallest(blocks: Blocks, n: int, k: int) -> float:
     """The k-th smallest score, as `torch.kthvalue` would find it, for any number of scores.
 
     Args:
-        blocks: `blocks(stride)` streams every stride-th score in flat float32 blocks of fewer
-            than 2 * BLOCK, each valid until the next. No score is negative.
+        blocks: `blocks(stride)` streams every stride-th score in flat float32 blocks of at most
+            STREAM_BLOCK, each valid until the next. No score is negative.
         n: number of scores.
         k: rank, from 1 to n.
 
@@ -62,7 +62,7 @@ def select_inside(blocks: Blocks, n: int, k: int, lower: float, upper: float) ->
     masks, kept, size, below = None, [], 0, 0
     for scores in blocks(1):
         if masks is None:  # of float32: to compare into float32 is vectorised, into bool it is not
-            masks = torch.empty(2, 2 * BLOCK, device=scores.device)
+            masks = torch.empty(2, STREAM_BLOCK, device=scores.device)
         under, over = masks[:, : scores.numel()]
         torch.le(scores, lower, out=under)
         torch.ge(scores, upper, out=over)
@@ -71,16 +71,14 @@ def select_inside(blocks: Blocks, n: int, k: int, lower: float, upper: float) ->
         # Few are inside. To look for pairs of which one is takes half the time.
         wide = torch.int32 if scores.numel() % 2 else torch.int64
         found = scores.view(wide).index_select(0, inside.view(wide).nonzero().view(-1))
-        kept.append(found.view(torch.float32))
+        found = found.view(torch.float32)
+        kept.append(found[~((found <= lower) | (found >= upper))])
         size += kept[-1].numel()
         if size > n // 16:
             return None
-    kept = torch.cat(kept)  # with the others of the pairs, which lie below or above
-    rank = k - int(below) + int((kept <= lower).count_nonzero())
-    if not 1 <= rank <= size:
-        return None
-    value = radix_select(lambda: kept.split(BLOCK), rank)
-    return value if math.isnan(value) or lower < value < upper else None
+    del masks, under, over, inside, found
+    kept, rank = torch.cat(kept), k - int(below)
+    return radix_select(lambda: kept.split(BLOCK), rank) if 1 <= rank <= size else None
 
 
 def radix_select(blocks: Callable[[], Iterable[torch.Tensor]], k: int) -> float:

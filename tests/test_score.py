@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pruners.score import BLOCK, Magnitude, Platon, Taylor
+from pruners.score import BLOCK, STREAM_BLOCK, Magnitude, Platon, Taylor
 
 
 def parameters(*shapes) -> dict[str, nn.Parameter]:
@@ -73,6 +73,6 @@ def test_blocks_stream_every_score_once(kind, weighted, stride):
     if weighted:
         one_by_one = [s * dimension for s, dimension in zip(one_by_one, ids.values(), strict=True)]
     blocks = [block.clone() for block in score.blocks(stride)]
-    assert max(map(len, blocks)) < 2 * BLOCK
+    assert max(map(len, blocks)) <= STREAM_BLOCK
     expected = torch.cat([scores.view(-1)[::stride] for scores in one_by_one])
     assert torch.equal(torch.cat(blocks), expected)
