@@ -1,9 +1,11 @@
 """From a command line to a run: flags, processes, checked data, weights, loaders, exit codes."""
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +89,8 @@ def check_flags(args: argparse.Namespace) -> None:
         "max_steps": 1,
         "batch_size": 1,
         "max_epoch": 1,
+        "deltaT": 1,
+        "init_lr": 0,
         "checkpoint_steps": 0,
         "eval_epochs": 0,
         "num_workers": 0,
@@ -254,8 +258,22 @@ def _loader_options(run: Run) -> dict:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Lets a loading process live on when a signal goes to all processes of a run.
+
+    The trainer needs it to finish its step. Terminals and torchrun signal process groups, job
+    schedulers every process. Only the trainer's own SIGTERM ends it; when the trainer is killed,
+    torch's watch in the process does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # left for sigwaitinfo
+    threading.Thread(target=_end_when_the_trainer_says, daemon=True).start()
+
+
+def _end_when_the_trainer_says() -> None:
+    trainer = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def move(inputs: tuple, device: torch.device) -> tuple:
@@ -283,8 +301,8 @@ def sum_over_processes(run: Run, numbers: list[float]) -> list[float]:
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Runs a script's `main`; a user's mistake ends it with one sentence instead of a traceback.
 
-    Exit codes: 0 done; 1 failed; 2 a user's mistake; 75 (EXIT_STOPPED) stopped by a signal, with a
-    checkpoint from which the same command goes on.
+    Exit codes: 0 done; 1 failed; 2 a user's mistake; 75 (training.EXIT_STOPPED) training
+    was stopped by SIGTERM or SIGINT, and the same command goes on from the newest checkpoint.
     """
     try:
         main(args)

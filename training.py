@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from pruners.profile import load_profile
 from reporting import Reporter
 from utils import barrier, seed_everything
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, checkpoint saved, run again
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, run again to go on
 LOG_SECONDS = 10.0  # between progress lines
 PRUNED_FILE = "pruned.safetensors"
 BEST_FILE = "pruned_best.safetensors"
@@ -266,7 +267,8 @@ def train(
     Raises:
         ValueError: a check before the first step failed.
         FloatingPointError: a loss is not finite.
-        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT and a checkpoint.
+        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT: in an epoch with a checkpoint, in a
+            validation at once, for the epoch's checkpoint is there.
     """
     args, process = run.args, run.process
     if process.device.type == "cpu":
@@ -279,11 +281,12 @@ def train(
     resume(run, state)
     progress = state.progress
     reporter = Reporter(run, state)
-    for epoch in range(progress.epoch, state.plan.epochs):
-        if epoch > progress.epoch:
-            progress.epoch, progress.step_in_epoch, progress.loss_sum = epoch, 0, 0.0
-        train_one_epoch(run, state, loader, model_inputs, reporter)
-        finish_epoch(run, state, validate, best_by, reporter, int(dataset.bad_images))
+    with stop_signals_to(exit_stopped):
+        for epoch in range(progress.epoch, state.plan.epochs):
+            if epoch > progress.epoch:
+                progress.epoch, progress.step_in_epoch, progress.loss_sum = epoch, 0, 0.0
+            train_one_epoch(run, state, loader, model_inputs, reporter)
+            finish_epoch(run, state, validate, best_by, reporter, int(dataset.bad_images))
     reporter.close()
 
 
@@ -306,9 +309,9 @@ def train_one_epoch(
     loader.batch_sampler.set_epoch(
         progress.epoch, progress.step_in_epoch * args.gradient_accumulation_steps
     )
-    batches = iter(loader)
     state.engine.train()
     with listen_for_stop() as stop:
+        batches = iter(loader)  # here, for its processes start with these handlers of signals
         while progress.step_in_epoch < steps:
             parts = [
                 move(model_inputs(next(batches)), run.process.device)
@@ -488,21 +491,36 @@ class StopRequest:
 
 
 @contextmanager
+def stop_signals_to(handler: Callable) -> Iterator[None]:
+    """Inside the block SIGTERM and SIGINT call `handler(number, frame)`."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def exit_stopped(number: int, frame: FrameType | None) -> None:
+    """A handler of signals: ends the process with EXIT_STOPPED."""
+    raise SystemExit(EXIT_STOPPED)
+
+
+@contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
     """Inside the block SIGTERM and SIGINT are noted, and do not end the process.
 
-    A signal that nobody acted on, for it came in the last step, has its usual effect at the end.
+    A signal that nobody acted on, for it came in an epoch's last step, does so at the end.
+
+    Raises:
+        SystemExit: with EXIT_STOPPED, at the end.
     """
     stop = StopRequest()
 
     def note(number, frame):
         stop.number = number
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with stop_signals_to(note):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if stop.number is not None:
-        signal.raise_signal(stop.number)
+        raise SystemExit(EXIT_STOPPED)

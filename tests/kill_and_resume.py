@@ -99,6 +99,7 @@ def start(argv: list[str], world_size: int = 1, script: str = "train_caption") -
 
 def run_rank(script: str, argv: list[str], rank: int, world_size: int, port: int) -> None:
     """What torchrun's processes do: the script with its place among the others."""
+    os.setsid()
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the image loading workers
     if world_size > 1:
@@ -135,12 +136,10 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(name.removeprefix("step_")) for name in names)
 
 
-def kill_at(folder: Path, started: list, step: int, delay: float, victim: int) -> None:
-    """Kills a process, without warning, a delay after a checkpoint of at least `step` appears."""
-    while max(saved_steps(folder), default=0) < step and started[victim].is_alive():
+def wait_for_step(folder: Path, process, step: int) -> None:
+    """Waits until a checkpoint of at least `step` appears, or the process ends."""
+    while max(saved_steps(folder), default=0) < step and process.is_alive():
         time.sleep(0.002)
-    time.sleep(delay)
-    started[victim].kill()
 
 
 def kill_and_resume(
@@ -163,8 +162,11 @@ def kill_and_resume(
     for number in range(kills):
         killed = folder / f"killed{number}"
         started = start([*argv, "--model_dir", killed.name], world_size)
-        moment = chance.randint(0, last_step), chance.uniform(0, 0.5), chance.randrange(world_size)
-        kill_at(killed, started, *moment)
+        step, delay = chance.randint(0, last_step), chance.uniform(0, 0.5)
+        victim = started[chance.randrange(world_size)]
+        wait_for_step(killed, victim, step)
+        time.sleep(delay)
+        victim.kill()
         began = time.monotonic()
         assert None not in finish(started, timeout=60), "a process outlived the killed one"
         ended = time.monotonic() - began

@@ -1,5 +1,6 @@
 """A killed or stopped run, resumed, ends with the weights of one that ran through."""
 
+import os
 import signal
 
 import pytest
@@ -7,11 +8,14 @@ import pytest
 import train_caption
 import training
 from tests.kill_and_resume import (
+    finish,
     kill_and_resume,
     make_scenes,
     result,
     same,
     saved_steps,
+    start,
+    wait_for_step,
     write_config,
 )
 
@@ -56,6 +60,41 @@ def test_signal_finishes_the_step_saves_and_exits(setup, monkeypatch, number):
     train(flags, name)
     assert same(result(folder / name), result(folder / "whole"))
     assert (folder / name / "log.txt").read_text() == (folder / "whole/log.txt").read_text()
+
+
+@pytest.mark.parametrize("when", ["last step", "validation"])
+def test_signal_at_the_end_of_an_epoch_exits(setup, monkeypatch, when):
+    flags, folder = setup
+    with monkeypatch.context() as patch:
+        if when == "last step":
+            interrupt_after(24, patch, lambda: signal.raise_signal(signal.SIGINT))
+        else:
+            patch.setattr(training, "finish_epoch", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit) as stopped:
+            train(flags, when)
+    assert stopped.value.code == training.EXIT_STOPPED
+    assert saved_steps(folder / when)[-1] == 24
+    train(flags, when)
+    assert same(result(folder / when), result(folder / "whole"))
+
+
+def test_signal_to_all_processes_of_a_run(tmp_path):
+    """To the groups of two trainers, so to their image loading processes too."""
+    scenes = make_scenes(tmp_path / "scenes")
+    config = write_config(tmp_path / "c.yaml", scenes, num_workers=1, max_epoch=3)
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--final_threshold", "0.3"]
+    argv += ["--warmup_steps", "4", "--checkpoint_steps", "2", "--eval_epochs", "0"]
+    assert finish(start([*argv, "--model_dir", "whole"], 2)) == [0, 0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stopped = tmp_path / number.name
+        started = start([*argv, "--model_dir", stopped.name], 2)
+        wait_for_step(stopped, started[0], 14)
+        for process in started:
+            os.killpg(process.pid, number)
+        assert finish(started) == [training.EXIT_STOPPED] * 2
+        assert saved_steps(stopped)[-1] < 36
+        assert finish(start([*argv, "--model_dir", stopped.name], 2)) == [0, 0]
+        assert same(result(stopped), result(tmp_path / "whole"))
 
 
 def test_truncated_checkpoint_falls_back_to_the_one_before(setup, monkeypatch, capsys):
