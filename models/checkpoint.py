@@ -159,8 +159,8 @@ def read_weights(path_or_url: str) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors and plain values, and pickled code is never run; "
-            f"save its state_dict alone (torch.save or safetensors). {error}"
+            f"{path} is no file of weights, or holds more than tensors and plain values: pickled "
+            "code is never run. Save the state_dict alone (torch.save or safetensors)"
         ) from error
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"cannot read the checkpoint {path}: {error}") from error

@@ -184,14 +184,18 @@ def check_layer_id(layer_id: dict[str, float], layers: dict[str, nn.Linear]) -> 
     """Checks that an ID profile is of these layers.
 
     Raises:
-        ValueError: lists the layers that are missing, unknown, or without a positive number.
+        ValueError: names layers that are missing, unknown, or without a positive number.
     """
     problems = {
         "missing": [name for name in layers if name not in layer_id],
         "unknown": [name for name in layer_id if name not in layers],
         "not positive": [name for name, dimension in layer_id.items() if not dimension > 0],
     }
-    found = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
+    found = [
+        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+        for what, names in problems.items()
+        if names
+    ]
     if found:
         raise ValueError(
             f"the ID profile does not fit the model ({'; '.join(found)}). Measure one with "

@@ -170,17 +170,26 @@ MISTAKES = {
         ["--max_steps", "48"], {}, r"\(1 initial \+ 1 final\) x 24 .* has 48 steps"
     ),
     "batch": Mistake(["--batch_size", "49"], {}, "takes 49 samples .* training set has 48"),
-    "accumulation": Mistake(["--gradient_accumulation_steps", "0"], {}, "must be at least 1"),
+    "accumulation": Mistake(
+        ["--gradient_accumulation_steps", "0"], {}, "--gradient_acc.* must be at least 1, got 0"
+    ),
+    "deltaT": Mistake(["--deltaT", "0"], {}, "--deltaT must be at least 1, got 0"),
+    "learning rate": Mistake(["--init_lr", "-1"], {}, "--init_lr must be at least 0, got -1"),
+    "type": Mistake([], {"image_size": "32"}, "image_size is '32', but must be of type int"),
     "device": Mistake(["--device", "cuda:99"], {}, "no GPU|GPU 99 is asked for"),
     "thresholds": Mistake(["--final_threshold", "80"], {}, "fractions that remain.*80.0"),
-    "beta2": Mistake(["--beta2", "2"], {}, "beta2"),
+    "beta2": Mistake(["--beta2", "2"], {}, "beta2 is the decay of an average"),
     "no profile": Mistake(["--useID"], {}, "names no id_profile"),
     "wrong profile": Mistake(
-        ["--id_profile", "configs/id/blip_nlvr.json"], {}, "crossattention.self0.query"
+        ["--id_profile", "configs/id/blip_nlvr.json"],
+        {},
+        r"does not fit the model \(missing: .{,200} more; unknown: .{,200} more\). Measure one",
     ),
-    "weights": Mistake(
-        ["--pretrained", "Makefile"], {}, "cannot read the checkpoint Makefile|than"
-    ),
+    "absent profile": Mistake(["--id_profile", "no.json"], {}, "cannot read the ID profile no.js"),
+    "weights": Mistake(["--pretrained", "Makefile"], {}, "Makefile is no file of weights"),
+    "absent weights": Mistake(["--pretrained", "no.pth"], {}, "there is no checkpoint no.pth"),
+    "checkpoint": Mistake(["--resume", "Makefile"], {}, "the checkpoint Makefile is not whole"),
+    "tokenizer": Mistake([], {"tokenizer": "/nowhere"}, "cannot load '/nowhere'. Offline, set"),
     "no weights": Mistake(["--evaluate"], {}, "nothing to evaluate: give --pruned"),
     "pruned": Mistake(["--pruned", "x"], {}, "goes with --evaluate; training starts from --pretr"),
     "vit": Mistake([], {"image_size": 40}, "40 is no multiple of patch_size 16"),
