@@ -228,8 +228,8 @@ def block_analysis(
         slopes = slopes[~slopes.isnan()]
         if len(slopes):
             mean[level], std[level] = slopes.mean(), slopes.std(correction=0)
-    if not values.any():
-        mean[0] = std[0] = 0  # one point, repeated
+    if not distances.any():  # the lists alone are all zeros for two points too, repeated often
+        mean[0] = std[0] = 0
     r1, r2 = values[:, :2].unbind(1) if n >= FEWEST_POINTS else values.new_zeros(2, 0)
     return BlockAnalysis(mean, std, int(((r1 > 0) & (r2 > r1)).sum()), int((r1 == 0).sum()))
 

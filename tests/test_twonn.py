@@ -98,6 +98,14 @@ def test_one_point_has_dimension_zero():
     assert (found.id, found.error, found.points, found.duplicates) == (0, 0, 0, 80)
 
 
+@pytest.mark.parametrize("n", [80, 300])
+def test_two_points_repeated_have_no_dimension(n):
+    """Also where a point's whole list of neighbours repeats it."""
+    found = block_analysis(pairwise_distances(torch.eye(2)[torch.arange(n) % 2]))
+    assert math.isnan(found.id)
+    assert (found.points, found.duplicates) == (0, n)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("width", [10, WIDE])
 def test_numbers_that_are_none(value, width):
