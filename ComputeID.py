@@ -12,6 +12,7 @@ when the same command is given again.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from pruners.profile import (
 from pruners.twonn import draw_permutations
 from utils import Process, init_distributed, load_config
 
+DATA_KEYS = ("image_root", "ann_root", "image_size", "prompt", "max_words", "tokenizer")
 TASKS = {
     "caption": (build_caption_datasets, build_captioner, ("image",), "batch_size"),
     "nlvr": (build_nlvr_datasets, build_nlvr, ("image0", "image1"), "batch_size_test"),
@@ -140,7 +142,8 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
         "fraction": args.fraction,
         "keep_padding": args.keep_padding,
         "batch_size": args.batch_size,
-        "config": {key: config[key] for key in ("task", "vit", "image_size", "image_root")},
+        "save_distances": args.save_distances,
+        "config": {key: config[key] for key in ("task", "vit", *DATA_KEYS) if key in config},
         "checkpoint": args.pruned or config["pretrained"],
         "checkpoint_sha256": model_hash(model),
     }
@@ -148,7 +151,12 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
     if process.world_size > 1:
         dist.barrier()  # all have read what an earlier run left before any writes
     capture = prepare(args, process, model, samples, partial)
-    results = estimate(args, capture, partial)
+    try:
+        results = estimate(args, capture, partial)
+    except ValueError as error:
+        if not process.is_main:  # whose layers are its own; `launch` speaks for the main one only
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
     if process.world_size > 1:
         everyone: list = [None] * process.world_size
         dist.all_gather_object(everyone, results)
@@ -198,8 +206,14 @@ def prepare(
 
 
 def estimate_again(args: argparse.Namespace) -> IDProfile:
-    """Other IDs from the distances that an earlier run kept, without the model."""
+    """Other IDs from the distances that an earlier run kept, without the model.
+
+    Raises:
+        ValueError: it kept none.
+    """
     before = IDProfile.read(args.Path)
+    if not before.settings.get("save_distances"):  # any that are there belong to another run
+        raise ValueError(f"-s needs a profile measured with --save_distances; {args.Path} is not")
     args.nsamples = before.settings["nsamples"]
     permutations = block_permutations(args)
     layers = {
@@ -280,6 +294,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("-n: three samples are the least that have an ID, and 2000 are usual")
     if not 0 < args.fraction <= 1:
         parser.error("--fraction is a share of the points, in (0, 1]")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error("--batch_size must be at least 1")
     return args
 
 
