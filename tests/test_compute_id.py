@@ -1,0 +1,243 @@
+"""ComputeID.py as it is run: one process and two, stopped and resumed, and with mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ComputeID
+import launching
+from data import build_caption_datasets, scenes
+from models import build_captioner, build_nlvr, prunable_layers
+from pruners.capture import Capture
+from pruners.profile import IDProfile, PartialProfile, load_distances
+from tests.kill_and_resume import finish, start, write_config
+from utils import Process, load_config
+
+N = 45
+LITTLE_MEMORY = ["--memory_gb", "0.0682"]
+SIZES = "--train 48 --val 8 --test 8 --statements 48 --heldout_statements 8".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As torchrun's processes have: the bits of a product depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory):
+    """Flags for a captioner of a few thousand weights and 48 scenes."""
+    folder = tmp_path_factory.mktemp("caption")
+    scenes.main(scenes.parse_args(["--out", str(folder / "scenes"), *SIZES]))
+    config = write_config(folder / "config.yaml", folder / "scenes", batch_size=16)
+    torch.manual_seed(0)
+    model = build_captioner(load_config(config))
+    torch.save({"model": model.state_dict()}, folder / "weights.pt")
+    return ["--config", config, "--pretrained", str(folder / "weights.pt"), "--cpu", "-n", str(N)]
+
+
+def measure(flags, folder, *more):
+    ComputeID.main(ComputeID.parse_args([*flags, "--Path", str(folder), *more]))
+    return IDProfile.read(folder)
+
+
+def ids(profile):
+    return {name: layer.id for name, layer in profile.layers.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(captioner, tmp_path_factory):
+    """An undisturbed run: its folder and profile."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, measure(captioner, folder, "--save_distances")
+
+
+def longest_caption(config):
+    dataset = build_caption_datasets(config)[0]
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:N]
+    texts = [dataset.text(index) for index in chosen.tolist()]
+    return build_captioner(config).tokenize(texts)[0].shape[1]
+
+
+def test_captioner(captioner, whole):
+    folder, profile = whole
+    config = load_config(captioner[1])
+    layers = list(prunable_layers(build_captioner(config)))
+    assert list(profile.layers) == layers
+    assert (folder / "ID.txt").read_text().split() == layers
+    values = [float(line) for line in (folder / "result_id.txt").read_text().split()]
+    assert values == list(ids(profile).values())
+    vision_tokens, longest = (32 // 16) ** 2 + 1, longest_caption(config)
+    features = {name: layer.features for name, layer in profile.layers.items()}
+    assert features["visual_encoder.blocks.0.attn.qkv"] == vision_tokens * 3 * 32
+    text = "text_decoder.bert.encoder.layer.1."
+    assert features[text + "crossattention.self.key"] == vision_tokens * 32
+    assert features[text + "intermediate.dense"] == longest * 64
+    assert all(layer.id > 1 for layer in profile.layers.values())
+    assert profile.settings["nsamples"] == N
+    assert {"ID.png", "scale.png"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("partial_*"))
+
+
+def test_nlvr(captioner, tmp_path, capsys):
+    data = Path(captioner[1]).parent / "scenes"
+    changes = {"batch_size_train": 8, "batch_size_test": 8}
+    path = write_config(tmp_path / "config.yaml", data, **changes)
+    captioning = ("coco_gt_root", "batch_size:", "num_beams", "max_length")
+    lines = (tmp_path / "config.yaml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(captioning)]
+    (tmp_path / "config.yaml").write_text("\n".join(kept))
+    torch.manual_seed(0)
+    model = build_nlvr(load_config(path))
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
+    flags = ["--config", path, "--pretrained", str(tmp_path / "weights.pt"), "--cpu", "-n", "40"]
+    profile = measure(flags, tmp_path / "id")
+    assert list(profile.layers) == list(prunable_layers(model))
+    assert profile.settings["config"]["task"] == "nlvr"
+    assert "text: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--batch_size", "1"], ["--batch_size", "7"], LITTLE_MEMORY])
+def test_batch_size_and_budget_change_nothing(captioner, whole, tmp_path, flags, capsys):
+    folder, expected = whole
+    found = measure(captioner, tmp_path, "--save_distances", *flags)
+    if flags == LITTLE_MEMORY:
+        assert "forward work 1.00" not in capsys.readouterr().out
+    for name in expected.layers:  # float32 products depend on the batch size in the last digit
+        before, now = load_distances(folder, name), load_distances(tmp_path, name)
+        assert torch.allclose(now, before, rtol=1e-5, atol=0), name
+        # of all points: the ID of a block of three follows a single ratio of distances
+        all_points = expected.layers[name].block_means[0]
+        assert found.layers[name].block_means[0] == pytest.approx(all_points, rel=1e-4), name
+
+
+def test_keep_padding_counts_padding(captioner, whole, tmp_path):
+    found, without = ids(measure(captioner, tmp_path, "--keep_padding")), ids(whole[1])
+    changed = {name for name in found if found[name] != without[name]}
+    assert not any("visual" in name or ".crossattention.self.key" in name for name in changed)
+    assert "text_decoder.bert.encoder.layer.1.output.dense" in changed
+
+
+def test_two_processes_give_the_same_bits(captioner, whole, tmp_path):
+    started = start([*captioner, "--Path", str(tmp_path), "--save_distances"], 2, "ComputeID")
+    assert finish(started) == [0, 0]
+    folder, expected = whole
+    assert IDProfile.read(tmp_path) == expected
+    files = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == files
+    for name in ("ID.txt", "result_id.txt", "result_bar.txt", "dim.txt", "profile.json"):
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_resumes_at_the_first_unfinished_layer(captioner, whole, tmp_path, monkeypatch):
+    forward, captured = Capture._forward, []
+
+    def interrupted(self, planned, held, flops, advance):
+        if planned.shape.stage.name == "text: layer 0, mlp":
+            raise KeyboardInterrupt
+        forward(self, planned, held, flops, advance)
+
+    monkeypatch.setattr(Capture, "_forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(captioner, tmp_path)
+    done = json.loads((tmp_path / "partial_0.json").read_text())["layers"]
+    assert 0 < len(done) < len(whole[1].layers)
+
+    def recorded(self, planned, held, flops, advance):
+        captured.extend(piece.layer.name for piece, _ in held)
+        forward(self, planned, held, flops, advance)
+
+    monkeypatch.setattr(Capture, "_forward", recorded)
+    assert measure(captioner, tmp_path).layers == whole[1].layers
+    assert sorted(captured) == sorted(set(whole[1].layers) - set(done))
+    assert not list(tmp_path.glob("partial_*"))
+
+
+def test_estimates_again_without_the_model(whole, monkeypatch):
+    folder, before = whole
+    monkeypatch.setattr(ComputeID, "measure", None)
+    assert ids(measure(["-s"], folder)) == ids(before)
+    other = measure(["-s"], folder, "--fraction", "0.9", "--seed", "5")
+    assert other.settings["fraction"] == 0.9
+    assert not set(ids(other).values()) & set(ids(before).values())
+    before.write(folder)
+
+
+def test_needs_kept_distances_of_the_same_run(captioner, tmp_path):
+    measure(captioner, tmp_path, "--save_distances")
+    measure(captioner, tmp_path, "--seed", "1", "--compare", "configs/id/blip_coco.json")
+    assert (tmp_path / "compare.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="needs a profile measured with --save_distances"):
+        measure(["-s"], tmp_path)
+
+
+def test_an_interrupted_profile_of_other_settings_is_not_resumed(captioner, tmp_path, monkeypatch):
+    class Interrupted(PartialProfile):
+        def add(self, name, layer):
+            super().add(name, layer)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ComputeID, "PartialProfile", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            measure(captioner, tmp_path)
+    settings = json.loads((tmp_path / "partial_0.json").read_text())["settings"]
+    assert len(PartialProfile(tmp_path, settings, 0).found) == 1
+    for change in ({"seed": 1}, {"config": settings["config"] | {"prompt": "a drawing of "}}):
+        assert PartialProfile(tmp_path, settings | change, 0).found == {}
+
+
+def test_a_failing_layer_is_named_on_any_rank(captioner, tmp_path, monkeypatch, capsys):
+    def fail(name, *_):
+        raise ValueError(f"layer {name} has activations that are not finite")
+
+    second = Process(rank=1, world_size=2, device=torch.device("cpu"))
+    monkeypatch.setattr(ComputeID, "init_distributed", lambda *_, **__: second)
+    monkeypatch.setattr(ComputeID.dist, "barrier", lambda: None)
+    monkeypatch.setattr(ComputeID, "measure_layer", fail)
+    with pytest.raises(ValueError, match="not finite"):
+        measure(captioner, tmp_path)
+    assert "error: layer " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-n", "49"], "only 48 samples"),
+        (["--memory_gb", "0.0001"], "--memory_gb 0.0001 is too little"),
+        (["--pretrained", "absent.pt"], "absent.pt"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--compare", "absent.json"], "absent.json"),
+    ],
+)
+def test_mistakes(captioner, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        measure(captioner, tmp_path, *flags)
+
+
+def test_paper_command_without_coco(tmp_path, monkeypatch, capsys):
+    """As users of the paper's code type it, in a folder without data and without a network."""
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    argv = ["-n", "2000", "--Path", str(tmp_path / "ID"), "--cpu"]
+    with pytest.raises(SystemExit):
+        launching.launch(ComputeID.main, ComputeID.parse_args(argv))
+    error = capsys.readouterr().err
+    assert "coco_karpathy_train.json" in error
+    assert "demo" in error
+
+
+@pytest.mark.parametrize(
+    "flags", [["-n", "2"], ["--fraction", "0"], ["--cpu", "--gpu", "0"], ["--batch_size", "0"]]
+)
+def test_wrong_flags(flags):
+    with pytest.raises(SystemExit):
+        ComputeID.parse_args(flags)
