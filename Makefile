@@ -33,7 +33,7 @@ bench: setup
 # The paper's experiment on the embedded data: IDs, then pruning without and with them, 80 % and 95 %.
 RUN     := $(BIN)/python
 CAPTION := $(RUN) train_caption.py --config configs/caption_demo.yaml --output_dir output/demo
-PRUNE   := $(CAPTION) --max_steps 200 --warmup_steps 40 --eval_epochs 0 --resume off
+PRUNE   := $(CAPTION) --max_steps 160 --warmup_steps 32 --eval_epochs 0 --resume off
 WITH_ID := --id_profile output/demo/ID/profile.json
 
 scenes: setup

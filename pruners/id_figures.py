@@ -37,7 +37,7 @@ def plot_depth(profile: IDProfile, path: str | Path) -> None:
             axes.errorbar(x, y, error, elinewidth=0.6, label=kind, **style)
     axes.set(xlabel="layer", ylabel="intrinsic dimension")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -62,7 +62,7 @@ def plot_comparison(profiles: dict[str, dict[str, float]], path: str | Path) -> 
         axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill, label=kind)
     axes.set(xlabel="relative depth", ylabel="intrinsic dimension")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -83,5 +83,5 @@ def plot_scale(profile: IDProfile, path: str | Path) -> None:
         axes.plot(sizes, means, color=KINDS[kind][0], lw=0.6, alpha=0.6, label=label)
     axes.set(xlabel="points in a block", ylabel="mean intrinsic dimension", xscale="log")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
