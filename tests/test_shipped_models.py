@@ -1,0 +1,56 @@
+"""The models that come with the repository, on held-out scenes: pruning needs something to lose."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from data import build_caption_datasets, build_nlvr_datasets, scenes
+from models import build_captioner, build_nlvr, load_checkpoint
+from utils import load_config
+
+SCENES = 100
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The first held-out scenes, and statements about them."""
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    sizes = f"--train 40 --val {SCENES} --test 40 --statements 8 --heldout_statements 200"
+    scenes.main(scenes.parse_args(["--out", str(out), *sizes.split()]))
+    return out
+
+
+def shipped(root, task, build):
+    """The demo config on these scenes, and its model with the weights it names."""
+    folders = {"image_root": "images", "ann_root": "annotation", "tokenizer": "tokenizer"}
+    folders |= {"coco_gt_root": "annotation"} if task == "caption" else {}
+    changes = {key: str(root / folder) for key, folder in folders.items()}
+    config = load_config(f"configs/{task}_demo.yaml", changes, task)
+    assert Path(config["pretrained"]).stat().st_size <= 5_000_000
+    model = build(config).eval()
+    assert load_checkpoint(model, config["pretrained"]).initialised == []
+    return config, model
+
+
+def test_captioner_names_attributes(root):
+    config, model = shipped(root, "caption", build_captioner)
+    val = build_caption_datasets(config)[1]
+    images = torch.stack([val[index][0] for index in range(SCENES)])
+    lengths = {key: config[key] for key in ("num_beams", "max_length", "min_length")}
+    captions = model.generate(images, **lengths)
+    results = [
+        {"image_id": val[index][1], "caption": caption} for index, caption in enumerate(captions)
+    ]
+    assert scenes.attribute_accuracy(results, root / "annotation/scenes_val.json") >= 0.85
+
+
+@torch.no_grad()
+def test_nlvr_model_judges_statements(root):
+    config, model = shipped(root, "nlvr", build_nlvr)
+    dev = build_nlvr_datasets(config)[1]
+    left, right, _, labels = default_collate([dev[index] for index in range(len(dev))])
+    statements = [dev.text(index) for index in range(len(dev))]
+    correct = model.logits(left, right, statements).argmax(dim=1) == labels
+    assert correct.float().mean() >= 0.85
