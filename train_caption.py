@@ -57,9 +57,10 @@ def ground_truth(config: dict, split: str) -> Path:
 
 
 def show(reports: dict[str, dict]) -> None:
-    """Prints the scores by split, and once what was left out."""
+    """Prints the scores by split, and once the tokenizer and what was left out."""
     for split, report in reports.items():
         print(f"{split}: {json.dumps(report['scores'])}")
+    print(f"tokens: {report['tokenizer']}")
     for metric, reason in report["left_out"].items():
         print(f"{metric} is left out: {reason}")
 

@@ -116,6 +116,7 @@ def test_evaluate_writes_captions_and_scores(trained, config, capsys):
     said = capsys.readouterr().out
     assert "val: {" in said and "test: {" in said
     assert said.count("METEOR is left out: needs Java") == 1
+    assert said.count("tokens: PTB rules in Python (CIDEr 4.1824 for 4.1827") == 1
 
     edited = [{**caption, "caption": "a"} for caption in captions]
     (results / "test.json").write_text(json.dumps(edited))
