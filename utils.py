@@ -175,7 +175,9 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no GPU; use --device cpu")
+        raise ValueError(
+            f"{device} is asked for, but torch sees no GPU: take --device cpu (--cpu of ComputeID.py)"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = torch.device(device)
     if chosen.type == "cuda":
