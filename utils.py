@@ -176,7 +176,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"{device} is asked for, but torch sees no GPU: take --device cpu (--cpu of ComputeID.py)"
+            f"{device} is asked for, but torch sees no GPU: take --device cpu (ComputeID.py: --cpu)"
         )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = torch.device(device)
