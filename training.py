@@ -320,7 +320,7 @@ def train_one_epoch(
             terms = [state.model.loss_terms(*part) for part in parts]
             # what the processes must agree on travels in one message
             all_terms, stops, log = sum_over_processes(
-                run, [sum(terms), stop.number is not None, reporter.is_due(LOG_SECONDS)]
+                run, [sum(terms), stop.requested, reporter.is_due(LOG_SECONDS)]
             )
             weights = [n * run.process.world_size / all_terms for n in terms]
             try:
@@ -485,9 +485,9 @@ def is_best(record: dict, history: list[dict], best_by: str, final_ratio: float)
 
 @dataclass
 class StopRequest:
-    """The signal by which the process was told to stop, if it was."""
+    """Whether the process was told to stop."""
 
-    number: int | None = None
+    requested: bool = False
 
 
 @contextmanager
@@ -518,9 +518,9 @@ def listen_for_stop() -> Iterator[StopRequest]:
     stop = StopRequest()
 
     def note(number, frame):
-        stop.number = number
+        stop.requested = True
 
     with stop_signals_to(note):
         yield stop
-    if stop.number is not None:
+    if stop.requested:
         raise SystemExit(EXIT_STOPPED)
