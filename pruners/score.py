@@ -177,7 +177,7 @@ class Platon(Taylor):
                 raise ValueError(f"{name} is the decay of an average: choose 0 <= {beta} < 1")
         self.delta_t, self.beta1, self.beta2 = delta_t, beta1, beta2
         self.state = {
-            kind: {n: torch.zeros_like(p) for n, p in parameters.items()}
+            kind: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
             for kind in ("ipt", "avg", "unc")
         }
 

@@ -76,3 +76,12 @@ def test_blocks_stream_every_score_once(kind, weighted, stride):
     assert max(map(len, blocks)) <= STREAM_BLOCK
     expected = torch.cat([scores.view(-1)[::stride] for scores in one_by_one])
     assert torch.equal(torch.cat(blocks), expected)
+
+
+def test_parameters_of_lower_precision_have_float32_scores():
+    named = {"layer0.weight": nn.Parameter(torch.tensor([1.0, -3.0], dtype=torch.bfloat16))}
+    named["layer0.weight"].grad = torch.tensor([1 / 3, 1.0], dtype=torch.bfloat16)
+    score = Platon(named, None, 1, 0.0, 0.0)
+    score.update_(1)
+    assert score.state["ipt"]["layer0.weight"].dtype == torch.float32
+    assert score.state["ipt"]["layer0.weight"].tolist() == pytest.approx([1 / 3, 3.0], rel=1e-2)

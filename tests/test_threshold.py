@@ -86,7 +86,7 @@ def test_not_a_number_makes_the_result_so(nan, where, small_sample):
     assert math.isnan(kth_smallest(stream(numbers, 8192), N, 1000))
 
 
-@pytest.mark.parametrize("lower, upper", [(0.6, 0.7), (0.1, 0.2), (-1.0, math.inf)])
+@pytest.mark.parametrize("lower, upper", [(0.6, 0.7), (0.1, 0.2), (0.5, 0.5), (-1.0, math.inf)])
 def test_bracket_that_misses_or_holds_too_much_finds_nothing(lower, upper):
     numbers = torch.rand(10_000)
     assert select_inside(stream(numbers, 999), 10_000, 5000, lower, upper) is None
