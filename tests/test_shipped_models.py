@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import default_collate
 
 from data import build_caption_datasets, build_nlvr_datasets, scenes
@@ -11,6 +12,7 @@ from models import build_captioner, build_nlvr, load_checkpoint
 from utils import load_config
 
 SCENES = 100
+FIRST_AND_REST = slice(0, 1), slice(1, None)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,13 @@ def test_captioner_names_attributes(root):
         {"image_id": val[index][1], "caption": caption} for index, caption in enumerate(captions)
     ]
     assert scenes.attribute_accuracy(results, root / "annotation/scenes_val.json") >= 0.85
+    references = {row["image_id"]: val.records[i]["caption"] for i, row in enumerate(results)}
+    one, others = ({image: rs[part] for image, rs in references.items()} for part in FIRST_AND_REST)
+    model_score, _ = Cider().compute_score(
+        references, {r["image_id"]: [r["caption"]] for r in results}
+    )
+    reference_score, _ = Cider().compute_score(others, one)
+    assert model_score >= 0.8 * reference_score
 
 
 @torch.no_grad()
