@@ -28,9 +28,11 @@ from pruners.capture import Capture, Samples, counted_positions, trace_stages
 from pruners.id_figures import plot_comparison, plot_depth, plot_scale
 from pruners.plan import Plan, make_plan, share_layers
 from pruners.profile import (
+    PROFILE,
     IDProfile,
     LayerID,
     PartialProfile,
+    clear_distances,
     load_distances,
     load_profile,
     measure_layer,
@@ -148,6 +150,8 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
         "checkpoint_sha256": model_hash(model),
     }
     partial = PartialProfile(args.Path, settings, process.rank)
+    if process.is_main and args.save_distances and not partial.found:
+        clear_distances(args.Path)  # an earlier run's: if this one is stopped, -s must not mix them
     if process.world_size > 1:
         dist.barrier()  # all have read what an earlier run left before any writes
     capture = prepare(args, process, model, samples, partial)
@@ -209,9 +213,14 @@ def estimate_again(args: argparse.Namespace) -> IDProfile:
     """Other IDs from the distances that an earlier run kept, without the model.
 
     Raises:
-        ValueError: it kept none.
+        ValueError: it kept none, or a later run has begun to replace them.
     """
     before = IDProfile.read(args.Path)
+    if PartialProfile.is_in(args.Path):
+        raise ValueError(
+            f"a run in {args.Path} was stopped after {PROFILE} was written: give its command "
+            "again before -s"
+        )
     if not before.settings.get("save_distances"):  # any that are there belong to another run
         raise ValueError(f"-s needs a profile measured with --save_distances; {args.Path} is not")
     args.nsamples = before.settings["nsamples"]

@@ -155,7 +155,7 @@ class PartialProfile:
         self.folder, self.settings, self.rank = Path(folder), settings, rank
         self.mine: dict[str, LayerID] = {}
         self.found: dict[str, LayerID] = {}
-        for path in sorted(self.folder.glob("partial_*.json")):
+        for path in self._files(folder):
             profile = IDProfile.read(path)
             if profile.settings == settings:
                 self.found |= profile.layers
@@ -169,8 +169,23 @@ class PartialProfile:
 
     def clear(self) -> None:
         """Removes all files."""
-        for path in self.folder.glob("partial_*.json"):
+        for path in self._files(self.folder):
             path.unlink()
+
+    @staticmethod
+    def _files(folder: str | Path) -> list[Path]:
+        return sorted(Path(folder).glob("partial_*.json"))
+
+    @classmethod
+    def is_in(cls, folder: str | Path) -> bool:
+        """Whether a run in the folder, with whatever settings, was stopped."""
+        return bool(cls._files(folder))
+
+
+def clear_distances(folder: str | Path) -> None:
+    """Removes all that `save_distances` kept."""
+    for path in Path(folder, DISTANCES).glob("*.pt"):
+        path.unlink()
 
 
 def save_distances(folder: str | Path, name: str, distances: Tensor) -> None:

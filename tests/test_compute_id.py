@@ -176,6 +176,26 @@ def test_needs_kept_distances_of_the_same_run(captioner, tmp_path):
         measure(["-s"], tmp_path)
 
 
+@pytest.mark.parametrize("at, message", [("add", "was stopped"), ("before", "is not there")])
+def test_never_mixes_the_distances_of_two_runs(captioner, tmp_path, monkeypatch, at, message):
+    measure(captioner, tmp_path, "--save_distances")
+
+    class Interrupted(PartialProfile):
+        def add(self, name, layer):
+            if at == "add":
+                super().add(name, layer)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ComputeID, "PartialProfile", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            measure(captioner, tmp_path, "--save_distances", "--seed", "1")
+    with pytest.raises(ValueError, match=message):
+        measure(["-s"], tmp_path)
+    again = measure(captioner, tmp_path, "--save_distances", "--seed", "1")
+    assert ids(measure(["-s"], tmp_path, "--seed", "1")) == ids(again)
+
+
 def test_an_interrupted_profile_of_other_settings_is_not_resumed(captioner, tmp_path, monkeypatch):
     class Interrupted(PartialProfile):
         def add(self, name, layer):
