@@ -28,7 +28,6 @@ from pruners.capture import Capture, Samples, counted_positions, trace_stages
 from pruners.id_figures import plot_comparison, plot_depth, plot_scale
 from pruners.plan import Plan, make_plan, share_layers
 from pruners.profile import (
-    PROFILE,
     IDProfile,
     LayerID,
     PartialProfile,
@@ -37,10 +36,11 @@ from pruners.profile import (
     load_profile,
     measure_layer,
     model_hash,
+    partial_profiles,
     save_distances,
 )
 from pruners.twonn import draw_permutations
-from utils import Process, init_distributed, load_config
+from utils import Process, barrier, init_distributed, keep_freed_memory, load_config
 
 DATA_KEYS = ("image_root", "ann_root", "image_size", "prompt", "max_words", "tokenizer")
 TASKS = {
@@ -129,6 +129,7 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
     """Measures a model; returns its profile on the main process, None on the others."""
     config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
     process = init_distributed(chosen_device(args), timeout_s=A_DAY)
+    keep_freed_memory(process.device)
     build_datasets, build_model, images, batch_key = TASKS[config["task"]]
     args.batch_size = args.batch_size or config[batch_key]
     dataset = build_datasets(config, args.seed)[0]
@@ -150,11 +151,13 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
         "checkpoint_sha256": model_hash(model),
     }
     partial = PartialProfile(args.Path, settings, process.rank)
-    if process.is_main and args.save_distances and not partial.found:
-        clear_distances(args.Path)  # an earlier run's: if this one is stopped, -s must not mix them
-    if process.world_size > 1:
-        dist.barrier()  # all have read what an earlier run left before any writes
     capture = prepare(args, process, model, samples, partial)
+    barrier()  # all have read what an earlier run left
+    if process.is_main and not partial.found:  # nothing of a run with other settings may stay
+        partial.clear()
+        if args.save_distances:
+            clear_distances(args.Path)
+    barrier()  # before any process writes
     try:
         results = estimate(args, capture, partial)
     except ValueError as error:
@@ -216,10 +219,10 @@ def estimate_again(args: argparse.Namespace) -> IDProfile:
         ValueError: it kept none, or a later run has begun to replace them.
     """
     before = IDProfile.read(args.Path)
-    if PartialProfile.is_in(args.Path):
+    if any(profile.settings["save_distances"] for _, profile in partial_profiles(args.Path)):
         raise ValueError(
-            f"a run in {args.Path} was stopped after {PROFILE} was written: give its command "
-            "again before -s"
+            f"a later run in {args.Path} has not finished and may have replaced distances: give "
+            "its command again, then -s"
         )
     if not before.settings.get("save_distances"):  # any that are there belong to another run
         raise ValueError(f"-s needs a profile measured with --save_distances; {args.Path} is not")

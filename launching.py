@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from data import EvalSampler, TrainBatchSampler
 from models import load_checkpoint, prunable_layers
 from pruners import sparsity_report
-from utils import Process, init_distributed, load_config, seed_everything, write_json
+from utils import (
+    Process,
+    init_distributed,
+    keep_freed_memory,
+    load_config,
+    seed_everything,
+    write_json,
+)
 
 # --- flags ---------------------------------------------------------------------------------------
 
@@ -163,6 +170,7 @@ def prepare(
         ValueError, FileNotFoundError: a flag, the config, data or weights are wrong.
     """
     run = start(args, task)
+    keep_freed_memory(run.process.device)
     datasets = build_datasets(run.config, args.seed)
     datasets[0].skip_bad_images = args.skip_bad_images  # evaluation needs every image
     for dataset in datasets[1:] if args.evaluate else datasets:

@@ -27,12 +27,13 @@ from pruners.capture import Capture, Samples, counted_positions, trace_stages
 from pruners.plan import make_plan
 from pruners.twonn import (
     PRODUCT_FEATURES,
-    _add_products_,
+    add_products_,
     block_analysis,
     draw_permutations,
     estimate_id,
     pairwise_distances,
 )
+from utils import keep_freed_memory
 
 CAPTION_LENGTHS = (9, 16)  # tokens, prompt included
 
@@ -69,18 +70,18 @@ def distances(args: argparse.Namespace) -> None:
     print(f"distances, n {n} x D {width}")
     points = torch.randn(n, width, device=args.device)
     pairwise_distances(points[:, :8192])
-    chunk, gram = points[:, :PRODUCT_FEATURES].clone(), torch.zeros(n, n, dtype=torch.float64)
-    gram = gram.to(args.device)
+    chunk = points[:, :PRODUCT_FEATURES].clone()
+    gram = torch.zeros(n, n, dtype=torch.float64, device=args.device)
     before = gemm_rate(args.device)
     ours = seconds(lambda: pairwise_distances(points), 5)
-    products = seconds(lambda: _add_products_(gram, chunk), 5) / chunk.shape[1]  # a feature
+    products = seconds(lambda: add_products_(gram, chunk), 5) / chunk.shape[1]  # a feature
     rate = (before + gemm_rate(args.device)) / 2
     report("ours", ours)
-    for name, time_of_all in {"": ours, ", products alone": products * width}.items():
-        useful = n * (n + 1) * width / time_of_all
-        print(f"  {'useful rate / GEMM rate' + name:44}{useful / rate:9.3f}")
-    print(f"  {'GEMM rate':44}{rate / 1e9:9.0f} GF/s")
-    report("bound: half a product at the GEMM rate", n * (n + 1) * width / rate, ours)
+    half = n * (n + 1) * width / rate  # seconds
+    for name, found in (("all", ours), ("products and their sums alone", products * width)):
+        print(f"  {'useful rate / GEMM rate, ' + name:54}{half / found:6.3f}")
+    print(f"  {'GEMM rate':44}{rate / 1e9:9.0f}   GF/s")
+    report("bound: half a product at the GEMM rate", half, ours)
     found = []
     report("torch.pdist", seconds(lambda: found.append(torch.pdist(points))), ours)
     above = torch.triu_indices(n, n, 1, device=args.device)
@@ -192,6 +193,7 @@ def plain_forward(
 def capture(args: argparse.Namespace) -> None:
     """All layers of a model: the whole engine against one plain forward."""
     n = args.n or 12
+    keep_freed_memory(torch.device(args.device))  # as ComputeID.py does
     model, samples = random_model(args), random_samples(args, n)
     plan = plan_for(args, model, samples, n)
     print(f"capture, vit {args.vit}, {args.image_size} px, n {n}\n{plan}")

@@ -4,7 +4,9 @@
 
 Compares PLATON's score update and mask event with the straightforward method (new tensors, one
 concatenation of all scores, `kthvalue`, `masked_fill`) and with the time that a copy of the same
-number of bytes takes. Needs 10 GB of memory and Linux; takes about a minute on two cores.
+number of bytes takes. A mask event reads the scores' two averages to find the threshold, then reads
+them again and reads and writes the parameters; between folds the scores stand still, so that the
+threshold is known and only the second is left. Needs 10 GB of memory and Linux; takes about a minute on two cores.
 """
 
 import argparse
@@ -171,9 +173,9 @@ def main(argv: list[str] | None = None) -> None:
         report=pruner.report,
     )
     straight = median_times(2, event=lambda: plain.mask(rank))["event"]
-    line("mask event", t["event"], 3 * t["copy"], straight)
+    line("mask event after a fold", t["event"], 3 * t["copy"], straight)
     line("  finding the threshold", t["find"], t["copy"])
-    line("  masking", t["mask"], 2 * t["copy"])
+    line("mask event between folds", t["mask"], 2 * t["copy"], straight)
     line("checksum of the masks", t["checksum"], t["copy"] / 2)
     line("sparsity report", t["report"], t["copy"] / 2)
     pruner.score.layer_id = json.loads(PROFILE.read_text())
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     same = "as" if plain.mask(rank) == threshold else "UNLIKE"
     print(f"threshold {threshold:.7e}, {same} kthvalue's")
     largest = 4e-6 * max(parameter.numel() for parameter in pruner.parameters.values())
-    print(f"peak extra memory of a mask event: {1e-6 * peak_extra_memory(find_and_mask):.1f} MB, ")
+    print(f"peak extra memory of a mask event: {1e-6 * peak_extra_memory(find_and_mask):.1f} MB,")
     print(f"the bracket included; two of the largest tensors: {2 * largest:.1f} MB")
 
 

@@ -13,7 +13,7 @@ def mask_(score: Score, threshold: float) -> None:
 
     One pass over the score's operands and the parameters.
     """
-    buffer = score.buffer(BLOCK)
+    buffer = score.buffer()
     for name, parameter in score.parameters.items():
         for block, *operands in split(parameter, *score.operands(name)):
             scores = score.of_block(name, operands, buffer)
@@ -32,8 +32,9 @@ def mask_checksums(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     device = parameters[0].device
     generator = torch.Generator().manual_seed(0)
     # Integers up to 28, so that the sum over a block is below 2^24 and exact in float32.
-    weights = torch.randint(1, 29, (BLOCK,), generator=generator).to(device, torch.float32)
-    buffer = torch.empty(BLOCK, device=device)
+    block = BLOCK[device.type]
+    weights = torch.randint(1, 29, (block,), generator=generator).to(device, torch.float32)
+    buffer = torch.empty(block, device=device)
     checksums = torch.zeros(len(parameters), dtype=torch.float64, device=device)
     for checksum, parameter in zip(checksums, parameters, strict=True):
         for i, (block,) in enumerate(split(parameter)):

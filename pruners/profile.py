@@ -138,6 +138,11 @@ def model_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def partial_profiles(folder: str | Path) -> list[tuple[Path, IDProfile]]:
+    """The files of `PartialProfile` in a folder, of whatever settings: a run that was stopped."""
+    return [(path, IDProfile.read(path)) for path in sorted(Path(folder).glob("partial_*.json"))]
+
+
 class PartialProfile:
     """The layers that a running profile has finished, kept so that it can go on where it stopped.
 
@@ -155,8 +160,7 @@ class PartialProfile:
         self.folder, self.settings, self.rank = Path(folder), settings, rank
         self.mine: dict[str, LayerID] = {}
         self.found: dict[str, LayerID] = {}
-        for path in self._files(folder):
-            profile = IDProfile.read(path)
+        for _, profile in partial_profiles(folder):
             if profile.settings == settings:
                 self.found |= profile.layers
 
@@ -169,17 +173,8 @@ class PartialProfile:
 
     def clear(self) -> None:
         """Removes all files."""
-        for path in self._files(self.folder):
+        for path, _ in partial_profiles(self.folder):
             path.unlink()
-
-    @staticmethod
-    def _files(folder: str | Path) -> list[Path]:
-        return sorted(Path(folder).glob("partial_*.json"))
-
-    @classmethod
-    def is_in(cls, folder: str | Path) -> bool:
-        """Whether a run in the folder, with whatever settings, was stopped."""
-        return bool(cls._files(folder))
 
 
 def clear_distances(folder: str | Path) -> None:

@@ -16,6 +16,7 @@ from pruners.score import BLOCK, STREAM_BLOCK
 
 SAMPLE = 1 << 18  # scores; the bracket then holds about 0.5 % of all
 GROUP = 8  # scores that are looked at together; about 1 group in 24 has one inside the bracket
+PART = 1 << 15  # scores of the bracket that are counted together
 MOST_INSIDE = 32  # at most 1 in so many scores may lie inside
 MARGIN = 3  # standard deviations of a sample's rank, to either side; 1 bracket in 400 misses
 
@@ -65,18 +66,20 @@ def select_inside(blocks: Blocks, n: int, k: int, lower: float, upper: float) ->
     under, size, below = None, 0, 0
     for scores in blocks(1):
         if under is None:
-            under = torch.empty(BLOCK, device=scores.device)
+            under = torch.empty(BLOCK[scores.device.type], device=scores.device)
             least = torch.empty(STREAM_BLOCK // GROUP, device=scores.device)
             inside = torch.empty(n // MOST_INSIDE, device=scores.device)
-        for part in scores.split(BLOCK):  # into float32: to compare into bool is not vectorised
+        for part in scores.split(len(under)):  # in parts that stay in the cache
+            # into float32: to compare into bool is not vectorised
             is_under = torch.le(part, lower, out=under[: part.numel()])
             below += is_under.sum().double()  # exact: a part is below 2^24
-        # Few are inside, so a group is looked into only if its least score above `lower` is.
+        # Scores up to `lower` become infinite, so a group has one inside only if its least is below
+        # `upper`. NaN stays NaN, and is neither below nor not.
         F.threshold_(scores, lower, math.inf)
         count = scores.numel() // GROUP
         groups, rest = scores[: count * GROUP].view(GROUP, count), scores[count * GROUP :]
         torch.amin(groups, 0, out=least[:count])
-        at = (~(least[:count] >= upper)).nonzero().view(-1)  # not >=, for NaN is looked at too
+        at = (~(least[:count] >= upper)).nonzero().view(-1)
         found = groups[:, at].flatten()
         if rest.numel():
             found = torch.cat([found, rest])
@@ -86,10 +89,7 @@ def select_inside(blocks: Blocks, n: int, k: int, lower: float, upper: float) ->
         inside[size : size + found.numel()] = found
         size += found.numel()
     rank = k - int(below)
-    if not 1 <= rank <= size:
-        return None
-    del under, least
-    return radix_select(lambda: inside[:size].split(BLOCK // 8), rank)
+    return radix_select(lambda: inside[:size].split(PART), rank) if 1 <= rank <= size else None
 
 
 def radix_select(blocks: Callable[[], Iterable[torch.Tensor]], k: int) -> float:

@@ -19,7 +19,7 @@ DIRECT_FEATURES = 64  # up to here differences cost no more than a matrix produc
 PRODUCT_FEATURES = 4096  # summed in float32 before float64 takes over; narrower points: float64
 GROUP = 64  # features of a norm summed in float32
 CHUNK_NUMBERS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
-CENTRING_POINTS = 128  # whose mean is near enough to that of all points, and quicker to take
+CENTRING_POINTS = 16  # whose mean is near enough to that of all points, and quicker to take
 STRIP = {"cpu": 192, "cuda": 1024}  # columns of a product, which starts at the diagonal
 CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
 NEIGHBOURS = 64  # kept of each point; in blocks of a 20th one in six needs more and is looked up
@@ -59,7 +59,7 @@ def squared_distances(points: Tensor) -> Tensor:
         for chunk in _centred_chunks(points):
             groups = chunk.unflatten(1, (-1, GROUP))
             norms += torch.linalg.vector_norm(groups, dim=2).double().square().sum(1)
-            _add_products_(result, chunk)
+            add_products_(result, chunk)
     _require_finite(norms)
     close = _products_to_distances_(result, norms)
     _recompute_(result, points, close)
@@ -102,7 +102,7 @@ def full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _add_products_(gram: Tensor, chunk: Tensor) -> None:
+def add_products_(gram: Tensor, chunk: Tensor) -> None:
     """Adds chunk @ chunk.T to `gram` (n, n), for each strip of columns from the diagonal down."""
     n, strip = len(chunk), STRIP[chunk.device.type]
     for left in range(0, n, strip):
@@ -233,7 +233,7 @@ def block_analysis(
         slopes = slopes[~slopes.isnan()]
         if len(slopes):
             mean[level], std[level] = slopes.mean(), slopes.std(correction=0)
-    if not distances[:1].any():  # lists alone are all zeros for two points too, repeated often
+    if not distances[:1].any():  # all equal the first, which the lists cannot tell
         mean[0] = std[0] = 0
     r1, r2 = values[:, :2].unbind(1) if n >= FEWEST_POINTS else values.new_zeros(2, 0)
     return BlockAnalysis(mean, std, int(((r1 > 0) & (r2 > r1)).sum()), int((r1 == 0).sum()))

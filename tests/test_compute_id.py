@@ -176,36 +176,63 @@ def test_needs_kept_distances_of_the_same_run(captioner, tmp_path):
         measure(["-s"], tmp_path)
 
 
-@pytest.mark.parametrize("at, message", [("add", "was stopped"), ("before", "is not there")])
-def test_never_mixes_the_distances_of_two_runs(captioner, tmp_path, monkeypatch, at, message):
-    measure(captioner, tmp_path, "--save_distances")
+class Interrupted(PartialProfile):
+    """A run that is stopped as soon as it has finished a layer."""
 
-    class Interrupted(PartialProfile):
-        def add(self, name, layer):
-            if at == "add":
-                super().add(name, layer)
-            raise KeyboardInterrupt
+    def add(self, name, layer):
+        super().add(name, layer)
+        raise KeyboardInterrupt
 
+
+class InterruptedBefore(PartialProfile):
+    """A run that is stopped when it has kept the first layer's distances, but not its ID."""
+
+    def add(self, name, layer):
+        raise KeyboardInterrupt
+
+
+def interrupt(monkeypatch, kind, *arguments):
     with monkeypatch.context() as patch:
-        patch.setattr(ComputeID, "PartialProfile", Interrupted)
+        patch.setattr(ComputeID, "PartialProfile", kind)
         with pytest.raises(KeyboardInterrupt):
-            measure(captioner, tmp_path, "--save_distances", "--seed", "1")
+            measure(*arguments)
+
+
+OTHER = ("--save_distances", "--seed", "1")
+
+
+@pytest.mark.parametrize(
+    "kind, message", [(Interrupted, "has not finished"), (InterruptedBefore, "is not there")]
+)
+def test_a_stopped_run_leaves_no_mixed_distances(captioner, tmp_path, monkeypatch, kind, message):
+    measure(captioner, tmp_path, "--save_distances")
+    interrupt(monkeypatch, kind, captioner, tmp_path, *OTHER)
     with pytest.raises(ValueError, match=message):
         measure(["-s"], tmp_path)
-    again = measure(captioner, tmp_path, "--save_distances", "--seed", "1")
+    again = measure(captioner, tmp_path, *OTHER)
     assert ids(measure(["-s"], tmp_path, "--seed", "1")) == ids(again)
 
 
-def test_an_interrupted_profile_of_other_settings_is_not_resumed(captioner, tmp_path, monkeypatch):
-    class Interrupted(PartialProfile):
-        def add(self, name, layer):
-            super().add(name, layer)
-            raise KeyboardInterrupt
+def test_two_stopped_runs_leave_no_mixed_distances(captioner, tmp_path, monkeypatch):
+    interrupt(monkeypatch, Interrupted, captioner, tmp_path, *OTHER)
+    (tmp_path / "partial_0.json").rename(tmp_path / "partial_1.json")  # as of a second process
+    interrupt(monkeypatch, Interrupted, captioner, tmp_path, "--save_distances")
+    finished = measure(captioner, tmp_path, *OTHER)
+    assert ids(measure(["-s"], tmp_path, "--seed", "1")) == ids(finished)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ComputeID, "PartialProfile", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            measure(captioner, tmp_path)
+
+def test_a_mistake_or_a_run_that_keeps_none_leaves_distances_alone(
+    captioner, tmp_path, monkeypatch
+):
+    before = measure(captioner, tmp_path, "--save_distances")
+    with pytest.raises(ValueError, match="too little"):
+        measure(captioner, tmp_path, *OTHER, "--memory_gb", "0.001")
+    interrupt(monkeypatch, Interrupted, captioner, tmp_path, "--seed", "1")
+    assert ids(measure(["-s"], tmp_path)) == ids(before)
+
+
+def test_an_interrupted_profile_of_other_settings_is_not_resumed(captioner, tmp_path, monkeypatch):
+    interrupt(monkeypatch, Interrupted, captioner, tmp_path)
     settings = json.loads((tmp_path / "partial_0.json").read_text())["settings"]
     assert len(PartialProfile(tmp_path, settings, 0).found) == 1
     for change in ({"seed": 1}, {"config": settings["config"] | {"prompt": "a drawing of "}}):

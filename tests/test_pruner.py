@@ -114,7 +114,7 @@ def pruner_of(shapes, final_threshold=0.25, layer_id=None, method="Magnitude", *
 
 
 def test_zeroes_the_exact_number_across_blocks():
-    pruner = pruner_of({"a.0.wide": (3, BLOCK - 1), "b.0.small": (5, 7)})
+    pruner = pruner_of({"a.0.wide": (3, BLOCK["cpu"] - 1), "b.0.small": (5, 7)})
     ratio, threshold = pruner.step(1)
     scores = torch.cat([p.detach().abs().view(-1) for p in pruner.parameters.values()])
     assert ratio == 0.25

@@ -66,8 +66,9 @@ def test_processes_prune_the_same_weights_or_stop(tmp_path):
 
 
 def test_checksum_sees_count_position_and_block_of_zeros():
-    tensor = torch.ones(2 * BLOCK)
-    patterns = [[], [5], [6], [5 + BLOCK], [5, 6], [5 + BLOCK, 6]]
+    block = BLOCK["cpu"]
+    tensor = torch.ones(2 * block)
+    patterns = [[], [5], [6], [5 + block], [5, 6], [5 + block, 6]]
     checksums = []
     for pattern in patterns:
         zeroed = tensor.clone()

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pruners.score import BLOCK, STREAM_BLOCK, Magnitude, Platon, Taylor
+from pruners import score as score_module
+from pruners.score import Magnitude, Platon, Taylor
 
 
 def parameters(*shapes) -> dict[str, nn.Parameter]:
@@ -50,14 +51,21 @@ def test_platon_averages_follow_the_definition(sensitivities, delta_t, beta1, be
         torch.testing.assert_close(state, torch.full((2, 3), value), rtol=1e-4, atol=1e-5)
 
 
+BLOCK, STREAM_BLOCK = 1000, 1100
 # Larger than a block, odd sizes, and small ones that share a block with their neighbours.
 SHAPES = [(3,), (BLOCK + 1,), (5, 7), (2, BLOCK // 2), (1,)]
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(score_module, "BLOCK", {"cpu": BLOCK})
+    monkeypatch.setattr(score_module, "STREAM_BLOCK", STREAM_BLOCK)
+
+
 @pytest.mark.parametrize("kind", [Magnitude, Taylor, Platon])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("stride", [1, 101])
-def test_blocks_stream_every_score_once(kind, weighted, stride):
+@pytest.mark.parametrize(("stride", "count"), [(1, 2), (101, 1)])
+def test_blocks_stream_every_score_once(kind, weighted, stride, count, small_blocks):
     named = parameters(*SHAPES)
     ids = {f"layer{i}": i + 1.5 for i in range(len(SHAPES))} if weighted else None
     if kind is Platon:
@@ -73,6 +81,7 @@ def test_blocks_stream_every_score_once(kind, weighted, stride):
     if weighted:
         one_by_one = [s * dimension for s, dimension in zip(one_by_one, ids.values(), strict=True)]
     blocks = [block.clone() for block in score.blocks(stride)]
+    assert len(blocks) == count
     assert max(map(len, blocks)) <= STREAM_BLOCK
     expected = torch.cat([scores.view(-1)[::stride] for scores in one_by_one])
     assert torch.equal(torch.cat(blocks), expected)

@@ -79,14 +79,25 @@ class Counting:
 
 
 @pytest.mark.parametrize("nan", [math.nan, -math.nan])
-@pytest.mark.parametrize("where", [0, 7, 200_001, slice(0, None, 2)])
+@pytest.mark.parametrize("where", [0, 7, 200_001, N - 1, slice(0, None, 2)])
 def test_not_a_number_makes_the_result_so(nan, where, small_sample):
     numbers = torch.rand(N)
     numbers[where] = nan
     assert math.isnan(kth_smallest(stream(numbers, 8192), N, 1000))
 
 
-@pytest.mark.parametrize("lower, upper", [(0.6, 0.7), (0.1, 0.2), (0.5, 0.5), (-1.0, math.inf)])
+@pytest.mark.parametrize("block", [1, 7, 8, 101, 4096])
+@pytest.mark.parametrize("part", [64, 5000])
+def test_selects_inside_a_bracket(block, part, monkeypatch):
+    """Blocks shorter than a group, with a rest beyond their groups, and of several parts."""
+    monkeypatch.setattr(threshold, "BLOCK", {"cpu": part})
+    numbers = torch.randperm(10_007).float()
+    assert select_inside(stream(numbers, block), 10_007, 3000, 2900.0, 3100.0) == 2999
+
+
+@pytest.mark.parametrize(
+    "lower, upper", [(0.6, 0.61), (0.1, 0.11), (0.45, 0.55), (0.5, 0.5), (-1.0, math.inf)]
+)
 def test_bracket_that_misses_or_holds_too_much_finds_nothing(lower, upper):
     numbers = torch.rand(10_000)
     assert select_inside(stream(numbers, 999), 10_000, 5000, lower, upper) is None
@@ -121,5 +132,6 @@ def test_kth_smallest_equals_sort(values, n, seed, data):
     block = data.draw(st.integers(100, 5000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threshold, "SAMPLE", 512)
+        patch.setattr(threshold, "MOST_INSIDE", 2)  # brackets of so small a sample are wide
         found = kth_smallest(stream(numbers, block), n, k)
     assert found == np.sort(numbers.numpy())[k - 1]

@@ -57,7 +57,7 @@ def test_float32_products_suffice(golden, cloud):
     assert ((found.std - expected.std).abs() / expected.mean).max() < 2e-6
 
 
-@pytest.mark.parametrize(("n", "width"), [(50, 3), (50, 700), (210, WIDE), (50, 2**17)])
+@pytest.mark.parametrize(("n", "width"), [(50, 3), (50, 700), (210, WIDE), (50, 2**17), (8, WIDE)])
 def test_distances_far_from_the_origin(n, width):
     points = torch.randn(n, width) + 100 * torch.randn(width)
     expected = direct_distances(points)
