@@ -52,7 +52,12 @@ def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, 
     run.add_argument("--keep_checkpoints", type=int, default=2)
     run.add_argument("--eval_epochs", type=int, default=1, help="validate every N epochs; 0: never")
     run.add_argument("--skip_bad_images", action="store_true", help="count them and go on")
-    run.add_argument("--amp", choices=["auto", "bf16", "off"], default="auto", help="auto: on GPU")
+    run.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "off"],
+        default="auto",
+        help="bf16 autocast; auto: on a GPU only, though CPUs with AMX gain from it too",
+    )
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
     run.add_argument("--gradient_accumulation_steps", type=int, default=1, metavar="BATCHES")
     run.add_argument("--max_steps", type=int, help="optimizer steps, instead of max_epoch epochs")

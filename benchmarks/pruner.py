@@ -6,7 +6,8 @@ Compares PLATON's score update and mask event with the straightforward method (n
 concatenation of all scores, `kthvalue`, `masked_fill`) and with the time that a copy of the same
 number of bytes takes. A mask event reads the scores' two averages to find the threshold, then reads
 them again and reads and writes the parameters; between folds the scores stand still, so that the
-threshold is known and only the second is left. Needs 10 GB of memory and Linux; takes about a minute on two cores.
+threshold is known and only the second is left. Needs 10 GB of memory and Linux; takes a minute on
+two cores.
 """
 
 import argparse
