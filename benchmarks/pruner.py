@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             target.copy_(pruner.score.state["ipt"][name])
 
     def find() -> float:
-        return kth_smallest(pruner.score.blocks, pruner.numel, rank)
+        return kth_smallest(pruner.score, pruner.numel, rank)
 
     def find_and_mask() -> None:
         mask_(pruner.score, find())

@@ -5,19 +5,18 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from pruners.score import BLOCK, Score, split
+from pruners import kernels
+from pruners.score import Score
+
+BLOCK = 9 << 15  # numbers of a checksum that stay in the cache
 
 
 def mask_(score: Score, threshold: float) -> None:
     """Zeroes, in place, every number whose score is strictly below a threshold.
 
-    One pass over the score's operands and the parameters.
+    One pass over the parameters and the factors of their scores.
     """
-    buffer = score.buffer()
-    for name, parameter in score.parameters.items():
-        for block, *operands in split(parameter, *score.operands(name)):
-            scores = score.of_block(name, operands, buffer)
-            block.mul_(torch.ge(scores, threshold, out=scores))  # by 0 or 1
+    kernels.mask([(*piece, threshold) for piece in score.pieces()])
 
 
 def mask_checksums(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -32,12 +31,11 @@ def mask_checksums(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     device = parameters[0].device
     generator = torch.Generator().manual_seed(0)
     # Integers up to 28, so that the sum over a block is below 2^24 and exact in float32.
-    block = BLOCK[device.type]
-    weights = torch.randint(1, 29, (block,), generator=generator).to(device, torch.float32)
-    buffer = torch.empty(block, device=device)
+    weights = torch.randint(1, 29, (BLOCK,), generator=generator).to(device, torch.float32)
+    buffer = torch.empty(BLOCK, device=device)
     checksums = torch.zeros(len(parameters), dtype=torch.float64, device=device)
     for checksum, parameter in zip(checksums, parameters, strict=True):
-        for i, (block,) in enumerate(split(parameter)):
+        for i, block in enumerate(parameter.detach().view(-1).split(BLOCK)):
             zeros = torch.eq(block, 0, out=buffer[: block.numel()])
             checksum.add_(zeros.dot(weights[: block.numel()]), alpha=i + 1)
     return checksums

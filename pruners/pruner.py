@@ -128,7 +128,7 @@ class Pruner:
             ValueError: a score is NaN; names the parameter.
         """
         if self._found is None or self._found[0] != rank:
-            value = kth_smallest(self.score.blocks, self.numel, rank)
+            value = kth_smallest(self.score, self.numel, rank)
             if math.isnan(value):
                 raise ValueError(
                     f"the scores of {self.score.first_nan()} are not numbers: its weights or "

@@ -1,18 +1,15 @@
-"""How important each prunable number is: PLATON, Taylor and magnitude scores.
-
-Memory traffic bounds this work, so everything goes block by block: each operation of a block finds
-its operands still in the cache, and a step reads and writes every tensor once.
-"""
+"""How important each prunable number is: PLATON, Taylor and magnitude scores."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-# Numbers that are worked on together. On two cores half a 768 x 768 matrix is quicker than a whole
-# or a third; on a GPU, where every operation costs a launch, a block is a whole one.
-BLOCK = {"cpu": 9 << 15, "cuda": 9 << 16}
-STREAM_BLOCK = 9 << 18  # four 768 x 768 matrices: every block costs its reader some calls
+from pruners import kernels
+
+# Numbers of a piece: on the CPU few enough for threads to share the work evenly, on a GPU, where
+# calls are dear, BLIP base's largest matrix.
+BLOCK = {"cpu": 9 << 15, "cuda": 9 << 18}
 
 
 def split(*tensors: torch.Tensor, stride: int = 1) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -33,6 +30,8 @@ def split(*tensors: torch.Tensor, stride: int = 1) -> Iterator[tuple[torch.Tenso
 class Score:
     """Scores of a set of parameters; the higher, the more important.
 
+    Every score is |a * b| times the layer's weight, where a and b are the parameter's two factors.
+
     Args:
         parameters: by name `<layer>.weight` or `<layer>.bias`.
         layer_id: intrinsic dimension by layer name, which multiplies every score of the layer
@@ -46,11 +45,6 @@ class Score:
         self.layer_id = layer_id
         self.state: dict[str, dict[str, torch.Tensor]] = {}  # averages, by parameter name
 
-    def buffer(self, size: int | None = None) -> torch.Tensor:
-        """Uninitialised float32 numbers where the parameters are, room for a block by default."""
-        device = next(iter(self.parameters.values())).device
-        return torch.empty(size or BLOCK[device.type], device=device)
-
     def update_(self, step: int) -> bool:
         """Takes in the gradients of an optimizer step, in place.
 
@@ -62,57 +56,39 @@ class Score:
         """
         return True
 
-    def operands(self, name: str) -> tuple[torch.Tensor, ...]:
-        """The tensors from which `combine` makes the parameter's scores, number by number."""
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two tensors whose product, number by number, makes the parameter's scores."""
         raise NotImplementedError
 
-    def combine(self, *operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Writes the unweighted scores of a block into `out`."""
-        raise NotImplementedError
-
-    def of_block(self, name: str, operands: tuple, buffer: torch.Tensor) -> torch.Tensor:
-        """Weighted scores of a block of a parameter.
+    def pieces_of(self, name: str, stride: int = 1) -> Iterator[tuple]:
+        """Cuts a parameter into pieces of at most BLOCK numbers.
 
         Args:
             name: of the parameter.
-            operands: the block of each operand.
-            buffer: float32, at least as long as the block; its beginning is overwritten.
-
-        Returns:
-            View of the buffer that holds the scores.
-        """
-        scores = self.combine(*operands, out=buffer[: operands[0].numel()])
-        if self.layer_id is not None:
-            scores.mul_(self.layer_id[name.rpartition(".")[0]])
-        return scores
-
-    def blocks(self, stride: int = 1) -> Iterator[torch.Tensor]:
-        """Streams the scores of all parameters, small parameters together.
-
-        Args:
-            stride: takes every stride-th score of each parameter.
+            stride: takes every stride-th number.
 
         Yields:
-            At most STREAM_BLOCK scores, float32, which may be changed. The next block overwrites
-            them.
+            A piece of the parameter and of both factors, all flat, and the layer's weight.
         """
-        buffer = self.buffer(STREAM_BLOCK)
-        end = 0
+        weight = 1.0 if self.layer_id is None else self.layer_id[name.rpartition(".")[0]]
+        for piece in split(self.parameters[name], *self.factors(name), stride=stride):
+            yield *piece, weight
+
+    def pieces(self, stride: int = 1) -> Iterator[tuple]:
+        """The pieces of all parameters, as `pieces_of` gives them."""
         for name in self.parameters:
-            for operands in split(*self.operands(name), stride=stride):
-                if end + operands[0].numel() > STREAM_BLOCK:
-                    yield buffer[:end]
-                    end = 0
-                end += self.of_block(name, operands, buffer[end:]).numel()
-        if end:
-            yield buffer[:end]
+            yield from self.pieces_of(name, stride)
+
+    def blocks(self, stride: int = 1) -> Iterator[torch.Tensor]:
+        """Streams the scores of all pieces."""
+        for _, *factors in self.pieces(stride):
+            yield kernels.scores_of(*factors)
 
     def first_nan(self) -> str | None:
         """Name of the first parameter that has a score that is NaN."""
-        buffer = self.buffer()
         for name in self.parameters:
-            for operands in split(*self.operands(name)):
-                if self.of_block(name, operands, buffer).isnan().any():
+            for _, *factors in self.pieces_of(name):
+                if kernels.scores_of(*factors).isnan().any():
                     return name
         return None
 
@@ -120,19 +96,16 @@ class Score:
 class Magnitude(Score):
     """The magnitude of a weight, |p|."""
 
-    def operands(self, name: str) -> tuple[torch.Tensor, ...]:
-        """The parameter."""
-        return (self.parameters[name],)
-
-    def combine(self, *operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """|p|."""
-        return torch.abs(*operands, out=out)
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parameter and 1."""
+        parameter = self.parameters[name]
+        return parameter, torch.ones((), device=parameter.device).expand_as(parameter)
 
 
 class Taylor(Score):
     """The first-order change of the loss if a weight were removed, |p * grad| of this step."""
 
-    def operands(self, name: str) -> tuple[torch.Tensor, ...]:
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The parameter and its gradient.
 
         Raises:
@@ -145,10 +118,6 @@ class Taylor(Score):
                 "zero_grad(), and leave out layers that take no part in the loss"
             )
         return parameter, parameter.grad
-
-    def combine(self, *operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """|p * grad|."""
-        return torch.mul(*operands, out=out).abs_()
 
 
 class Platon(Taylor):
@@ -192,29 +161,18 @@ class Platon(Taylor):
         folding step also avg and unc.
         """
         position = step % self.delta_t
-        buffer = self.buffer()
+        if position:
+            kernel, kinds, weights = kernels.average, ["ipt"], [1 / (position + 1)]
+        else:
+            kernel, kinds = kernels.fold, ["ipt", "avg", "unc"]
+            weights = [1 - self.beta1, 1 - self.beta2]
+        pieces = []
         for name in self.parameters:
-            averages = [self.state["ipt"][name]]
-            if position == 0:
-                averages += [self.state["avg"][name], self.state["unc"][name]]
-            for p, grad, ipt, *long_term in split(*super().operands(name), *averages):
-                work = buffer[: p.numel()]
-                if position == 0:
-                    self._fold_(*long_term, ipt, work)
-                    super().combine(p, grad, out=ipt)
-                else:
-                    ipt.lerp_(super().combine(p, grad, out=work), 1 / (position + 1))
+            averages = [self.state[kind][name] for kind in kinds]
+            pieces += [(*p, *weights) for p in split(*super().factors(name), *averages)]
+        kernel(pieces)
         return position == 0
 
-    def _fold_(self, avg: torch.Tensor, unc: torch.Tensor, ipt: torch.Tensor, work: torch.Tensor):
-        avg.lerp_(ipt, 1 - self.beta1)
-        deviation = torch.sub(ipt, avg, out=work).abs_()  # from the new average
-        unc.lerp_(deviation, 1 - self.beta2)
-
-    def operands(self, name: str) -> tuple[torch.Tensor, ...]:
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Averages of the sensitivity and of its deviation."""
         return self.state["avg"][name], self.state["unc"][name]
-
-    def combine(self, *operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The product avg * unc."""
-        return torch.mul(*operands, out=out)

@@ -10,27 +10,25 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 
-from pruners.score import BLOCK, STREAM_BLOCK
+from pruners import kernels
+from pruners.score import Score
 
 SAMPLE = 1 << 18  # scores; the bracket then holds about 0.5 % of all
-GROUP = 8  # scores that are looked at together; about 1 group in 24 has one inside the bracket
-PART = 1 << 15  # scores of the bracket that are counted together
 MOST_INSIDE = 32  # at most 1 in so many scores may lie inside
 MARGIN = 3  # standard deviations of a sample's rank, to either side; 1 bracket in 400 misses
 
+AT_A_TIME = 32  # pieces, after which a bracket that holds too much is given up
+PART = 1 << 16  # scores of the bracket that are counted together
+
 FIRST_NAN = 0x7F81  # upper 16 bits; infinity has 0x7F80
 
-Blocks = Callable[[int], Iterable[torch.Tensor]]
 
-
-def kth_smallest(blocks: Blocks, n: int, k: int) -> float:
+def kth_smallest(score: Score, n: int, k: int) -> float:
     """The k-th smallest score, as `torch.kthvalue` would find it, for any number of scores.
 
     Args:
-        blocks: `blocks(stride)` streams every stride-th score in flat float32 blocks of at most
-            STREAM_BLOCK, each valid until the next and changed here. No score is negative.
+        score: of the parameters.
         n: number of scores.
         k: rank, from 1 to n.
 
@@ -39,16 +37,16 @@ def kth_smallest(blocks: Blocks, n: int, k: int) -> float:
     """
     stride = n // SAMPLE | 1  # odd: goes through all columns of a matrix of even width
     if stride > 1:
-        lower, upper = bracket(blocks, stride, k / n)
-        inside = select_inside(blocks, n, k, lower, upper) if lower < upper else None
+        lower, upper = bracket(score, stride, k / n)
+        inside = select_inside(score, n, k, lower, upper) if lower < upper else None
         if inside is not None:
             return inside
-    return radix_select(lambda: blocks(1), k)
+    return radix_select(score.blocks, k)
 
 
-def bracket(blocks: Blocks, stride: int, quantile: float) -> tuple[float, float]:
+def bracket(score: Score, stride: int, quantile: float) -> tuple[float, float]:
     """Two values between which a quantile lies almost surely, from every stride-th score."""
-    sample = torch.cat([block.clone() for block in blocks(stride)])
+    sample = torch.cat(list(score.blocks(stride)))
     size = sample.numel()
     margin = MARGIN * math.sqrt(size * quantile * (1 - quantile)) + 2 * MARGIN
     low, high = int(quantile * size - margin), int(quantile * size + margin)
@@ -57,39 +55,26 @@ def bracket(blocks: Blocks, stride: int, quantile: float) -> tuple[float, float]
     return lower, upper
 
 
-def select_inside(blocks: Blocks, n: int, k: int, lower: float, upper: float) -> float | None:
+def select_inside(score: Score, n: int, k: int, lower: float, upper: float) -> float | None:
     """The k-th smallest score if it lies strictly between two values, in one pass.
 
     Returns:
         The score; None if it lies elsewhere, or if more than 1 in MOST_INSIDE scores lie inside.
     """
-    under, size, below = None, 0, 0
-    for scores in blocks(1):
-        if under is None:
-            under = torch.empty(BLOCK[scores.device.type], device=scores.device)
-            least = torch.empty(STREAM_BLOCK // GROUP, device=scores.device)
-            inside = torch.empty(n // MOST_INSIDE, device=scores.device)
-        for part in scores.split(len(under)):  # in parts that stay in the cache
-            # into float32: to compare into bool is not vectorised
-            is_under = torch.le(part, lower, out=under[: part.numel()])
-            below += is_under.sum().double()  # exact: a part is below 2^24
-        # Scores up to `lower` become infinite, so a group has one inside only if its least is below
-        # `upper`. NaN stays NaN, and is neither below nor not.
-        F.threshold_(scores, lower, math.inf)
-        count = scores.numel() // GROUP
-        groups, rest = scores[: count * GROUP].view(GROUP, count), scores[count * GROUP :]
-        torch.amin(groups, 0, out=least[:count])
-        at = (~(least[:count] >= upper)).nonzero().view(-1)
-        found = groups[:, at].flatten()
-        if rest.numel():
-            found = torch.cat([found, rest])
-        found = found[~(found >= upper)]
-        if size + found.numel() > inside.numel():
+    pieces = [(*factors, lower, upper) for _, *factors in score.pieces()]
+    below, size, inside = 0, 0, []
+    for start in range(0, len(pieces), AT_A_TIME):
+        for count, found in kernels.between(pieces[start : start + AT_A_TIME]):
+            below += count
+            size += len(found)
+            inside.append(torch.as_tensor(found))
+        if size > n // MOST_INSIDE:
             return None
-        inside[size : size + found.numel()] = found
-        size += found.numel()
     rank = k - int(below)
-    return radix_select(lambda: inside[:size].split(PART), rank) if 1 <= rank <= size else None
+    if not 1 <= rank <= size:
+        return None
+    inside = torch.cat(inside).split(PART)
+    return radix_select(lambda: inside, rank)
 
 
 def radix_select(blocks: Callable[[], Iterable[torch.Tensor]], k: int) -> float:

@@ -9,12 +9,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from pruners import kernels
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["loops", "operations"])
+def kernel_form(request, monkeypatch):
+    """Runs a test with compiled loops, and with the tensor operations that GPUs get."""
+    if request.param == "operations":
+        monkeypatch.setattr(kernels, "fit_loops", lambda pieces: False)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ class GoldenRun:
 
 
 @pytest.fixture(params=GOLDENS)
-def golden_run(golden_dir, request):
+def golden_run(golden_dir, request, kernel_form):
     return GoldenRun(golden_dir, request.param)
 
 

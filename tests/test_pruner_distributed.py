@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruners import Pruner
-from pruners.mask import mask_checksums
-from pruners.score import BLOCK
+from pruners.mask import BLOCK, mask_checksums
 
 STEPS, WORLD_SIZE = 12, 2
 
@@ -66,9 +65,8 @@ def test_processes_prune_the_same_weights_or_stop(tmp_path):
 
 
 def test_checksum_sees_count_position_and_block_of_zeros():
-    block = BLOCK["cpu"]
-    tensor = torch.ones(2 * block)
-    patterns = [[], [5], [6], [5 + block], [5, 6], [5 + block, 6]]
+    tensor = torch.ones(2 * BLOCK)
+    patterns = [[], [5], [6], [5 + BLOCK], [5, 6], [5 + BLOCK, 6]]
     checksums = []
     for pattern in patterns:
         zeroed = tensor.clone()

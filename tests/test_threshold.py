@@ -6,22 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruners import threshold
+from pruners import score, threshold
+from pruners.kernels import GROUP
+from pruners.score import Magnitude
 from pruners.threshold import kth_smallest, radix_select, select_inside
 
 TINY, DENORMAL, BIG = 1.2e-38, 1e-45, 3e38
 
 
-def stream(numbers: torch.Tensor, block: int):
-    """Every stride-th number in blocks of one buffer that is overwritten, as scores come."""
-    buffer = torch.empty(block)
-
-    def blocks(stride: int):
-        for part in numbers[::stride].split(block):
-            buffer[: len(part)] = part
-            yield buffer[: len(part)]
-
-    return blocks
+def score_of(numbers: torch.Tensor, piece: int, monkeypatch) -> Magnitude:
+    """The numbers as scores, in pieces of at most that length."""
+    monkeypatch.setattr(score, "BLOCK", {"cpu": piece})
+    return Magnitude({"layer.weight": numbers})
 
 
 def distributions(n: int) -> dict[str, torch.Tensor]:
@@ -53,17 +49,20 @@ def small_sample(monkeypatch):
 
 @pytest.mark.parametrize("kind", distributions(8))
 @pytest.mark.parametrize("quantile", [0.0, 1e-3, 0.3, 0.8, 0.97, 1.0])
-def test_bracketed_selection_equals_kthvalue(kind, quantile, small_sample):
+def test_bracketed_selection_equals_kthvalue(
+    kind, quantile, small_sample, kernel_form, monkeypatch
+):
     numbers = distributions(N)[kind]
     k = max(1, int(N * quantile))
     expected = numbers.kthvalue(k).values.item()
-    assert kth_smallest(stream(numbers, 8192), N, k) == expected
+    assert kth_smallest(score_of(numbers, 8192, monkeypatch), N, k) == expected
 
 
 def test_one_pass_suffices_where_the_sample_tells(small_sample, monkeypatch):
     monkeypatch.setattr(threshold, "radix_select", count_full := Counting(N))
     numbers = distributions(N)["products"]
-    assert kth_smallest(stream(numbers, 8192), N, 200_000) == numbers.kthvalue(200_000).values
+    found = kth_smallest(score_of(numbers, 8192, monkeypatch), N, 200_000)
+    assert found == numbers.kthvalue(200_000).values
     assert count_full.largest < N // 10
 
 
@@ -80,27 +79,28 @@ class Counting:
 
 @pytest.mark.parametrize("nan", [math.nan, -math.nan])
 @pytest.mark.parametrize("where", [0, 7, 200_001, N - 1, slice(0, None, 2)])
-def test_not_a_number_makes_the_result_so(nan, where, small_sample):
+@pytest.mark.usefixtures("small_sample", "kernel_form")
+def test_not_a_number_makes_the_result_so(nan, where, monkeypatch):
     numbers = torch.rand(N)
     numbers[where] = nan
-    assert math.isnan(kth_smallest(stream(numbers, 8192), N, 1000))
+    assert math.isnan(kth_smallest(score_of(numbers, 8192, monkeypatch), N, 1000))
 
 
-@pytest.mark.parametrize("block", [1, 7, 8, 101, 4096])
-@pytest.mark.parametrize("part", [64, 5000])
-def test_selects_inside_a_bracket(block, part, monkeypatch):
-    """Blocks shorter than a group, with a rest beyond their groups, and of several parts."""
-    monkeypatch.setattr(threshold, "BLOCK", {"cpu": part})
-    numbers = torch.randperm(10_007).float()
-    assert select_inside(stream(numbers, block), 10_007, 3000, 2900.0, 3100.0) == 2999
+@pytest.mark.parametrize("piece", [1, 7, GROUP, 101, 4096])
+def test_selects_inside_a_bracket(piece, kernel_form, monkeypatch):
+    """Pieces shorter than a group, whole groups, and some beyond them."""
+    numbers = score_of(torch.randperm(10_007).float(), piece, monkeypatch)
+    assert select_inside(numbers, 10_007, 3000, 2900.0, 3100.0) == 2999
 
 
 @pytest.mark.parametrize(
     "lower, upper", [(0.6, 0.61), (0.1, 0.11), (0.45, 0.55), (0.5, 0.5), (-1.0, math.inf)]
 )
-def test_bracket_that_misses_or_holds_too_much_finds_nothing(lower, upper):
-    numbers = torch.rand(10_000)
-    assert select_inside(stream(numbers, 999), 10_000, 5000, lower, upper) is None
+def test_bracket_that_misses_or_holds_too_much_finds_nothing(
+    lower, upper, kernel_form, monkeypatch
+):
+    numbers = score_of(torch.rand(10_000), 99, monkeypatch)
+    assert select_inside(numbers, 10_000, 5000, lower, upper) is None
 
 
 floats = st.floats(0, width=32) | st.sampled_from([0.0, DENORMAL, TINY, 1.0, BIG, math.inf])
@@ -133,5 +133,5 @@ def test_kth_smallest_equals_sort(values, n, seed, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threshold, "SAMPLE", 512)
         patch.setattr(threshold, "MOST_INSIDE", 2)  # brackets of so small a sample are wide
-        found = kth_smallest(stream(numbers, block), n, k)
+        found = kth_smallest(score_of(numbers, block, patch), n, k)
     assert found == np.sort(numbers.numpy())[k - 1]
