@@ -2,7 +2,8 @@
 
 The model runs as a chain of stages (`models.stages`): the states of all samples are carried from
 stage to stage, and the outputs of a stage's layers live only until their distances are known.
-Nothing goes to disk.
+Nothing goes to disk. What is kept of an output is its difference from the first batch's mean:
+no distance changes, and products of the differences keep their digits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -145,7 +146,10 @@ class Capture:
             progress: whether to show a bar, in floating-point operations.
         """
         self.plan, self.layers, self.samples, self.device = plan, layers, samples, device
-        self.states = {name: values.to(device) for name, values in samples.tensors.items()}
+        self.states = {  # in batches
+            name: list(values.to(device).split(samples.batch_size))
+            for name, values in samples.tensors.items()
+        }
         self.counted = samples.counted.to(device)
         self.arena = torch.empty(0, device=device)
         self.sums: dict[str, Tensor] = {}
@@ -176,20 +180,26 @@ class Capture:
                 self.states = {k: v for k, v in self.states.items() if k in alive}
 
     def _make_room(self, planned: StagePlan) -> None:
-        """Sizes the one buffer of all captured outputs; kept from stage to stage if it fits."""
-        plan = self.plan
-        needed = planned.captured() * plan.n
-        allowed = (plan.budget - plan.fixed - planned.carried) // FLOAT32
+        """Sizes the one buffer of all captured outputs; kept from stage to stage if it fits.
+
+        Memory is slow when it is touched first, so a new one is already large enough for all
+        stages, as far as the plan's peak allows.
+        """
+        plan, numbers = self.plan, self.plan.n + 1
+        needed = planned.captured() * numbers
+        most = max(stage.captured() for stage in plan.stages) * numbers
+        allowed = (plan.peak - plan.fixed - planned.carried) // FLOAT32
         if not needed <= self.arena.numel() <= allowed:
             self.arena = torch.empty(0, device=self.device)  # frees the old one first
-            self.arena = torch.empty(needed, device=self.device)
+            self.arena = torch.empty(min(most, allowed), device=self.device)
 
     def _views(self, pieces: list[Piece]) -> list[tuple[Piece, Tensor]]:
-        """A part (n, tokens, width) of the buffer for each piece."""
+        """A part (n + 1, tokens, width) of the buffer for each piece; the last row: the centre."""
         held, start = [], 0
+        rows = self.plan.n + 1
         for piece in pieces:
-            stop = start + piece.numbers * self.plan.n
-            shape = (self.plan.n, piece.stop - piece.start, piece.layer.width)
+            stop = start + piece.numbers * rows
+            shape = (rows, piece.stop - piece.start, piece.layer.width)
             held.append((piece, self.arena[start:stop].view(shape)))
             start = stop
         return held
@@ -202,14 +212,18 @@ class Capture:
         if not held and not advance:
             return
         stage = planned.shape.stage
+        written = self.states.setdefault(stage.writes, [])
         rows = slice(0, 0)
 
         def keep(piece: Piece, numbers: Tensor, final: bool, module, args, output: Tensor) -> None:
-            target = numbers[rows]
-            target.copy_(output[:, piece.start : piece.stop])
+            output = output[:, piece.start : piece.stop]
             if not sees_image(piece.layer.name):
                 padding = ~self.counted[rows, piece.start : piece.stop, None]
-                target.masked_fill_(padding, 0)
+                output = output.masked_fill(padding, 0)
+            centre = numbers[-1]
+            if rows.start == 0:
+                torch.mean(output, 0, out=centre)  # of the first batch: near enough
+            torch.sub(output, centre, out=numbers[rows])
             if final:
                 raise _Captured
 
@@ -219,11 +233,11 @@ class Capture:
                 module = self.layers[piece.layer.name]
                 hook = partial(keep, piece, numbers, final)
                 hooks.enter_context(module.register_forward_hook(hook))
-            for batch in zip(*(self._batches(name) for name in stage.reads), strict=True):
+            batches = zip(*(self._batches(name) for name in stage.reads), strict=True)
+            for number, batch in enumerate(batches):
                 rows = slice(rows.stop, rows.stop + len(batch[0]))
                 with suppress(_Captured):
-                    output = stage.run(*batch)
-                    self._state(stage.writes, output)[rows] = output
+                    written[number : number + 1] = [stage.run(*batch)]
                 self.bar.update(flops * len(batch[0]))
 
     def _batches(self, name: str) -> Iterator[Tensor]:
@@ -232,21 +246,14 @@ class Capture:
             for images in self.samples.loader(name):
                 yield images.to(self.device)
         else:
-            yield from self.states[name].split(self.samples.batch_size)
-
-    def _state(self, name: str, like: Tensor) -> Tensor:
-        """The state (n, ...) of that name, new if there is none of that shape."""
-        shape = (self.plan.n, *like.shape[1:])
-        if name not in self.states or self.states[name].shape != shape:
-            self.states[name] = torch.empty(shape, dtype=like.dtype, device=self.device)
-        return self.states[name]
+            yield from self.states[name]
 
     def _add(self, piece: Piece, numbers: Tensor) -> Iterator[tuple[LayerShape, Tensor]]:
         """Adds a piece's squared distances; yields the layer when it is complete."""
         layer = piece.layer
-        for segment in numbers.split(segment_tokens(layer, self.plan.n), dim=1):
+        for segment in numbers[:-1].split(segment_tokens(layer, self.plan.n), dim=1):
             try:
-                squared = squared_distances(segment.flatten(1))
+                squared = squared_distances(segment.flatten(1), centred=True)
             except ValueError as error:
                 raise ValueError(f"layer {layer.name}: {error}") from error
             if layer.name in self.sums:

@@ -16,7 +16,7 @@ from models.stages import Stage
 
 FLOAT32 = 4  # bytes
 SEGMENT_NUMBERS = 2**26  # of all samples, whose distances are computed at a time: 256 MB
-WORKSPACE = 2**26  # bytes for chunks of features
+WORKSPACE = 2**27  # bytes for chunks of features and their products
 MATRICES = 4  # (n, n) in float64: a layer's sum, a segment's term, and what the estimate needs
 BATCH_OUTPUTS = 4  # of the widest layer, alive at a time within a stage
 
@@ -117,7 +117,7 @@ class Plan:
 
     def held(self, stage: StagePlan) -> int:
         """Bytes held while a stage runs."""
-        return self.fixed + stage.carried + stage.captured() * self.n * FLOAT32
+        return self.fixed + stage.carried + stage.captured() * (self.n + 1) * FLOAT32
 
     @property
     def peak(self) -> int:
@@ -181,10 +181,10 @@ def make_plan(
     stages = []
     for index, shape in enumerate(wanted):
         carried = n * _carried(wanted, index, inputs)
-        room = (budget - fixed - carried) // (n * FLOAT32)
+        room = (budget - fixed - carried) // ((n + 1) * FLOAT32)  # samples and their centre
         needed = max((segment_tokens(x, n) * x.width for x in shape.layers), default=0)
         if needed > room:
-            least = (fixed + carried + needed * n * FLOAT32) / 1e9
+            least = (fixed + carried + needed * (n + 1) * FLOAT32) / 1e9
             raise ValueError(
                 f"--memory_gb {budget / 1e9:g} is too little: {shape.stage.name} needs "
                 f"{least:.2f} GB for {n} samples; allow that, or take fewer samples"

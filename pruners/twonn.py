@@ -16,11 +16,11 @@ BLOCK_COUNTS = range(1, 21)  # the points are cut into 1, 2, ..., 20 blocks
 FEWEST_POINTS = 3  # the last two ratios are dropped, so a fit needs three
 
 DIRECT_FEATURES = 64  # up to here differences cost no more than a matrix product
-PRODUCT_FEATURES = 4096  # summed in float32 before float64 takes over; narrower points: float64
-GROUP = 64  # features of a norm summed in float32
+PRODUCT_FEATURES = 8192  # summed in float32 before float64 takes over; narrower points: float64
+RECOMPUTED_FEATURES = 1024  # of all close pairs of a point at a time
 CHUNK_NUMBERS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
 CENTRING_POINTS = 16  # whose mean is near enough to that of all points, and quicker to take
-STRIP = {"cpu": 192, "cuda": 1024}  # columns of a product, which starts at the diagonal
+STRIP = {"cpu": 192, "cuda": 1024}  # most columns of a product, which starts at the diagonal
 CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
 NEIGHBOURS = 64  # kept of each point; in blocks of a 20th one in six needs more and is looked up
 
@@ -40,12 +40,17 @@ def pairwise_distances(points: Tensor) -> Tensor:
     return squared_distances(points).sqrt_()
 
 
-def squared_distances(points: Tensor) -> Tensor:
+def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
     """Squared distances, as `pairwise_distances`; those of feature chunks may be added up.
 
     They are |x|^2 + |y|^2 - 2xy of centred points: products in float32 over `PRODUCT_FEATURES`
     features, sums of those in float64. Pairs much closer than their norms are subtracted directly.
     Beside the result, memory is needed for a chunk of the features and a mask of the pairs.
+
+    Args:
+        points: (n, D), of any floating type.
+        centred: whether about the mean of the points is subtracted already. No shift changes a
+            distance, but products lose digits to what all points have in common.
     """
     n, width = points.shape
     if width <= DIRECT_FEATURES:
@@ -54,12 +59,10 @@ def squared_distances(points: Tensor) -> Tensor:
         _require_finite(result)
         return result
     result = torch.zeros(n, n, dtype=torch.float64, device=points.device)
-    norms = torch.zeros(n, dtype=torch.float64, device=points.device)  # squared
     with full_float32():
-        for chunk in _centred_chunks(points):
-            groups = chunk.unflatten(1, (-1, GROUP))
-            norms += torch.linalg.vector_norm(groups, dim=2).double().square().sum(1)
+        for chunk in _chunks(points, centred):
             add_products_(result, chunk)
+    norms = result.diagonal().clone()  # squared
     _require_finite(norms)
     close = _products_to_distances_(result, norms)
     _recompute_(result, points, close)
@@ -71,24 +74,19 @@ def _require_finite(numbers: Tensor) -> None:
         raise ValueError("values are NaN, infinite, or too large for their squares in float32")
 
 
-def _centred_chunks(points: Tensor) -> Iterator[Tensor]:
-    """Chunks of the features, shifted by about their mean and zero-padded to whole groups.
-
-    No shift changes a distance, but products lose digits to what all points have in common.
-    """
+def _chunks(points: Tensor, centred: bool) -> Iterator[Tensor]:
+    """Chunks of the features, centred if they are not yet; in float64 if there are few."""
     n, width = points.shape
     dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
     size = PRODUCT_FEATURES * max(1, CHUNK_NUMBERS // (n * PRODUCT_FEATURES))
-    size = min(size, GROUP * math.ceil(width / GROUP))
-    buffer = torch.empty(n, size, dtype=dtype, device=points.device)
-    for start in range(0, width, size):
-        features = points[:, start : start + size]
-        filled = features.shape[1]
-        if filled < size:
-            buffer = buffer[:, : GROUP * math.ceil(filled / GROUP)].fill_(0)
+    chunks = points.split(size, dim=1)
+    if centred:
+        yield from (features.to(dtype) for features in chunks)
+        return
+    buffer = torch.empty(n, min(size, width), dtype=dtype, device=points.device)
+    for features in chunks:
         centre = features[:: max(1, n // CENTRING_POINTS)].mean(0)
-        torch.sub(features, centre, out=buffer[:, :filled])
-        yield buffer
+        yield torch.sub(features, centre, out=buffer[:, : features.shape[1]])
 
 
 @contextmanager
@@ -104,12 +102,22 @@ def full_float32() -> Iterator[None]:
 
 def add_products_(gram: Tensor, chunk: Tensor) -> None:
     """Adds chunk @ chunk.T to `gram` (n, n), for each strip of columns from the diagonal down."""
-    n, strip = len(chunk), STRIP[chunk.device.type]
-    for left in range(0, n, strip):
-        target = gram[left:, left : left + strip]
+    for down, columns in strips(gram):
+        target = gram[down, columns]
         product = torch.empty(target.shape, dtype=chunk.dtype, device=chunk.device)
         for features in chunk.split(PRODUCT_FEATURES, dim=1):
-            target += torch.mm(features[left:], features[left : left + strip].T, out=product)
+            target += torch.mm(features[down], features[columns].T, out=product)
+
+
+def strips(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of strips that cover a symmetric matrix (n, n); two at least, to gain by it.
+
+    A strip has all rows from the diagonal down.
+    """
+    n = len(matrix)
+    width = min(STRIP[matrix.device.type], -(-n // 2))
+    for left in range(0, n, width):
+        yield slice(left, n), slice(left, left + width)
 
 
 def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
@@ -118,10 +126,8 @@ def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
     Returns:
         (n, n) bool: the pairs above the diagonal that are suspiciously close.
     """
-    n, strip = len(norms), STRIP[norms.device.type]
-    close = torch.zeros(n, n, dtype=torch.bool, device=norms.device)
-    for left in range(0, n, strip):
-        down, columns = slice(left, n), slice(left, left + strip)
+    close = torch.zeros_like(gram, dtype=torch.bool)
+    for down, columns in strips(gram):
         both = norms[down, None] + norms[columns]
         squared = gram[down, columns]
         squared.mul_(-2).add_(both)
@@ -139,7 +145,7 @@ def _recompute_(squared: Tensor, points: Tensor, close: Tensor) -> None:
             continue  # a duplicate has the distances of the point it repeats
         others = close[i].nonzero().flatten()
         exact = torch.zeros(len(others), dtype=torch.float64, device=points.device)
-        for features in torch.split(points, PRODUCT_FEATURES, dim=1):
+        for features in torch.split(points, RECOMPUTED_FEATURES, dim=1):
             exact += (features[others].double() - features[i].double()).square_().sum(1)
         squared[i, others] = squared[others, i] = exact
         original[others[exact == 0]] = i

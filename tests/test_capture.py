@@ -6,6 +6,7 @@ import torch
 from models import build_captioner, build_nlvr, prunable_layers
 from models.layers import sees_image
 from pruners import plan as planning
+from pruners import twonn
 from pruners.capture import Capture, Samples, counted_positions, trace_stages
 from pruners.plan import make_plan, share_layers
 from pruners.twonn import estimate_id, pairwise_distances
@@ -122,6 +123,18 @@ def test_stages_equal_the_models_forward(model):
         torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-12)
 
 
+def test_what_all_samples_share_costs_no_digits(captioner, monkeypatch):
+    """Float32 products, of outputs not so far from the origin that pairs are computed directly."""
+    monkeypatch.setattr(twonn, "PRODUCT_FEATURES", 512)
+    samples = make_samples(captioner)
+    name = "visual_encoder.blocks.1.mlp.fc1"
+    torch.nn.init.constant_(captioner.get_submodule(name).bias, 5.0)
+    points = hooked_outputs(captioner, samples)[name].flatten(1).double()
+    expected = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    found = measure(captioner, samples, layers={name})[name]
+    torch.testing.assert_close(found, expected, rtol=5e-7, atol=0)  # 5e-6 if not centred
+
+
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Segments of a token or a few, and nothing but outputs and states in the budget."""
@@ -177,7 +190,10 @@ def test_buffers_stay_within_the_plan(captioner, small_pieces, monkeypatch):
 
     def spy(self, *args):
         forward(self, *args)
-        seen.append(self.arena.nbytes + sum(state.nbytes for state in self.states.values()))
+        seen.append(
+            self.arena.nbytes
+            + sum(batch.nbytes for state in self.states.values() for batch in state)
+        )
 
     monkeypatch.setattr(Capture, "_forward", spy)
     list(capture)

@@ -16,7 +16,7 @@ from tests.kill_and_resume import finish, start, write_config
 from utils import Process, load_config
 
 N = 45
-LITTLE_MEMORY = ["--memory_gb", "0.0682"]
+LITTLE_MEMORY = ["--memory_gb", "0.1353"]
 SIZES = "--train 48 --val 8 --test 8 --statements 48 --heldout_statements 8".split()
 
 
