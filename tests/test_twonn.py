@@ -70,7 +70,7 @@ def test_distances_far_from_the_origin(n, width):
 def test_clusters_much_smaller_than_their_distances():
     centres = 100 * torch.randn(3, WIDE)
     points = centres[torch.arange(60) % 3] + 0.01 * torch.randn(60, WIDE)
-    assert relative_error(pairwise_distances(points), direct_distances(points)) < 5e-7
+    assert relative_error(pairwise_distances(points), direct_distances(points)) < 2e-7
 
 
 def test_duplicates_are_exact_zeros():
