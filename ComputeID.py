@@ -22,12 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data import build_caption_datasets, build_nlvr_datasets
-from launching import launch
-from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
-from pruners.capture import Capture, Samples, counted_positions, trace_stages
-from pruners.id_figures import plot_comparison, plot_depth, plot_scale
-from pruners.plan import Plan, make_plan, share_layers
-from pruners.profile import (
+from dimension.budget import Plan, make_plan, share_layers
+from dimension.capture import Capture, Samples, counted_positions, trace_stages
+from dimension.figures import plot_comparison, plot_depth, plot_scale
+from dimension.profile import (
     IDProfile,
     LayerID,
     PartialProfile,
@@ -39,8 +37,10 @@ from pruners.profile import (
     partial_profiles,
     save_distances,
 )
-from pruners.twonn import draw_permutations
-from utils import Process, barrier, init_distributed, keep_freed_memory, load_config
+from dimension.twonn import draw_permutations
+from engine.run import launch
+from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
+from utils import Process, UserError, barrier, init_distributed, keep_freed_memory, load_config
 
 DATA_KEYS = ("image_root", "ann_root", "image_size", "prompt", "max_words", "tokenizer")
 TASKS = {
@@ -84,7 +84,7 @@ def build_samples(
         ValueError: the data set has fewer samples.
     """
     if args.nsamples > len(dataset):
-        raise ValueError(f"-n {args.nsamples}: the training set has only {len(dataset)} samples")
+        raise UserError(f"-n {args.nsamples}: the training set has only {len(dataset)} samples")
     generator = torch.Generator().manual_seed(args.seed)
     indices = torch.randperm(len(dataset), generator=generator)[: args.nsamples].tolist()
     ids, mask = model.tokenize([dataset.text(index) for index in indices])
@@ -179,10 +179,10 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
 def load_weights(model: nn.Module, path: str) -> str:
     """Loads trained weights; returns a line that says what became of them."""
     if not path:
-        raise ValueError("nothing to measure: give --pretrained or --pruned")
+        raise UserError("nothing to measure: give --pretrained or --pruned")
     report = load_checkpoint(model, path)
     if report.initialised:
-        raise ValueError(f"{path} is a start for training: it lacks {report.initialised}")
+        raise UserError(f"{path} is a start for training: it lacks {report.initialised}")
     return str(report)
 
 
@@ -220,12 +220,12 @@ def estimate_again(args: argparse.Namespace) -> IDProfile:
     """
     before = IDProfile.read(args.Path)
     if any(profile.settings["save_distances"] for _, profile in partial_profiles(args.Path)):
-        raise ValueError(
+        raise UserError(
             f"a later run in {args.Path} has not finished and may have replaced distances: give "
             "its command again, then -s"
         )
     if not before.settings.get("save_distances"):  # any that are there belong to another run
-        raise ValueError(f"-s needs a profile measured with --save_distances; {args.Path} is not")
+        raise UserError(f"-s needs a profile measured with --save_distances; {args.Path} is not")
     args.nsamples = before.settings["nsamples"]
     permutations = block_permutations(args)
     layers = {

@@ -50,7 +50,7 @@ demo: scenes
 	$(CAPTION) --evaluate --model_dir PLATON80-ID --pruned output/demo/PLATON80-ID
 	$(CAPTION) --evaluate --model_dir PLATON95 --pruned output/demo/PLATON95
 	$(CAPTION) --evaluate --model_dir PLATON95-ID --pruned output/demo/PLATON95-ID
-	$(RUN) -m evaluation.table output/demo dense PLATON80 PLATON80-ID PLATON95 PLATON95-ID
+	$(RUN) -m evaluation.tables output/demo dense PLATON80 PLATON80-ID PLATON95 PLATON95-ID
 
 # The same for statements about pairs of pictures, 80 %.
 NLVR       := $(RUN) train_nlvr.py --config configs/nlvr_demo.yaml --output_dir output/demo-nlvr
@@ -63,7 +63,7 @@ demo-nlvr: scenes
 	$(NLVR) --evaluate --model_dir dense
 	$(NLVR) --evaluate --model_dir PLATON80 --pruned output/demo-nlvr/PLATON80
 	$(NLVR) --evaluate --model_dir PLATON80-ID --pruned output/demo-nlvr/PLATON80-ID
-	$(RUN) -m evaluation.table output/demo-nlvr dense PLATON80 PLATON80-ID
+	$(RUN) -m evaluation.tables output/demo-nlvr dense PLATON80 PLATON80-ID
 
 clean:
 	rm -rf $(VENV) datasets/scenes output/demo output/demo-nlvr

@@ -16,12 +16,12 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-import launching
-import training
 from data import build_caption_datasets
+from engine import loop as training
+from engine import run as launching
 from evaluation import caption_split, contact_sheet, generate_captions, score_results
 from models import build_captioner, load_checkpoint
-from utils import load_config
+from utils import UserError, load_config
 
 
 def evaluate(run: launching.Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     if args.score_only:
         split = args.score_only.stem
         if split not in ("val", "test"):
-            raise ValueError("--score_only takes the val.json or test.json of an evaluation")
+            raise UserError("--score_only takes the val.json or test.json of an evaluation")
         references = ground_truth(load_config(args.config, task="caption"), split)
         show({split: score_results(args.score_only, references, args.spice)})
         return

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-import launching
-import training
 from data import build_nlvr_datasets
+from engine import loop as training
+from engine import run as launching
 from models import build_nlvr
 from utils import write_json
 

@@ -21,6 +21,15 @@ from ruamel.yaml.error import YAMLError
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 REQUIRED = object()
 
+
+class UserError(ValueError):
+    """A mistake in what the user gave: flags, config, files, data. The message says the remedy.
+
+    `engine.run.launch` ends a script with this one sentence and exit code 2. Every other exception
+    is a fault of the program and keeps its traceback.
+    """
+
+
 # key -> (accepted types, default). A config may hold these keys and no others.
 _MODEL_KEYS = {
     "pretrained": (str, ""),
@@ -82,19 +91,19 @@ def load_config(path: str, overrides: dict | None = None, task: str | None = Non
     try:
         raw = YAML(typ="safe", pure=True).load(Path(path).read_text())
     except (OSError, YAMLError) as error:
-        raise ValueError(f"cannot read the config {path}: {error}") from error
+        raise UserError(f"cannot read the config {path}: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"the config {path} must be a mapping of keys to values")
+        raise UserError(f"the config {path} must be a mapping of keys to values")
     if task is None:
         task = "nlvr" if "batch_size_train" in raw else "caption"
     raw.update({key: value for key, value in (overrides or {}).items() if value is not None})
     known = CONFIG_KEYS[task]
     unknown = sorted(set(raw) - set(known))
     if unknown:
-        raise ValueError(f"{path}: unknown keys {unknown}; a {task} config has {sorted(known)}")
+        raise UserError(f"{path}: unknown keys {unknown}; a {task} config has {sorted(known)}")
     missing = sorted(k for k, (_, default) in known.items() if default is REQUIRED and k not in raw)
     if missing:
-        raise ValueError(f"{path}: missing keys {missing}")
+        raise UserError(f"{path}: missing keys {missing}")
     config = {"task": task}
     for key, (types, default) in known.items():
         config[key] = _checked(path, key, raw[key], types) if key in raw else default
@@ -107,7 +116,7 @@ def _checked(path: str, key: str, value, types):
         return float(value)
     if not isinstance(value, types) or (types is int and isinstance(value, bool)):
         names = [t.__name__ for t in (types if isinstance(types, tuple) else (types,))]
-        raise ValueError(f"{path}: {key} is {value!r}, but must be of type {' or '.join(names)}")
+        raise UserError(f"{path}: {key} is {value!r}, but must be of type {' or '.join(names)}")
     return value
 
 
@@ -178,7 +187,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             f"{device} is asked for, but torch sees no GPU: take --device cpu (ComputeID.py: --cpu)"
         )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -187,7 +196,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         index = local_rank if chosen.index is None else chosen.index
         if index >= torch.cuda.device_count():
-            raise ValueError(f"GPU {index} is asked for, but there are {torch.cuda.device_count()}")
+            raise UserError(f"GPU {index} is asked for, but there are {torch.cuda.device_count()}")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():

@@ -21,11 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models import build_captioner, prunable_layers
-from models.layers import sees_image
-from pruners.capture import Capture, Samples, counted_positions, trace_stages
-from pruners.plan import make_plan
-from pruners.twonn import (
+from dimension.budget import make_plan
+from dimension.capture import Capture, Samples, counted_positions, trace_stages
+from dimension.twonn import (
     PRODUCT_FEATURES,
     add_products_,
     block_analysis,
@@ -34,6 +32,8 @@ from pruners.twonn import (
     pairwise_distances,
     strips,
 )
+from models import build_captioner, prunable_layers
+from models.layers import sees_image
 from utils import keep_freed_memory
 
 CAPTION_LENGTHS = (9, 16)  # tokens, prompt included

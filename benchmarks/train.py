@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import launching
 import train_caption
-import training
 from benchmarks.pruner import Straightforward
-from data.scene_words import vocabulary
+from data.scenes.words import vocabulary
+from engine import loop as training
+from engine import run as launching
 from models import Captioner, build_captioner
 from utils import keep_freed_memory
 

@@ -5,7 +5,7 @@ import shutil
 import urllib.request
 from pathlib import Path
 
-from utils import atomic_write, barrier, is_main
+from utils import UserError, atomic_write, barrier, is_main
 
 PUBLISHED_AT = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 TIMEOUT = 30  # seconds without an answer
@@ -24,7 +24,7 @@ def annotation_file(root: str | Path, name: str) -> Path:
         The path of the file, which exists.
 
     Raises:
-        FileNotFoundError: If the file is missing and cannot be downloaded.
+        UserError: If the file is missing and cannot be downloaded.
     """
     path, reason = Path(root) / name, "the main process could not download it"
     if is_main() and not path.is_file():
@@ -34,7 +34,7 @@ def annotation_file(root: str | Path, name: str) -> Path:
             reason = str(error)
     barrier()
     if not path.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"annotation file {path} is missing and could not be downloaded ({reason}). Download "
             f"{PUBLISHED_AT}/{name} yourself and put it at {path}; or use a demo config, which "
             "needs no download: python -m data.scenes makes its data"
@@ -60,6 +60,6 @@ def read_annotation(root: str | Path, name: str) -> list[dict]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"annotation file {path} is not valid JSON ({error}): delete it to download it again"
         ) from error

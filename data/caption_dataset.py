@@ -10,6 +10,7 @@ from data.annotation import annotation_file, read_annotation
 from data.captions import normalize_caption
 from data.image_dataset import ImageDataset
 from data.transforms import build_transform
+from utils import UserError
 
 
 class CaptionTrainDataset(ImageDataset):
@@ -66,7 +67,7 @@ def coco_id(path: str) -> int:
     """The COCO id of an image file, for instance 42 of `val2014/COCO_val2014_000000000042.jpg`."""
     number = re.search(r"\d+$", Path(path).stem)
     if number is None:
-        raise ValueError(f"image file name {path} does not end in its COCO id")
+        raise UserError(f"image file name {path} does not end in its COCO id")
     return int(number.group())
 
 

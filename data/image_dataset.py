@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.samplers import derived_seed
+from utils import UserError
 
 
 class BadImageError(ValueError):
@@ -86,7 +87,7 @@ class ImageDataset(Dataset):
                     raise
                 self.bad_images += 1
                 index = (index + 1) % len(self)
-        raise ValueError(f"no image under {self.image_root} can be read (config key image_root)")
+        raise UserError(f"no image under {self.image_root} can be read (config key image_root)")
 
     def open(self, path: str) -> torch.Tensor:
         """The transformed image (3, S, S)."""
@@ -101,13 +102,13 @@ class ImageDataset(Dataset):
             sample: Records to try, evenly spaced.
 
         Raises:
-            FileNotFoundError: If the image root or one of the images does not exist.
+            UserError: If the image root or one of the images does not exist.
             ValueError: If there are no records, or an image is damaged.
         """
         if not self.records:
-            raise ValueError("the annotation file has no records: is config key ann_root right?")
+            raise UserError("the annotation file has no records: is config key ann_root right?")
         if not self.image_root.is_dir():
-            raise FileNotFoundError(
+            raise UserError(
                 f"image folder {self.image_root} does not exist: set config key image_root to "
                 "where the images are, or use a demo config (python -m data.scenes makes its data)"
             )
@@ -116,7 +117,7 @@ class ImageDataset(Dataset):
         for index in range(0, len(self), max(1, len(self) // sample)):
             for path in self.image_paths(index):
                 if not Path(path).is_file():
-                    raise FileNotFoundError(
+                    raise UserError(
                         f"image {path} does not exist: it is named by the annotation file, so "
                         "config keys image_root and ann_root must belong to the same data"
                     )

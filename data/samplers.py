@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from utils import UserError
+
 
 def derived_seed(*numbers: int) -> int:
     """A 64-bit seed from non-negative integers, the same on every machine."""
@@ -32,7 +34,7 @@ class TrainBatchSampler(Sampler):
 
     def __init__(self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
         if n < batch_size * world_size:
-            raise ValueError(
+            raise UserError(
                 f"{n} training samples do not fill one batch of {batch_size} on each of "
                 f"{world_size} processes: use a smaller batch size or fewer processes"
             )

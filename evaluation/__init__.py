@@ -1,7 +1,7 @@
 """Captions of a whole split, their scores, and pictures of them."""
 
 from .captions import caption_split, generate_captions
-from .samples import contact_sheet
+from .figures import contact_sheet
 from .scoring import score_captions, score_results
 
 __all__ = [

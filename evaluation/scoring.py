@@ -17,7 +17,7 @@ from pathlib import Path
 
 from evaluation import metrics
 from evaluation.ptb import ptb_tokenize
-from utils import write_json
+from utils import UserError, write_json
 
 IN_PYTHON = ["BLEU", "ROUGE_L", "CIDEr"]
 # Measured on 3000 English sentences of software documentation, five references each; of the 18,000,
@@ -88,7 +88,7 @@ def score_captions(
         references.setdefault(annotation["image_id"], []).append(annotation["caption"])
     captions = {result["image_id"]: [result["caption"]] for result in results}
     if captions.keys() != references.keys() or len(captions) < len(results):
-        raise ValueError(
+        raise UserError(
             f"{len(results)} captions of {len(captions)} images do not fit the {len(references)} "
             f"images of {gt_path}; were they made for another split? Caption the split again"
         )
@@ -121,7 +121,7 @@ def _read_json(path: str | Path):
     try:
         return json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def _tokenize(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from utils import is_main, main_process_first
+from utils import UserError, is_main, main_process_first
 
 POSITION_EMBEDDING = "visual_encoder.pos_embed"
 _WRAPPERS = ("model", "model_state_dict", "state_dict")
@@ -101,7 +101,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
             value = resample_position_embedding(value, targets[name])
             report.resampled.append(name)
         if value.shape != targets[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"{path_or_url}: {name} has shape {tuple(value.shape)}, the model's is "
                 f"{tuple(targets[name].shape)}; does the config's `vit` or `med_config` fit it?"
             )
@@ -112,7 +112,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
     report.initialised = [name for name in unset if name in may_be_missing]
     if len(unset) > len(report.initialised):
         names = [name for name in unset if name not in may_be_missing]
-        raise ValueError(
+        raise UserError(
             f"{path_or_url} leaves {len(names)} of the model's {len(targets)} parameters unset, "
             f"among them {names[:5]}; is it a checkpoint of this model?"
         )
@@ -158,18 +158,18 @@ def read_weights(path_or_url: str) -> dict[str, torch.Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no file of weights, or holds more than tensors and plain values: pickled "
             "code is never run. Save the state_dict alone (torch.save or safetensors)"
         ) from error
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {error}") from error
+        raise UserError(f"cannot read the checkpoint {path}: {error}") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no weights: expected a mapping, got {type(content)}")
+        raise UserError(f"{path} holds no weights: expected a mapping, got {type(content)}")
     weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
     return {_official_name(name): value for name, value in weights.items()}
 
@@ -179,7 +179,7 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
     own = folder / "pruned.safetensors"
     files = [own] if own.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no *.safetensors in the folder {folder}")
+        raise UserError(f"no *.safetensors in the folder {folder}")
     return {name: value for file in files for name, value in load_file(file).items()}
 
 
@@ -196,7 +196,7 @@ def _local(path_or_url: str) -> Path:
     """The file itself, or its copy in torch.hub's cache, downloaded if it is not there."""
     if urlparse(path_or_url).scheme not in ("http", "https"):
         if not Path(path_or_url).exists():
-            raise ValueError(f"there is no checkpoint {path_or_url}")
+            raise UserError(f"there is no checkpoint {path_or_url}")
         return Path(path_or_url)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(path_or_url).path).name
     with main_process_first():
@@ -205,7 +205,7 @@ def _local(path_or_url: str) -> Path:
             try:
                 torch.hub.download_url_to_file(path_or_url, str(cached), progress=is_main())
             except (URLError, OSError) as error:
-                raise ValueError(
+                raise UserError(
                     f"cannot download {path_or_url} ({error}); fetch it on another machine and put "
                     f"it at {cached}, give its path as --pretrained, or try the demo config"
                 ) from error

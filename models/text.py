@@ -7,6 +7,8 @@ import torch
 from transformers import BertTokenizer
 from transformers.models.blip.configuration_blip import BlipTextConfig
 
+from utils import UserError
+
 LABEL_SMOOTHING = 0.1
 MAX_TOKENS = 40
 BERT_BASE_PROMPT_IDS = [101, 1037, 3861, 1997, 102]  # "a picture of" in bert-base-uncased
@@ -52,13 +54,13 @@ def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTe
         try:
             fields = json.loads(Path(med_config).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"med_config: cannot read {med_config}: {error}") from error
+            raise UserError(f"med_config: cannot read {med_config}: {error}") from error
     unknown = sorted(set(fields) - set(_BERT_BASE) - _FIXED)
     if unknown:
-        raise ValueError(f"med_config: unknown fields {unknown}; known are {sorted(_BERT_BASE)}")
+        raise UserError(f"med_config: unknown fields {unknown}; known are {sorted(_BERT_BASE)}")
     sizes = {key: fields.get(key, default) for key, default in _BERT_BASE.items()}
     if len(tokenizer) > sizes["vocab_size"]:
-        raise ValueError(
+        raise UserError(
             f"med_config: vocab_size {sizes['vocab_size']} is below the tokenizer's "
             f"{len(tokenizer)} tokens"
         )
@@ -86,7 +88,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
     try:
         tokenizer = BertTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"tokenizer: cannot load {name!r}. Offline, set `tokenizer` to a local folder with "
             "vocab.txt (`python -m data.scenes` writes datasets/scenes/tokenizer for the demo "
             "configs; for BLIP's weights it must be bert-base-uncased)"
@@ -96,7 +98,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
     ids = tokenizer("a picture of ").input_ids
     is_bert_base = tokenizer.convert_tokens_to_ids("[DEC]") == 30522
     if tokenizer.unk_token_id in ids or (is_bert_base and ids != BERT_BASE_PROMPT_IDS):
-        raise ValueError(f"tokenizer: {name!r} reads 'a picture of' as {ids}; wrong vocab.txt?")
+        raise UserError(f"tokenizer: {name!r} reads 'a picture of' as {ids}; wrong vocab.txt?")
     return tokenizer
 
 

@@ -4,6 +4,8 @@ import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 
+from utils import UserError
+
 SIZES = {
     "tiny": {"patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4},
     "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -52,13 +54,13 @@ def build_vision_encoder(config: dict, drop_path_rate: float = 0.0) -> VisionEnc
     vit = config["vit"]
     if isinstance(vit, str):
         if vit not in SIZES:
-            raise ValueError(f"vit: {vit!r} is none of {sorted(SIZES)} and no mapping of sizes")
+            raise UserError(f"vit: {vit!r} is none of {sorted(SIZES)} and no mapping of sizes")
         vit = SIZES[vit]
     missing = _SIZE_KEYS - {"drop_path_rate"} - set(vit)
     if missing or set(vit) - _SIZE_KEYS:
-        raise ValueError(f"vit: a mapping needs {sorted(_SIZE_KEYS)}; got {sorted(vit)}")
+        raise UserError(f"vit: a mapping needs {sorted(_SIZE_KEYS)}; got {sorted(vit)}")
     if config["image_size"] % vit["patch_size"]:
-        raise ValueError(
+        raise UserError(
             f"image_size {config['image_size']} is no multiple of patch_size {vit['patch_size']}"
         )
     sizes = {"drop_path_rate": drop_path_rate, **vit}

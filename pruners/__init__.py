@@ -1,6 +1,6 @@
-"""Intrinsic dimensions of layers, and pruning by importance that they weight."""
+"""Pruning by importance scores: score, schedule, threshold, mask."""
 
 from pruners.pruner import Pruner
-from pruners.report import plot_sparsity, sparsity_report
+from pruners.sparsity import sparsity_report
 
-__all__ = ["Pruner", "plot_sparsity", "sparsity_report"]
+__all__ = ["Pruner", "sparsity_report"]

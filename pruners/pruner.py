@@ -7,10 +7,11 @@ from torch import nn
 
 from models import prunable_layers
 from pruners.mask import check_masks_equal, mask_
-from pruners.report import sparsity_report
 from pruners.schedule import CubicSchedule
 from pruners.score import Magnitude, Platon, Taylor
+from pruners.sparsity import sparsity_report
 from pruners.threshold import kth_smallest
+from utils import UserError
 
 METHODS = ("PLATON", "Taylor", "Magnitude")
 
@@ -92,7 +93,7 @@ class Pruner:
                 self.parameters, layer_id
             )
         else:
-            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+            raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
         self._found: tuple[int, float] | None = None  # rank and threshold of the present scores
 
     def step(self, global_step: int) -> tuple[float, float | None]:
@@ -130,7 +131,7 @@ class Pruner:
         if self._found is None or self._found[0] != rank:
             value = kth_smallest(self.score, self.numel, rank)
             if math.isnan(value):
-                raise ValueError(
+                raise UserError(
                     f"the scores of {self.score.first_nan()} are not numbers: its weights or "
                     "gradients became infinite or NaN. Resume from an earlier checkpoint with a "
                     "lower learning rate"
@@ -164,14 +165,14 @@ class Pruner:
             ValueError: the state is of another method or of other parameters.
         """
         if state["method"] != self.method:
-            raise ValueError(
+            raise UserError(
                 f"the state is of pruner {state['method']}, this is {self.method}: "
                 "resume with the pruner that began the run"
             )
         for kind, own in self.score.state.items():
             saved = state["score"][kind]
             if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
-                raise ValueError(
+                raise UserError(
                     f"the pruner's state {kind!r} is of another model: names or shapes differ, "
                     f"for instance {sorted(saved.keys() ^ own.keys())[:3]}"
                 )
@@ -197,7 +198,7 @@ def check_layer_id(layer_id: dict[str, float], layers: dict[str, nn.Linear]) -> 
         if names
     ]
     if found:
-        raise ValueError(
+        raise UserError(
             f"the ID profile does not fit the model ({'; '.join(found)}). Measure one with "
             "ComputeID.py and the same config"
         )

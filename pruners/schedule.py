@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from utils import UserError
+
 
 @dataclass(frozen=True)
 class CubicSchedule:
@@ -40,16 +42,16 @@ class CubicSchedule:
     def __post_init__(self):
         """Checks the ranges."""
         if not 0 < self.final_threshold <= self.initial_threshold <= 1:
-            raise ValueError(
+            raise UserError(
                 f"the thresholds are shares that remain: choose 0 < final_threshold "
                 f"({self.final_threshold}) <= initial_threshold ({self.initial_threshold}) <= 1"
             )
         if min(self.initial_warmup, self.final_warmup, self.warmup_steps) < 0:
-            raise ValueError("initial_warmup, final_warmup and warmup_steps must not be negative")
+            raise UserError("initial_warmup, final_warmup and warmup_steps must not be negative")
         if self.delta_t < 1 or (self.steps_per_epoch or 1) < 1:
-            raise ValueError("delta_t and steps_per_epoch must be at least 1")
+            raise UserError("delta_t and steps_per_epoch must be at least 1")
         if self.ramp_start > self.ramp_end:
-            raise ValueError(
+            raise UserError(
                 f"the schedule is longer than the run: ({self.initial_warmup} + "
                 f"{self.final_warmup}) x {self.warmup_steps} warm-up steps, but {self.total_steps} "
                 "steps in all. Lower warmup_steps or train longer"

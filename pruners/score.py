@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pruners import kernels
+from utils import UserError
 
 # Numbers of a piece: on the CPU few enough for threads to share the work evenly, on a GPU, where
 # calls are dear, BLIP base's largest matrix.
@@ -147,7 +148,7 @@ class Platon(Taylor):
         super().__init__(parameters, layer_id)
         for name, beta in [("beta1", beta1), ("beta2", beta2)]:
             if not 0 <= beta < 1:
-                raise ValueError(f"{name} is the decay of an average: choose 0 <= {beta} < 1")
+                raise UserError(f"{name} is the decay of an average: choose 0 <= {beta} < 1")
         self.delta_t, self.beta1, self.beta2 = delta_t, beta1, beta2
         self.state = {
             kind: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}

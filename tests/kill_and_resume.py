@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from safetensors.torch import load_file
 
-import launching
-import training
-from data import scenes
+from data.scenes import __main__ as scenes
+from engine import loop as training
+from engine import run as launching
 
 TINY_VIT = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TINY_TEXT = {

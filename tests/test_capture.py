@@ -3,13 +3,13 @@ from copy import deepcopy
 import pytest
 import torch
 
+from dimension import budget as planning
+from dimension import twonn
+from dimension.budget import make_plan, share_layers
+from dimension.capture import Capture, Samples, counted_positions, trace_stages
+from dimension.twonn import estimate_id, pairwise_distances
 from models import build_captioner, build_nlvr, prunable_layers
 from models.layers import sees_image
-from pruners import plan as planning
-from pruners import twonn
-from pruners.capture import Capture, Samples, counted_positions, trace_stages
-from pruners.plan import make_plan, share_layers
-from pruners.twonn import estimate_id, pairwise_distances
 
 N, LENGTH = 50, 11
 CPU = torch.device("cpu")

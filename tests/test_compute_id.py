@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import ComputeID
-import launching
-from data import build_caption_datasets, scenes
+from data import build_caption_datasets
+from data.scenes import __main__ as scenes
+from dimension.capture import Capture
+from dimension.profile import IDProfile, PartialProfile, load_distances
+from engine import run as launching
 from models import build_captioner, build_nlvr, prunable_layers
-from pruners.capture import Capture
-from pruners.profile import IDProfile, PartialProfile, load_distances
 from tests.kill_and_resume import finish, start, write_config
 from utils import Process, load_config
 

@@ -23,6 +23,7 @@ from data.caption_dataset import coco_id
 from data.image_dataset import BadImageError, seeded
 from data.nlvr_dataset import mirror
 from data.transforms import CLIP_MEAN, CLIP_STD
+from utils import UserError
 
 
 def test_captions_are_normalised_as_in_the_original(golden_dir):
@@ -290,7 +291,7 @@ def test_mirror_exchanges_whole_words():
 @pytest.mark.parametrize("build", [build_caption_datasets, build_nlvr_datasets])
 def test_missing_annotation_offline_says_what_to_put_where(build, coco, offline, tmp_path):
     coco["ann_root"] = str(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         build(coco)
     name = offline[0].rsplit("/", 1)[1]
     assert offline == [
@@ -302,7 +303,7 @@ def test_missing_annotation_offline_says_what_to_put_where(build, coco, offline,
 
 def test_missing_ground_truth_is_noticed_when_the_data_are_built(coco, offline, tmp_path):
     coco["coco_gt_root"] = str(tmp_path / "gt")
-    with pytest.raises(FileNotFoundError, match="coco_karpathy_val_gt.json is missing"):
+    with pytest.raises(UserError, match="coco_karpathy_val_gt.json is missing"):
         build_caption_datasets(coco)
 
 
@@ -329,10 +330,10 @@ def test_check_passes_on_good_data_and_names_what_is_missing(coco, tmp_path):
     train.check(3)
     missing = tmp_path / "images" / "val2014" / "COCO_val2014_000000000046.jpg"
     missing.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{missing} .*image_root and ann_root"):
+    with pytest.raises(UserError, match=f"{missing} .*image_root and ann_root"):
         val.check(2)
     train.image_root = tmp_path / "elsewhere"
-    with pytest.raises(FileNotFoundError, match="elsewhere does not exist: set .*image_root"):
+    with pytest.raises(UserError, match="elsewhere does not exist: set .*image_root"):
         train.check(1)
     train.records = []
     with pytest.raises(ValueError, match="no records.*ann_root"):

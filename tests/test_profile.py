@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from pruners.id_figures import layer_kind, plot_comparison, plot_depth, plot_scale
-from pruners.profile import (
+from dimension.figures import layer_kind, plot_comparison, plot_depth, plot_scale
+from dimension.profile import (
     IDProfile,
     LayerID,
     PartialProfile,
@@ -14,7 +14,7 @@ from pruners.profile import (
     model_hash,
     save_distances,
 )
-from pruners.twonn import draw_permutations, pairwise_distances
+from dimension.twonn import draw_permutations, pairwise_distances
 
 NAMES = [
     "visual_encoder.blocks.0.attn.qkv",

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from pruners import Pruner, plot_sparsity, sparsity_report
+from evaluation.figures import plot_sparsity
+from pruners import Pruner, sparsity_report
 from pruners.score import BLOCK
 
 GOLDEN_RUN = dict(

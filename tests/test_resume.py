@@ -6,7 +6,7 @@ import signal
 import pytest
 
 import train_caption
-import training
+from engine import loop as training
 from tests.kill_and_resume import (
     finish,
     kill_and_resume,

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 from transformers import BertTokenizer
 
-from data import build_caption_datasets, build_nlvr_datasets, scenes
-from data.scene_pictures import PAINT
-from data.scene_words import SIZES, attributes_correct, parse_caption, vocabulary
+from data import build_caption_datasets, build_nlvr_datasets
+from data.scenes import __main__ as scenes
+from data.scenes import attribute_accuracy, generate
+from data.scenes.pictures import PAINT
+from data.scenes.words import SIZES, attributes_correct, parse_caption, vocabulary
 
 PER_SPLIT = {"train": 150, "val": 60, "test": 30}
 
@@ -156,12 +158,12 @@ def test_known_data_are_left_alone_and_other_settings_replace_them(tmp_path, cap
 def test_a_foreign_folder_is_not_replaced(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="was not made by data.scenes"):
-        scenes.make(tmp_path, {})
+        generate.make(tmp_path, {})
     assert (tmp_path / "holiday.jpg").exists()
 
 
 def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "write_statements", lambda *_: 1 / 0)
+    monkeypatch.setattr(generate, "write_statements", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         scenes.main(scenes.parse_args(arguments(tmp_path / "scenes")))
     assert list(tmp_path.iterdir()) == []
@@ -289,10 +291,10 @@ def test_attribute_accuracy_counts_captions(root):
         {"image_id": image_id, "caption": caption}
         for image_id, caption in captions_of(root, "val")[::5]
     ]
-    assert scenes.attribute_accuracy(results, path) == 1.0
+    assert attribute_accuracy(results, path) == 1.0
     for row in results[:15]:
         row["caption"] = "a picture"
-    assert scenes.attribute_accuracy(results, path) == 0.75
+    assert attribute_accuracy(results, path) == 0.75
 
 
 # --- vocabulary

@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import launching
 import train_caption
-import training
+from engine import loop as training
+from engine import run as launching
 from models import build_captioner, prunable_layers
 from tests.kill_and_resume import free_port, make_scenes, write_config
-from utils import load_config
+from utils import UserError, load_config
 
 PRUNE = ["--warmup_steps", "3", "--deltaT", "2"]
 
@@ -204,7 +204,7 @@ def test_mistake_is_told_before_the_first_step(mistake, scenes, tmp_path, capsys
     monkeypatch.setattr(training, "train_step", None)
     config = write_config(tmp_path / "c.yaml", scenes, max_epoch=3, **mistake.changes)
     argv = ["--config", config, "--output_dir", str(tmp_path), *mistake.flags]
-    with pytest.raises((ValueError, FileNotFoundError), match=mistake.message):
+    with pytest.raises(UserError, match=mistake.message):
         run(argv)
     with pytest.raises(SystemExit) as stop:
         launching.launch(train_caption.main, train_caption.parse_args(argv))
@@ -236,7 +236,7 @@ def test_damaged_image_is_named(damaged, tmp_path):
     with pytest.raises(ValueError, match=truncated.name):
         run(["--config", config, "--output_dir", str(tmp_path)])
     Image.new("RGB", (32, 32)).save(truncated)
-    with pytest.raises(FileNotFoundError, match=missing.name):
+    with pytest.raises(UserError, match=missing.name):
         run(["--config", config, "--output_dir", str(tmp_path)])
 
 
@@ -254,5 +254,5 @@ def test_bad_images_are_counted_and_skipped(damaged, tmp_path, workers):
 def test_annotation_missing_offline(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError))
     config = write_config(tmp_path / "c.yaml", scenes, ann_root=str(tmp_path / "empty"))
-    with pytest.raises(FileNotFoundError, match="coco_karpathy_train.json yourself and put it at"):
+    with pytest.raises(UserError, match="coco_karpathy_train.json yourself and put it at"):
         run(["--config", config, "--output_dir", str(tmp_path)])

@@ -7,10 +7,11 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
-import launching
 import train_nlvr
-import training
-from data import build_nlvr_datasets, scenes
+from data import build_nlvr_datasets
+from data.scenes import __main__ as scenes
+from engine import loop as training
+from engine import run as launching
 from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
 from tests.kill_and_resume import TINY_TEXT, TINY_VIT, finish, start
 from utils import load_config

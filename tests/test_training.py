@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train_caption
-import training
 from data import TrainBatchSampler
+from engine import loop as training
 from models import Captioner, vit
 from tests.kill_and_resume import finish, make_scenes, result, same, start, write_config
 

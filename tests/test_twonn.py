@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pruners import twonn
-from pruners.twonn import block_analysis, estimate_id, pairwise_distances
+from dimension import twonn
+from dimension.twonn import block_analysis, estimate_id, pairwise_distances
 from tests.conftest import GOLDEN
 
 CLOUDS = ["gauss5in20", "swiss", "sphere9", "highdim", "duplicates", "grid"]

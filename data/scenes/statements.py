@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from data.nlvr_dataset import OTHER_SIDE
-from data.scene_pictures import Scene, SceneObject
-from data.scene_words import NUMBERS, PLURALS, STATEMENTS
+from data.scenes.pictures import Scene, SceneObject
+from data.scenes.words import NUMBERS, PLURALS, STATEMENTS
+from utils import UserError
 
 ATTEMPTS = 1000  # statements in a row without a pair of the other label before giving up
 TRIES = 20  # images tried for the pair of the other label before a statement is given up
@@ -109,7 +110,7 @@ def random_pairs(
     rows, failed = [], 0
     while len(rows) < count:
         if failed == ATTEMPTS:
-            raise ValueError(
+            raise UserError(
                 f"{len(scenes)} scenes are too few for statements that are true of one pair and "
                 "false of another: make more, or no statements"
             )

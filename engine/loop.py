@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-import checkpointing
-from launching import Run, move, sum_over_processes, train_loader
+from dimension.profile import load_profile
+from engine import checkpoints as checkpointing
+from engine.reporter import Reporter
+from engine.run import Run, move, sum_over_processes, train_loader
 from models import prunable_layers
 from pruners import Pruner, sparsity_report
-from pruners.profile import load_profile
-from reporting import Reporter
-from utils import barrier, seed_everything
+from utils import UserError, barrier, seed_everything
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, run again to go on
 LOG_SECONDS = 10.0  # between progress lines
@@ -71,7 +71,7 @@ def plan_steps(
     """
     steps_per_epoch = samples // samples_per_step
     if steps_per_epoch < 1:
-        raise ValueError(
+        raise UserError(
             f"an optimizer step takes {samples_per_step} samples (batch size x processes x "
             f"accumulation), but the training set has {samples}: lower one of them"
         )
@@ -79,7 +79,7 @@ def plan_steps(
     warmup = steps_per_epoch if args.warmup_steps is None else args.warmup_steps
     outside = (args.initial_warmup + args.final_warmup) * warmup
     if args.final_threshold < 1 and outside >= total:
-        raise ValueError(
+        raise UserError(
             f"the pruning schedule is longer than the run: ({args.initial_warmup} initial + "
             f"{args.final_warmup} final) x {warmup} warm-up steps = {outside}, but the run has "
             f"{total} steps ({steps_per_epoch} an epoch): lower --warmup_steps or train longer"
@@ -225,7 +225,7 @@ def resume(run: Run, state: TrainState) -> None:
         if content["identity"].get(key) != value
     ]
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{path} is of another run: {'; '.join(differences)}. Use the same settings, another "
             "--model_dir, or --resume off to start again"
         )

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils import UserError
+
 BLOCK_COUNTS = range(1, 21)  # the points are cut into 1, 2, ..., 20 blocks
 FEWEST_POINTS = 3  # the last two ratios are dropped, so a fit needs three
 
@@ -71,7 +73,7 @@ def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
 
 def _require_finite(numbers: Tensor) -> None:
     if not numbers.isfinite().all():
-        raise ValueError("values are NaN, infinite, or too large for their squares in float32")
+        raise UserError("values are NaN, infinite, or too large for their squares in float32")
 
 
 def _chunks(points: Tensor, centred: bool) -> Iterator[Tensor]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dimension.profile import IDProfile
 from models.layers import modality, sees_image
-from pruners.profile import IDProfile
 
 KINDS = {  # of layers: colour, and marker with its filling
     "vision": ("tab:blue", "o", "full"),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from evaluation.table import main
+from evaluation.tables import main
 
 
 def write(folder, sparsity, results):

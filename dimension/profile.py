@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pruners.twonn import BlockAnalysis, block_analysis
-from utils import atomic_write, write_json
+from dimension.twonn import BlockAnalysis, block_analysis
+from utils import UserError, atomic_write, write_json
 
 PROFILE = "profile.json"
 DISTANCES = "distances"
@@ -58,7 +58,7 @@ class IDProfile:
             layers = {name: LayerID(**values) for name, values in content["layers"].items()}
             return cls(content["settings"], layers)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no profile that ComputeID.py wrote: {error}") from error
+            raise UserError(f"{path} is no profile that ComputeID.py wrote: {error}") from error
 
     def write(self, folder: str | Path) -> None:
         """Writes the JSON and the original's four text files, one line a layer."""
@@ -88,7 +88,7 @@ def load_profile(path: str | Path) -> dict[str, float]:
     if "layers" in content:
         return {name: layer.id for name, layer in IDProfile.read(path).layers.items()}
     if not content or not all(isinstance(value, int | float) for value in content.values()):
-        raise ValueError(f"{path} is no ID profile: expected a mapping of layer names to IDs")
+        raise UserError(f"{path} is no ID profile: expected a mapping of layer names to IDs")
     return content
 
 
@@ -96,9 +96,9 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the ID profile {path}: {error}") from error
+        raise UserError(f"cannot read the ID profile {path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no ID profile: expected a mapping")
+        raise UserError(f"{path} is no ID profile: expected a mapping")
     return content
 
 
@@ -119,7 +119,7 @@ def measure_layer(
     """
     analysis: BlockAnalysis = block_analysis(distances, fraction, permutations)
     if math.isnan(analysis.id):
-        raise ValueError(
+        raise UserError(
             f"layer {name}: {analysis.points} of {len(distances)} samples have two neighbours at "
             "different distances, and three are needed; take more samples (-n)"
         )
@@ -201,7 +201,7 @@ def load_distances(folder: str | Path, name: str) -> Tensor:
     try:
         values = torch.load(path, weights_only=True)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"-s needs the distances that a run with --save_distances keeps, but {path} is not "
             "there"
         ) from error

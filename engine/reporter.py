@@ -10,7 +10,7 @@ import time
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from pruners import plot_sparsity
+from evaluation.figures import plot_sparsity
 from utils import atomic_write, write_json
 
 

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from models.stages import Stage
+from utils import UserError
 
 FLOAT32 = 4  # bytes
 SEGMENT_NUMBERS = 2**26  # of all samples, whose distances are computed at a time: 256 MB
@@ -185,7 +186,7 @@ def make_plan(
         needed = max((segment_tokens(x, n) * x.width for x in shape.layers), default=0)
         if needed > room:
             least = (fixed + carried + needed * (n + 1) * FLOAT32) / 1e9
-            raise ValueError(
+            raise UserError(
                 f"--memory_gb {budget / 1e9:g} is too little: {shape.stage.name} needs "
                 f"{least:.2f} GB for {n} samples; allow that, or take fewer samples"
             )

@@ -18,9 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from models.layers import sees_image
-from models.stages import Stage
-from pruners.plan import (
+from dimension.budget import (
     FLOAT32,
     LayerShape,
     Piece,
@@ -30,7 +28,10 @@ from pruners.plan import (
     live_states,
     segment_tokens,
 )
-from pruners.twonn import squared_distances
+from dimension.twonn import squared_distances
+from models.layers import sees_image
+from models.stages import Stage
+from utils import UserError
 
 
 @dataclass
@@ -255,7 +256,7 @@ class Capture:
             try:
                 squared = squared_distances(segment.flatten(1), centred=True)
             except ValueError as error:
-                raise ValueError(f"layer {layer.name}: {error}") from error
+                raise UserError(f"layer {layer.name}: {error}") from error
             if layer.name in self.sums:
                 self.sums[layer.name] += squared
             else:

@@ -1,6 +1,6 @@
 """Prints what evaluated runs have come to, as a Markdown table.
 
-    python -m evaluation.table output/demo dense PLATON80 PLATON80-ID
+    python -m evaluation.tables output/demo dense PLATON80 PLATON80-ID
 
 reads what `--evaluate` wrote: sparsity.json and results/ of each run.
 """
@@ -8,6 +8,8 @@ reads what `--evaluate` wrote: sparsity.json and results/ of each run.
 import argparse
 import json
 from pathlib import Path
+
+from utils import UserError
 
 CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
 
@@ -28,7 +30,7 @@ def read_run(folder: Path) -> dict[str, str]:
             found = json.loads((results / "test_scores.json").read_text())["scores"]
             scores = {column: f"{found[name]:.3f}" for column, name in CAPTION_SCORES.items()}
     except (OSError, KeyError) as error:
-        raise ValueError(f"{folder} holds no evaluated run ({error}): run --evaluate") from error
+        raise UserError(f"{folder} holds no evaluated run ({error}): run --evaluate") from error
     return {
         "run": folder.name,
         "sparsity": f"{sparsity['overall']:.1%}",

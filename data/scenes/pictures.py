@@ -9,7 +9,7 @@ from operator import attrgetter
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.scene_words import (
+from data.scenes.words import (
     BACKGROUNDS,
     COLOURS,
     KINDS,

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from utils import atomic_write
+from utils import UserError, atomic_write
 
 _STEP_FILE = re.compile(r"^step_(\d{8})\.pt$")
 
@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"the checkpoint {path} is not whole: {error}") from error
+        raise UserError(f"the checkpoint {path} is not whole: {error}") from error
 
 
 def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
@@ -74,7 +74,7 @@ def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
         except ValueError as error:
             broken.append(str(error).splitlines()[0])
     if broken:
-        raise ValueError(
+        raise UserError(
             "; ".join(broken) + f"; no checkpoint in {folder} is whole: --resume off starts again"
         )
     return None
@@ -114,7 +114,7 @@ def check_disk_space(folder: Path, model: nn.Module, pruner_numbers: int, keep: 
     reusable = sum(path.stat().st_size for path in step_files(folder / "checkpoints"))
     free = shutil.disk_usage(folder).free + reusable
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"the run needs {needed / 1e9:.1f} GB in {folder} ({keep + 1} checkpoints of "
             f"{checkpoint / 1e9:.1f} GB and the weights), but {free / 1e9:.1f} GB are free: make "
             "room, lower --keep_checkpoints, or choose another --output_dir"

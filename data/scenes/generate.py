@@ -1,18 +1,5 @@
-"""Generates the embedded data: scenes with COCO captions and NLVR2 statements.
+"""Writes the embedded data: pictures, captions and statements in the layouts of COCO and NLVR2."""
 
-    python -m data.scenes --out datasets/scenes
-
-writes, in a few seconds and always the same for the same settings:
-
-    images/{train,val,test}/scene_0000000.png     64 x 64 pixels, named by COCO id
-    annotation/coco_karpathy_{train,val,test}.json and coco_karpathy_{val,test}_gt.json
-    annotation/nlvr_{train,dev,test}.json         statements about pairs of the images
-    annotation/scenes_{train,val,test}.json       what the pictures show, for attribute_accuracy
-    tokenizer/vocab.txt                           WordPiece vocabulary
-    settings.json                                 a run that finds its own settings does nothing
-"""
-
-import argparse
 import json
 import os
 import random
@@ -20,10 +7,10 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from data.scene_pictures import Scene, random_scene, render
-from data.scene_statements import random_pairs
-from data.scene_words import attributes_correct, describe, vocabulary
-from utils import write_json
+from data.scenes.pictures import Scene, random_scene, render
+from data.scenes.statements import random_pairs
+from data.scenes.words import describe, vocabulary
+from utils import UserError, write_json
 
 VERSION = 2  # raise when the same arguments give other data
 FIRST_ID = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # no two images share a COCO id
@@ -124,7 +111,7 @@ def make(out: str | Path, settings: dict) -> bool:
     if out.exists():
         known = out / "settings.json"
         if not known.is_file():
-            raise ValueError(f"{out} exists and was not made by data.scenes: choose another --out")
+            raise UserError(f"{out} exists and was not made by data.scenes: choose another --out")
         if json.loads(known.read_text()) == settings:
             return False
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
@@ -138,45 +125,3 @@ def make(out: str | Path, settings: dict) -> bool:
         shutil.rmtree(unfinished)
         raise
     return True
-
-
-def attribute_accuracy(results: list[dict], scenes_path: str | Path) -> float:
-    """Share of captions that name size, colour and kind of every object they mention correctly.
-
-    Args:
-        results: Dictionaries with `image_id` (the COCO id) and `caption`.
-        scenes_path: The split's `scenes_*.json`.
-
-    Returns:
-        A fraction in [0, 1]; a caption that mentions no object counts as wrong.
-    """
-    scenes = {
-        scene["image_id"]: [(o["size"], o["colour"], o["kind"]) for o in scene["objects"]]
-        for scene in json.loads(Path(scenes_path).read_text())
-    }
-    correct = [attributes_correct(row["caption"], scenes[row["image_id"]]) for row in results]
-    return sum(correct) / len(correct)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Generates the embedded data.")
-    parser.add_argument("--out", default="datasets/scenes", help="folder to write")
-    parser.add_argument("--train", type=int, default=20000, help="scenes with a caption")
-    parser.add_argument("--val", type=int, default=500, help="scenes with 5 references")
-    parser.add_argument("--test", type=int, default=500, help="scenes with 5 references")
-    parser.add_argument("--statements", type=int, default=40000, help="about training pairs")
-    parser.add_argument("--heldout_statements", type=int, default=1000, help="in dev, and in test")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
-    """Generates the data and says where it is."""
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    done = make(args.out, settings)
-    print(f"{args.out}: {'written' if done else 'up to date'}")
-
-
-if __name__ == "__main__":
-    main(parse_args())

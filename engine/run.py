@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from models import load_checkpoint, prunable_layers
 from pruners import sparsity_report
 from utils import (
     Process,
+    UserError,
     init_distributed,
     keep_freed_memory,
     load_config,
@@ -111,14 +111,14 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag, bound in least.items():
         value = getattr(args, flag)
         if value is not None and value < bound:
-            raise ValueError(f"--{flag} must be at least {bound}, got {value}")
+            raise UserError(f"--{flag} must be at least {bound}, got {value}")
     if not 0 < args.final_threshold <= args.initial_threshold <= 1:
-        raise ValueError(
+        raise UserError(
             "thresholds are fractions that remain, 0 < final <= initial <= 1; got "
             f"--final_threshold {args.final_threshold} --initial_threshold {args.initial_threshold}"
         )
     if args.pruned and not args.evaluate:
-        raise ValueError("--pruned goes with --evaluate; training starts from --pretrained")
+        raise UserError("--pruned goes with --evaluate; training starts from --pretrained")
 
 
 # --- start ---------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def prepare(
         build_model: of the config.
 
     Raises:
-        ValueError, FileNotFoundError: a flag, the config, data or weights are wrong.
+        UserError: a flag, the config, data or weights are wrong.
     """
     run = start(args, task)
     keep_freed_memory(run.process.device)
@@ -201,12 +201,12 @@ def start(args: argparse.Namespace, task: str) -> Run:
     if args.useID and not args.id_profile:
         args.id_profile = config["id_profile"]
         if not args.id_profile:
-            raise ValueError(f"--useID: {args.config} names no id_profile; give --id_profile")
+            raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
     run = Run(args, config, init_distributed(args.device), Path(args.output_dir, args.model_dir))
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make {run.folder}: {error}; choose --output_dir") from error
+        raise UserError(f"cannot make {run.folder}: {error}; choose --output_dir") from error
     if run.process.is_main and not args.evaluate:
         write_json(run.folder / "config.json", {"config": config, "flags": vars(args)})
     seed_everything(args.seed)
@@ -224,12 +224,12 @@ def load_weights(run: Run, model: nn.Module) -> None:
         report = load_checkpoint(model, path)
         run.say(str(report))
         if run.args.evaluate and report.initialised:
-            raise ValueError(
+            raise UserError(
                 f"{path} is a start for training, not weights to evaluate: it lacks "
                 f"{', '.join(report.initialised)}"
             )
     elif run.args.evaluate:
-        raise ValueError("nothing to evaluate: give --pruned, or --pretrained for dense weights")
+        raise UserError("nothing to evaluate: give --pruned, or --pretrained for dense weights")
     model.to(run.process.device)
 
 
@@ -314,17 +314,16 @@ def sum_over_processes(run: Run, numbers: list[float]) -> list[float]:
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Runs a script's `main`; a user's mistake ends it with one sentence instead of a traceback.
 
-    Exit codes: 0 done; 1 failed; 2 a user's mistake; 75 (training.EXIT_STOPPED) training
-    was stopped by SIGTERM or SIGINT, and the same command goes on from the newest checkpoint.
+    Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError`, whose
+    sentence every process that met it prints; 75 (`stopping.EXIT_STOPPED`) training was stopped by
+    SIGTERM or SIGINT, and the same command goes on from the newest checkpoint.
     """
     try:
         main(args)
-    except (ValueError, FileNotFoundError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if Path(__file__).resolve().parent not in raised_in.parents:
-            raise  # not one of our checks
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

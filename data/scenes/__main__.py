@@ -1,0 +1,41 @@
+"""Generates the embedded data: scenes with COCO captions and NLVR2 statements.
+
+    python -m data.scenes --out datasets/scenes
+
+writes, in a few seconds and always the same for the same settings:
+
+    images/{train,val,test}/scene_0000000.png     64 x 64 pixels, named by COCO id
+    annotation/coco_karpathy_{train,val,test}.json and coco_karpathy_{val,test}_gt.json
+    annotation/nlvr_{train,dev,test}.json         statements about pairs of the images
+    annotation/scenes_{train,val,test}.json       what the pictures show, for attribute_accuracy
+    tokenizer/vocab.txt                           WordPiece vocabulary
+    settings.json                                 a run that finds its own settings does nothing
+"""
+
+import argparse
+
+from data.scenes.generate import make
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Generates the embedded data.")
+    parser.add_argument("--out", default="datasets/scenes", help="folder to write")
+    parser.add_argument("--train", type=int, default=20000, help="scenes with a caption")
+    parser.add_argument("--val", type=int, default=500, help="scenes with 5 references")
+    parser.add_argument("--test", type=int, default=500, help="scenes with 5 references")
+    parser.add_argument("--statements", type=int, default=40000, help="about training pairs")
+    parser.add_argument("--heldout_statements", type=int, default=1000, help="in dev, and in test")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Generates the data and says where it is."""
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    done = make(args.out, settings)
+    print(f"{args.out}: {'written' if done else 'up to date'}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,1 @@
+"""Measuring the intrinsic dimension (ID) of what layers represent."""
