@@ -1,6 +1,7 @@
 """The text transformer's configuration and tokenizer."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -123,3 +124,27 @@ def tokenize(
     )
     tokens.input_ids[:, 0] = tokenizer.convert_tokens_to_ids(first_token)
     return tokens.input_ids, tokens.attention_mask
+
+
+def truncated(tokenizer: BertTokenizer, texts: Sequence[str], max_tokens: int) -> int:
+    """How many texts are longer than `max_tokens`, so that `tokenize` cuts them."""
+    batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # memory: 1 KB a token
+    return sum(len(ids) > max_tokens for batch in batches for ids in tokenizer(batch).input_ids)
+
+
+def check_max_tokens(max_tokens: int, least: int, positions: int) -> None:
+    """Checks `max_tokens` of a config.
+
+    Args:
+        max_tokens: at which texts are cut.
+        least: length of a text with a single word, [SEP] included.
+        positions: of the text transformer.
+
+    Raises:
+        UserError: it is too small for any word, or beyond the positions.
+    """
+    if not least <= max_tokens <= positions:
+        raise UserError(
+            f"max_tokens: {max_tokens} must be from {least} (one word) to {positions} (the text "
+            "transformer's positions, `max_position_embeddings` of med_config)"
+        )

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from models import build_captioner, modality, prunable_layers
-from models.text import load_tokenizer
+from models.text import load_tokenizer, truncated
 from tests.conftest import read_golden
 
 
@@ -25,8 +25,8 @@ def test_outputs_equal_the_original(golden_captioner):
             attention_mask=inputs["attention_mask"],
             encoder_hidden_states=embeds,
         )
-        loss = golden_captioner.loss_from_ids(
-            embeds, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        loss = golden_captioner.loss(
+            *(inputs[name] for name in ("image", "input_ids", "attention_mask", "labels"))
         )
     torch.testing.assert_close(embeds, expected["image_embeds"], atol=1e-5, rtol=0)
     torch.testing.assert_close(decoded.logits, expected["logits"], atol=1e-5, rtol=0)
@@ -49,6 +49,36 @@ def test_loss_ignores_prompt_and_padding(caption_tiny_config):
         alone = [model(image[i : i + 1], [text]) for i, text in enumerate((long, short))]
     # tokens predicted: the words after the prompt and [SEP]
     torch.testing.assert_close(both, (5 * alone[0] + 2 * alone[1]) / 7)
+
+
+def test_prepared_tensors_give_the_loss_of_captions(caption_tiny_config):
+    model = build_captioner(caption_tiny_config).eval()
+    image = torch.randn(2, 3, 32, 32)
+    captions = ["a picture of word9 word8 word7 word6", "a picture of word5"]
+    tensors, terms = model.prepare(image, captions)
+    assert terms == 5 + 2  # the words after the prompt, and [SEP]
+    assert tensors[0] is image
+    assert all(tensor.shape == (2, 9) for tensor in tensors[1:])
+    assert tensors[1][:, 0].tolist() == [158, 158]  # [DEC]
+    assert (tensors[3] == -100).sum(dim=1).tolist() == [4, 4 + 3]
+    with torch.no_grad():
+        expected = model(image, captions)
+        assert torch.equal(model(*tensors), expected)
+        assert torch.equal(model.loss(*tensors), expected)
+
+
+def test_captions_are_cut_at_max_tokens(caption_tiny_config):
+    captions = [" ".join(["a picture of"] + ["word9"] * n) for n in (3, 4, 60)]
+    model = build_captioner(caption_tiny_config | {"max_tokens": 8})
+    (_, ids, mask, _), terms = model.prepare(torch.zeros(3, 3, 32, 32), captions)
+    assert ids.shape == (3, 8)
+    assert mask.sum(dim=1).tolist() == [8, 8, 8]
+    assert terms == 3 * 4
+    assert truncated(model.tokenizer, captions, 8) == 2
+    assert truncated(model.tokenizer, captions, 9) == 1
+    assert truncated(model.tokenizer, captions * 700, 9) == 700
+    default = build_captioner(caption_tiny_config)
+    assert default.prepare(None, captions)[0][1].shape == (3, 40)
 
 
 def test_generate_gives_text_without_prompt(caption_tiny_config):
@@ -104,6 +134,9 @@ def test_missing_tokenizer_says_what_to_do(monkeypatch, tmp_path):
         ({"med_config": {"hidden": 3}}, "hidden"),
         ({"med_config": {"vocab_size": 5}}, "vocab_size"),
         ({"med_config": "no/such.json"}, "no/such.json"),
+        ({"length_normalization": "Total"}, "'Total' is none of total, generated"),
+        ({"max_tokens": 5}, "max_tokens: 5 must be from 6"),
+        ({"max_tokens": 65}, "to 64"),
     ],
 )
 def test_bad_model_configs_are_named(caption_tiny_config, change, message):
