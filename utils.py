@@ -107,8 +107,8 @@ def launched_processes() -> int:
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1":
             raise UserError(
-                f"SLURM started {tasks} tasks, but not through torchrun, so each would do the whole "
-                f"work and write the same files. Start one task on each node: {SRUN}"
+                f"SLURM started {tasks} tasks, but not through torchrun: each would do the whole work "
+                f"and write the same files. Start one task on each node: {SRUN}"
             )
         return 1
     set_names = [name for name in LAUNCHER if name not in missing]

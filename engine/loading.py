@@ -15,7 +15,7 @@ from utils import UserError
 
 
 class _Fetched(Dataset):
-    """Items as a loading process sends them: an item and its count of skipped samples, or a mistake.
+    """Items as loading processes send them: an item and how many samples it skips, or a mistake.
 
     A mistake travels as a value, for torch would send it as a traceback in text.
     """

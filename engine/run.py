@@ -1,4 +1,4 @@
-"""From a command line to a run: processes, checked data, weights, the results folder, exit codes."""
+"""From a command line to a run: processes, checked data, weights, results folder, exit codes."""
 
 import argparse
 import fcntl
