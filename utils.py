@@ -107,7 +107,7 @@ def launched_processes() -> int:
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1":
             raise UserError(
-                f"SLURM started {tasks} tasks, but not through torchrun: each would do the whole work "
+                f"SLURM started {tasks} tasks, but not through torchrun: each would do it all "
                 f"and write the same files. Start one task on each node: {SRUN}"
             )
         return 1

@@ -117,7 +117,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def results_folder(args: argparse.Namespace) -> Path:
-    """--model_dir; without it the folder of the run that is evaluated, or one of the config's name."""
+    """--model_dir; without it the folder of the evaluated run, or one of the config's name."""
     if args.model_dir is None and args.pruned and Path(args.pruned).is_dir():
         return Path(args.pruned)
     return Path(args.output_dir, args.model_dir or Path(args.config).stem)

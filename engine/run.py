@@ -1,14 +1,14 @@
 """From a command line to a run: processes, checked data, weights, results folder, exit codes."""
 
 import argparse
+import errno
 import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,6 @@ class Run:
         id_profile: path of the profile that weights scores; "" weights none.
         layer_id: the profile, layer name to ID.
         weights: file or folder that the run starts from or evaluates; None for random ones.
-        lock: the results folder's, held while the process lives.
     """
 
     args: argparse.Namespace
@@ -56,7 +55,6 @@ class Run:
     id_profile: str
     layer_id: dict[str, float] | None = None
     weights: Path | None = None
-    lock: IO | None = field(default=None, repr=False)
 
     @property
     def checkpoints(self) -> Path:
@@ -185,38 +183,36 @@ def start(args: argparse.Namespace, task: Task) -> Run:
     keep_freed_memory(process.device)
     run = Run(args, task, config, process, results_folder(args), id_profile)
     if process.is_main:
-        run.lock = take_folder(run.folder)
+        take_folder(run.folder)
         if not args.evaluate:
             write_json(run.folder / "config.json", {"config": config, "flags": vars(args)})
     seed_everything(args.seed)
     return run
 
 
-def take_folder(folder: Path) -> IO:
-    """Makes a results folder and locks it for as long as this process lives.
+def take_folder(folder: Path) -> None:
+    """Makes a results folder and locks it until this process ends, however it ends.
 
-    The system drops the lock when the process ends, however it ends.
+    The lock is the process's own: loading processes do not inherit it, and a later run of the same
+    process passes.
 
     Raises:
         UserError: the folder cannot be written, or another process that lives writes to it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)  # closed by the system
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; choose --output_dir"
-        ) from error
+        why = error.strerror
+        raise UserError(f"cannot write to {folder}: {why}; choose --output_dir") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(
-            f"another process is writing to {folder}: wait for it, or choose another --model_dir"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+            raise UserError(
+                f"another process is writing to {folder}: wait for it, or choose another "
+                "--model_dir"
+            ) from None
 
 
 def find_weights(run: Run) -> Path | None:

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import ComputeID
+from configs import load_config
 from data import build_caption_datasets
 from data.scenes import __main__ as scenes
 from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile, load_distances
 from engine import run as launching
 from models import build_captioner, build_nlvr, prunable_layers
-from tests.kill_and_resume import finish, start, write_config
-from utils import Process, load_config
+from tests.runs import finish, start, write_config
+from utils import Process
 
 N = 45
 LITTLE_MEMORY = ["--memory_gb", "0.1353"]

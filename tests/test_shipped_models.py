@@ -7,11 +7,11 @@ import torch
 from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import default_collate
 
+from configs import load_config
 from data import build_caption_datasets, build_nlvr_datasets
 from data.scenes import __main__ as scenes
 from data.scenes import attribute_accuracy
 from models import build_captioner, build_nlvr, load_checkpoint
-from utils import load_config
 
 SCENES = 100
 FIRST_AND_REST = slice(0, 1), slice(1, None)

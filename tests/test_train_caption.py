@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_caption
-from engine import loop as training
-from engine import run as launching
+from configs import load_config
+from engine import loop
+from engine.loop import BEST_FILE, PRUNED_FILE
+from engine.run import launch
 from models import build_captioner, prunable_layers
-from tests.kill_and_resume import free_port, make_scenes, write_config
-from utils import UserError, load_config
+from tests.runs import free_port, make_scenes, write_config
+from utils import UserError
 
 PRUNE = ["--warmup_steps", "3", "--deltaT", "2"]
 
@@ -68,7 +70,7 @@ def zeros(path, config: str) -> tuple[int, int]:
 
 
 def test_training_prunes_to_the_final_threshold(trained, config):
-    pruned, prunable = zeros(trained / training.PRUNED_FILE, config)
+    pruned, prunable = zeros(trained / PRUNED_FILE, config)
     assert pruned == below_threshold(prunable, 0.2)
     assert json.loads((trained / "sparsity.json").read_text())["pruned"] == pruned
     assert (trained / "sparsity.png").stat().st_size > 0
@@ -99,7 +101,7 @@ def test_tensorboard_has_the_sparsity_by_modality(trained):
 
 
 def test_best_weights_are_those_of_an_epoch_at_the_final_ratio(trained):
-    best, last = (load_file(trained / name) for name in (training.BEST_FILE, training.PRUNED_FILE))
+    best, last = (load_file(trained / name) for name in (BEST_FILE, PRUNED_FILE))
     assert all(torch.equal(best[name], last[name]) for name in last)
 
 
@@ -135,7 +137,7 @@ def test_papers_commands_under_torchrun(config, tmp_path):
     done = subprocess.run([*command, *flags], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"epoch": 0') == 1
-    pruned, prunable = zeros(tmp_path / "coco/PLATON80" / training.PRUNED_FILE, config)
+    pruned, prunable = zeros(tmp_path / "coco/PLATON80" / PRUNED_FILE, config)
     assert pruned == below_threshold(prunable, 0.2)
 
 
@@ -143,9 +145,9 @@ def test_papers_commands_under_torchrun(config, tmp_path):
 def test_pruning_keeps_float32_weights(config, tmp_path, amp):
     argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", amp, "--amp", amp]
     run([*argv, *PRUNE, "--max_steps", "9", "--eval_epochs", "0", "--pruner_name", "Taylor"])
-    weights = load_file(tmp_path / amp / training.PRUNED_FILE)
+    weights = load_file(tmp_path / amp / PRUNED_FILE)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    pruned, prunable = zeros(tmp_path / amp / training.PRUNED_FILE, config)
+    pruned, prunable = zeros(tmp_path / amp / PRUNED_FILE, config)
     assert pruned == below_threshold(prunable, 0.2)
 
 
@@ -171,15 +173,10 @@ MISTAKES = {
         ["--max_steps", "48"], {}, r"\(1 initial \+ 1 final\) x 24 .* has 48 steps"
     ),
     "batch": Mistake(["--batch_size", "49"], {}, "takes 49 samples .* training set has 48"),
-    "accumulation": Mistake(
-        ["--gradient_accumulation_steps", "0"], {}, "--gradient_acc.* must be at least 1, got 0"
+    "type": Mistake(
+        [], {"image_size": "32"}, "image_size is '32', but must be a whole number of at least 1"
     ),
-    "deltaT": Mistake(["--deltaT", "0"], {}, "--deltaT must be at least 1, got 0"),
-    "learning rate": Mistake(["--init_lr", "-1"], {}, "--init_lr must be at least 0, got -1"),
-    "type": Mistake([], {"image_size": "32"}, "image_size is '32', but must be of type int"),
     "device": Mistake(["--device", "cuda:99"], {}, "no GPU|GPU 99 is asked for"),
-    "thresholds": Mistake(["--final_threshold", "80"], {}, "fractions that remain.*80.0"),
-    "beta2": Mistake(["--beta2", "2"], {}, "beta2 is the decay of an average"),
     "no profile": Mistake(["--useID"], {}, "names no id_profile"),
     "wrong profile": Mistake(
         ["--id_profile", "configs/id/blip_nlvr.json"],
@@ -194,22 +191,53 @@ MISTAKES = {
     "no weights": Mistake(["--evaluate"], {}, "nothing to evaluate: give --pruned"),
     "pruned": Mistake(["--pruned", "x"], {}, "goes with --evaluate; training starts from --pretr"),
     "vit": Mistake([], {"image_size": 40}, "40 is no multiple of patch_size 16"),
-    "output": Mistake(["--output_dir", "Makefile"], {}, "cannot make Makefile.*--output_dir"),
+    "output": Mistake(["--output_dir", "Makefile"], {}, "cannot write to Makefile.*--output_dir"),
     "captions": Mistake(["--score_only", "train.json"], {}, "takes the val.json or test.json"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistake_is_told_before_the_first_step(mistake, scenes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "train_step", None)
+    monkeypatch.setattr(loop, "train_step", None)
     config = write_config(tmp_path / "c.yaml", scenes, max_epoch=3, **mistake.changes)
     argv = ["--config", config, "--output_dir", str(tmp_path), *mistake.flags]
     with pytest.raises(UserError, match=mistake.message):
         run(argv)
     with pytest.raises(SystemExit) as stop:
-        launching.launch(train_caption.main, train_caption.parse_args(argv))
+        launch(train_caption.main, train_caption.parse_args(argv))
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+FLAGS = {
+    "--gradient_accumulation_steps 0": "must be a whole number of at least 1, got '0'",
+    "--deltaT 0": "must be a whole number of at least 1, got '0'",
+    "--deltaT 2.5": "must be a whole number of at least 1, got '2.5'",
+    "--init_lr -1": "must be a number of at least 0, got '-1'",
+    "--init_lr nan": "must be a number of at least 0, got 'nan'",
+    "--final_threshold 80": "must be a number from 0 to 1, got '80'",
+    "--beta2 2": "must be a number from 0 to 1, got '2'",
+    "--keep_checkpoints 0": "must be a whole number of at least 1, got '0'",
+    "--samples -1": "must be a whole number of at least 0, got '-1'",
+    "--seed -1": "must be a whole number of at least 0, got '-1'",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flag_out_of_range(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_caption.parse_args(flag.replace(" ", "=").split())
+    assert stop.value.code == 2
+    assert f"argument {flag.split()[0]}: {FLAGS[flag]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--spice", "--samples 2", "--pruned x", "--evaluate --eval_test", "--evaluate --check"],
+)
+def test_flag_that_would_be_ignored(flags):
+    with pytest.raises(UserError, match="go(es)? with"):
+        run(flags.split())
 
 
 def test_full_disk(config, tmp_path, monkeypatch):
