@@ -230,6 +230,18 @@ def test_bad_arguments_are_errors(arguments, message):
         pruner_of({"a.0.x": (2, 4)}, **({"method": "PLATON"} | arguments))
 
 
+def test_arguments_arrive():
+    run = dict(total_steps=50, final_threshold=0.3, initial_threshold=0.8, initial_warmup=2)
+    run |= dict(final_warmup=3, warmup_steps=4, delta_t=5, steps_per_epoch=11)
+    ids = {"a.0.x": 3.0}
+    pruner = pruner_of(
+        {"a.0.x": (2, 4)}, layer_id=ids, method="PLATON", beta1=0.6, beta2=0.7, **run
+    )
+    assert vars(pruner.schedule) == run | {"first_scored": 5}
+    score = pruner.score
+    assert (score.delta_t, score.beta1, score.beta2, score.layer_id) == (5, 0.6, 0.7, ids)
+
+
 @pytest.mark.parametrize("delta_t", [1, 2, 3, 4, 7])
 def test_the_shortest_run_that_platon_allows_prunes(delta_t):
     shortest = max(delta_t, 2)
