@@ -7,6 +7,7 @@ Source: Li et al., BLIP, ICML 2022, section 5.4 and figure 5.
 """
 
 import re
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from models.stages import Stage, text_stages, vision_stages
 from models.text import check_max_tokens, load_tokenizer, text_config, tokenize
 from models.vit import VisionEncoder, build_vision_encoder
 
+T = TypeVar("T")
 FIRST_MERGED_LAYER = 6  # from here on a layer merges what it saw in the two images; before: mean
 _SINGLE_CROSS_ATTENTION = re.compile(r"(?<=\.crossattention\.)(self|output\.dense)(?=\.)")
 
@@ -193,14 +195,14 @@ class NlvrClassifier(nn.Module):
             input_ids, attention_mask=attention_mask, encoder_hidden_states=images
         ).last_hidden_state
 
-    def adapt_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    def adapt_state_dict(self, weights: dict[str, T]) -> tuple[dict[str, T], set[str]]:
         """Takes the weights of a BLIP that sees one image; its cross-attention starts both twins.
 
         The text transformer is the checkpoint's `text_encoder` (BLIP base) or, where there is none,
         its `text_decoder` (a captioner). What only an NLVR2 model has, may then be missing.
 
         Args:
-            weights: of any BLIP under the official names.
+            weights: of any BLIP under the official names, or whatever stands for each.
 
         Returns:
             The weights under this model's names, and the names that may stay as initialised:
