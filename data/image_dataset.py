@@ -47,12 +47,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     That is what Pillow makes of colours of 16 bits. (The original code sees 16-bit grey as white.)
 
     Raises:
-        ValueError: If the pixels have 32 bits, for their range is not known.
+        ValueError: If the pixels are integers of 32 bits or floats, whose range is not known.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError("it has pixels of 32 bits, of unknown range: save it with 8 bits")
+        raise ValueError(f"its pixels ({image.mode}) are of unknown range: save it with 8 bits")
     return image.convert("RGB")
 
 

@@ -175,8 +175,9 @@ def check_records(path: str | Path, content: Any, layout: Layout) -> list[dict]:
     Raises:
         UserError: Not all records are of the layout; tells the first of them.
     """
-    if foreign := name_foreign_layout(content):
-        raise UserError(f"{path} is {foreign}, write records like {layout.example}")
+    if foreign := foreign_layout(content):
+        what, where = foreign
+        raise UserError(f"{path} is {what}. Write records like {layout.example}, {where}")
     if not isinstance(content, list) or not content:
         raise UserError(f"{path} has no records; it must hold a list of records {layout.example}")
     faults = []
@@ -216,30 +217,30 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def name_foreign_layout(content: Any) -> str:
-    """What a file of another well-known layout is, and what to take from it; else empty."""
+def foreign_layout(content: Any) -> tuple[str, str] | None:
+    """What a file of another well-known layout is, and where our values are in it."""
     rows = content.get("images") if isinstance(content, dict) else content
-    first = rows[0] if isinstance(rows, list) and rows else {}
+    first = rows[0] if isinstance(rows, list) and rows else None
     first = first if isinstance(first, dict) else {}
     if "sentences" in first and "image" not in first:
         return (
-            "the Karpathy split in its original layout (dataset_coco.json). From the images whose "
-            '"split" is this file\'s (train with restval, val, or test), and from each of their '
-            '"sentences" where a caption is needed, the image being filepath/filename, the '
-            "image_id cocoid and the caption raw"
+            "the Karpathy split in its original layout (dataset_coco.json)",
+            "from each image whose split is the wanted one (restval belongs to train) and, where a "
+            "caption is needed, from each of its sentences; image is filepath/filename, image_id "
+            "is cocoid, caption is raw",
         )
     if isinstance(content, dict) and "annotations" in content:
         return (
-            "in COCO's own layout. From each of its annotations, the image being the file_name of "
-            "that image_id among its images"
+            "in COCO's own layout",
+            "from each of its annotations; image is the file_name of that image_id in its images",
         )
     if "identifier" in first and "images" not in first:
         return (
-            "NLVR2 in its original layout, which names no image files. From each line, the images "
-            'being the identifier without its last number, then "-img0.png" and "-img1.png", below '
-            "the folder where they are"
+            "NLVR2 in its original layout, which names no image files",
+            "from each record; images are the identifier without its last number, followed by "
+            "-img0.png and -img1.png, in the folder where they are",
         )
-    return ""
+    return None
 
 
 def read_references(path: str | Path) -> dict[int, list[str]]:
@@ -254,7 +255,7 @@ def read_references(path: str | Path) -> dict[int, list[str]]:
     content = read_json(path)
     if isinstance(content, dict) and "annotations" in content:
         content = content["annotations"]
-    elif not name_foreign_layout(content):
+    elif not foreign_layout(content):
         raise UserError(
             f'{path} has no "annotations"; references are written '
             f'{{"annotations": [{REFERENCES.example}, ...]}}'
