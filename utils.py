@@ -6,17 +6,21 @@ import os
 import platform
 import random
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+ANSWER_SECONDS = 30  # that a download waits for its server
 
 
 class UserError(ValueError):
@@ -242,3 +246,23 @@ def main_process_first() -> Iterator[None]:
     finally:
         if is_main():
             barrier()
+
+
+def download(url: str, path: str | Path) -> None:
+    """Downloads a file; `path` appears once it is whole. Long downloads show a progress bar.
+
+    Raises:
+        OSError: there is no answer, the connection breaks, or the file cannot be written.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+            bar = tqdm(total=size or None, unit="B", unit_scale=True, desc=str(path), delay=5.0)
+            with bar, atomic_write(path, "wb") as file:
+                while chunk := answer.read(2**20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                if file.tell() < size:
+                    raise OSError(f"the connection broke after {file.tell()} of {size} bytes")
+    except (OSError, HTTPException) as error:
+        raise OSError(str(error) or type(error).__name__) from error
