@@ -151,7 +151,7 @@ def test_resumes_at_the_first_unfinished_layer(captioner, whole, tmp_path, monke
     assert 0 < len(done) < len(whole[1].layers)
 
     def recorded(self, planned, held, flops, advance):
-        captured.extend(piece.layer.name for piece, _ in held)
+        captured.extend(segment.layer.name for segment, _ in held)
         forward(self, planned, held, flops, advance)
 
     monkeypatch.setattr(Capture, "_forward", recorded)
