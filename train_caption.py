@@ -23,7 +23,7 @@ from engine.run import Run, launch, prepare
 from engine.tasks import CAPTION, ground_truth, results_path
 from evaluation import contact_sheet, generate_captions, score_results
 from models import load_checkpoint
-from models.checkpoint import fetch
+from models.weight_files import fetch
 from utils import UserError, main_process_first
 
 

@@ -63,9 +63,6 @@ def train(run: Run, model: nn.Module, dataset: Dataset, held_out: dict[str, Data
                 finish_epoch(run, state, held_out)
     finally:
         state.reporter.close()
-    remark = off_target(sparsity_report(prunable_layers(model)), run.args.final_threshold)
-    if remark:
-        run.say(f"note: {remark}")
     run.say(written(run))
 
 
@@ -251,6 +248,9 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
     if args.skip_bad_images:
         record["bad_images"] = progress.bad_images
     last = progress.step == state.plan.total_steps
+    if last and state.pruner:
+        note = off_target(sparsity, args.final_threshold, state.pruner.tied)
+        record |= {"note": note} if note else {}
     if args.eval_epochs and (last or (progress.epoch + 1) % args.eval_epochs == 0):
         record |= validate(run, state.model, held_out)
     best_by = f"{next(iter(held_out))}_{run.task.best_by}"

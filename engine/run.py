@@ -19,7 +19,7 @@ from configs import load_config
 from dimension.profile import load_profile
 from engine.flags import check_flags, results_folder
 from models import load_checkpoint, prunable_layers
-from models.checkpoint import fetch
+from models.weight_files import fetch
 from pruners import sparsity_report
 from utils import (
     Process,
