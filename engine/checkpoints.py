@@ -73,12 +73,17 @@ def read_checkpoint(path: Path) -> dict:
     """Reads one checkpoint; its tensors are mapped from the file until they are copied.
 
     Raises:
-        ValueError: the file is not there or not whole.
+        UserError: the file is not there, not whole, or holds no state of a training run.
     """
+    if path.is_file() and path.suffix == ".safetensors":
+        raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the checkpoint {path} is not whole: {error}") from error
+    if not isinstance(content, dict) or not _ENTRIES <= content.keys():
+        raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
+    return content
 
 
 def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
@@ -89,13 +94,13 @@ def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
         folder holds no checkpoint.
 
     Raises:
-        ValueError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, but none is whole.
     """
     broken = []
     for path in step_files(folder):
         try:
             return read_checkpoint(path), path, broken
-        except ValueError as error:
+        except UserError as error:
             broken.append(str(error).splitlines()[0])
     if broken:
         raise UserError(
