@@ -40,10 +40,17 @@ from dimension.profile import (
     save_distances,
 )
 from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS, draw_permutations
-from engine.run import launch
 from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
 from models.layers import modality
-from utils import Process, UserError, barrier, init_distributed, keep_freed_memory, load_config
+from utils import (
+    Process,
+    UserError,
+    barrier,
+    init_distributed,
+    keep_freed_memory,
+    launch,
+    load_config,
+)
 
 DATA_KEYS = ("image_root", "ann_root", "image_size", "prompt", "max_words", "tokenizer")
 TASKS = {

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from configs import FROM_ZERO, load_config
 from engine.flags import add_flags
 from engine.loop import train, validation_sets
-from engine.run import Run, launch, prepare
+from engine.run import Run, prepare
 from engine.tasks import CAPTION, ground_truth, results_path
 from evaluation import contact_sheet, generate_captions, score_results
 from models import load_checkpoint
 from models.weight_files import fetch
-from utils import UserError, main_process_first
+from utils import UserError, launch, main_process_first
 
 
 def main(args: argparse.Namespace) -> None:

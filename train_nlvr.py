@@ -13,9 +13,9 @@ import argparse
 
 from engine.flags import add_flags
 from engine.loop import train, validation_sets
-from engine.run import launch, prepare
+from engine.run import prepare
 from engine.tasks import NLVR
-from utils import write_json
+from utils import launch, write_json
 
 
 def main(args: argparse.Namespace) -> None:

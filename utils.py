@@ -1,13 +1,15 @@
 """What every script needs: atomic files, seeds, devices, and one or several processes."""
 
+import argparse
 import ctypes
 import json
 import os
 import platform
 import random
+import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +28,7 @@ ANSWER_SECONDS = 30  # that a download waits for its server
 class UserError(ValueError):
     """A mistake in what the user gave: flags, config, files, data. The message says the remedy.
 
-    `engine.run.launch` ends a script with this one sentence and exit code 2. Every other exception
+    `launch` ends a script with this one sentence and exit code 2. Every other exception
     is a fault of the program and keeps its traceback.
     """
 
@@ -266,3 +268,22 @@ def download(url: str, path: str | Path) -> None:
                     raise OSError(f"the connection broke after {file.tell()} of {size} bytes")
     except (OSError, HTTPException) as error:
         raise OSError(str(error) or type(error).__name__) from error
+
+
+def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Runs a script's `main`; a user's mistake ends it with its sentence instead of a traceback.
+
+    Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError`, whose
+    sentence every process that met it prints; 75 (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT
+    stopped training, and the same command goes on from the newest checkpoint.
+    """
+    try:
+        main(args)
+    except UserError as error:
+        rank = os.environ.get("RANK") or "0"
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -4,14 +4,12 @@ import argparse
 import errno
 import fcntl
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -245,22 +243,3 @@ def load_weights(run: Run, model: nn.Module) -> None:
             f"{run.weights} is a start for training, not weights to evaluate: it lacks "
             f"{', '.join(report.initialised)}"
         )
-
-
-def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Runs a script's `main`; a user's mistake ends it with its sentence instead of a traceback.
-
-    Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError`, whose
-    sentence every process that met it prints; 75 (`stopping.EXIT_STOPPED`) training was stopped by
-    SIGTERM or SIGINT, and the same command goes on from the newest checkpoint.
-    """
-    try:
-        main(args)
-    except UserError as error:
-        rank = os.environ.get("RANK") or "0"
-        where = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

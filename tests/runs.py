@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data.scenes import __main__ as scenes
 from engine.loop import PRUNED_FILE
-from engine.run import launch
+from utils import launch
 
 TINY_VIT = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TINY_TEXT = {

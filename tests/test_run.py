@@ -13,10 +13,10 @@ import train_caption
 from configs import SCHEMAS
 from data import TrainBatchSampler
 from engine import loop
-from engine.run import Mistakes, launch, take_folder
+from engine.run import Mistakes, take_folder
 from engine.tasks import TASKS
 from tests.runs import finish, make_scenes, start, write_config
-from utils import LAUNCHER, UserError, choose_device, launched_processes
+from utils import LAUNCHER, UserError, choose_device, launch, launched_processes
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_sentence_names_its_rank(capsys, monkeypatch):
 
 def test_a_fault_of_the_program_keeps_its_traceback():
     """Also a ValueError, which many mistakes of users are."""
-    script = "from engine.run import launch\nlaunch(lambda args: int('ours'), None)"
+    script = "from utils import launch\nlaunch(lambda args: int('ours'), None)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ValueError: invalid literal" in done.stderr

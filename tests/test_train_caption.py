@@ -18,10 +18,9 @@ import train_caption
 from configs import load_config
 from engine import loop
 from engine.loop import BEST_FILE, PRUNED_FILE
-from engine.run import launch
 from models import build_captioner, prunable_layers
 from tests.runs import free_port, make_scenes, write_config
-from utils import UserError
+from utils import UserError, launch
 
 PRUNE = ["--warmup_steps", "3", "--deltaT", "2"]
 

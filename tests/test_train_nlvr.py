@@ -13,9 +13,9 @@ from data import build_nlvr_datasets
 from data.scenes import __main__ as scenes
 from engine.loop import PRUNED_FILE
 from engine.plan import plan_steps
-from engine.run import launch
 from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
 from tests.runs import TINY_TEXT, TINY_VIT, finish, start
+from utils import launch
 
 DEV_STATEMENTS = 11  # 11 and 6 do not divide by 2 processes and batches of 4
 TEST_STATEMENTS = 6
