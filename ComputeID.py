@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data import build_caption_datasets, build_nlvr_datasets
+from configs import COUNT, FROM_ZERO, Number, load_config
 from dimension.budget import plan_capture, share_layers
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.figures import plot_comparison, plot_depth, plot_scale, save_figure
@@ -40,8 +40,10 @@ from dimension.profile import (
     save_distances,
 )
 from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS, draw_permutations
-from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
+from engine.tasks import TASKS
+from models import load_checkpoint, prunable_layers
 from models.layers import modality
+from models.weight_files import fetch
 from utils import (
     Process,
     UserError,
@@ -49,14 +51,10 @@ from utils import (
     init_distributed,
     keep_freed_memory,
     launch,
-    load_config,
+    main_process_first,
 )
 
 DATA_KEYS = ("image_root", "ann_root", "image_size", "prompt", "max_words", "tokenizer")
-TASKS = {
-    "caption": (build_caption_datasets, build_captioner, ("image",), "batch_size"),
-    "nlvr": (build_nlvr_datasets, build_nlvr, ("image0", "image1"), "batch_size_test"),
-}
 SHARE_OF_FREE = {"cpu": 0.5, "cuda": 0.8}
 PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
@@ -185,6 +183,8 @@ def load_trained(model: nn.Module, path: str) -> str:
     """
     if not path:
         raise UserError("nothing to measure: give --pretrained or --pruned")
+    with main_process_first():  # that downloads, where it is an address
+        fetch(path)
     report = load_checkpoint(model, path)
     if report.initialised:
         raise UserError(f"{path} is a start for training: it lacks {', '.join(report.initialised)}")
@@ -275,12 +275,12 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
     config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
     process = init_distributed(chosen_device(args.cpu, args.gpu), timeout_s=PATIENCE_S)
     keep_freed_memory(process.device)
-    build_datasets, build_model, images, batch_key = TASKS[config["task"]]
-    batch_size = args.batch_size or config[batch_key]
-    dataset = build_datasets(config, args.seed)[0]
+    task = TASKS[config["task"]]
+    batch_size = args.batch_size or config["eval_batch_size"]
+    dataset = task.build_datasets(config, args.seed)[0]
     dataset.check()
     indices = choose_samples(args.nsamples, len(dataset), args.seed)
-    model = build_model(config)
+    model = task.build_model(config)
     weights = args.pruned or config["pretrained"]
     print_once(process, load_trained(model, weights))
     model.to(process.device).eval()
@@ -288,7 +288,7 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
         dataset,
         indices,
         model.tokenize,
-        images,
+        task.images,
         batch_size,
         args.keep_padding,
         config["num_workers"],
@@ -404,31 +404,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("-n", "--nsamples", type=int, default=2000, help="samples of the training set (2000)")
+    add(
+        "-n",
+        "--nsamples",
+        type=Number(int, FEWEST_POINTS),
+        default=2000,
+        help="samples of the training set (2000)",
+    )
     add("--Path", default="ID/Blip_coco", help="folder for the results")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="run on the CPU")
     device.add_argument(
-        "--gpu", type=int, metavar="N", help="run on GPU N; default: a GPU if there is one"
+        "--gpu", type=FROM_ZERO, metavar="N", help="run on GPU N; default: a GPU if there is one"
     )
     add("-s", "--skip", action="store_true", help="no model: estimate again from kept distances")
     add("--save_distances", action="store_true", help="keep distances for -s, 4 n^2 bytes a layer")
-    add("--fraction", type=float, default=1.0, help="share of the points that is fitted, in (0, 1]")
+    add(
+        "--fraction",
+        type=Number(float, 0, 1),
+        default=1.0,
+        help="share of the points that is fitted, in (0, 1]",
+    )
     add("--keep_padding", action="store_true", help="as the original: a batch's padding counts")
-    add("--memory_gb", type=float, help="for activations, states and matrices of each process")
+    add(
+        "--memory_gb",
+        type=Number(float, 0),
+        help="for activations, states and matrices of each process",
+    )
     add("--compare", nargs="+", default=[], metavar="PROFILE", help="draw these profiles, too")
-    add("--batch_size", type=int, help="samples in a forward pass; default: the config's")
-    add("--seed", type=int, default=0, help="of the choice of samples and blocks")
+    add("--batch_size", type=COUNT, help="samples in a forward pass; default: the config's")
+    add("--seed", type=FROM_ZERO, default=0, help="of the choice of samples and blocks")
     add("--config", default="configs/caption_coco.yaml")
     add("--pretrained", help="weights instead of the config's")
     add("--pruned", help="measure pruned weights (a file, or the folder of a pruning run)")
     args = parser.parse_args(argv)
-    if args.nsamples < FEWEST_POINTS:
-        parser.error("-n: three samples are the least that have an ID, and 2000 are usual")
-    if not 0 < args.fraction <= 1:
-        parser.error("--fraction is a share of the points, in (0, 1]")
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error("--batch_size must be at least 1")
+    if args.fraction == 0:
+        parser.error("argument --fraction: no points are left to fit; 1 takes all")
     return args
 
 

@@ -103,8 +103,10 @@ class Sizes(NamedTuple):
             raise ValueError(f"{error}, or a mapping of sizes") from None
 
 
-COUNT, FROM_ZERO = Number(int, 1), Number(int, 0)
-RATE = Number(float, 0)
+MANY = 10**9
+COUNT, FROM_ZERO = Number(int, 1, MANY), Number(int, 0, MANY)
+PIXELS, WORKERS = Number(int, 1, 4096), Number(int, 0, 1024)
+RATE = Number(float, 0, 10)
 
 # key -> (check, default). A config may hold these keys and no others.
 _MODEL_KEYS = {
@@ -114,7 +116,7 @@ _MODEL_KEYS = {
     "vit_ckpt_layer": (FROM_ZERO, 0),
     "med_config": (Sizes(), "configs/med_config.json"),
     "tokenizer": (Text(), "bert-base-uncased"),
-    "image_size": (COUNT, REQUIRED),
+    "image_size": (PIXELS, REQUIRED),
 }
 _RUN_KEYS = {
     "image_root": (Text(), REQUIRED),
@@ -127,7 +129,7 @@ _RUN_KEYS = {
     "batch_size": (COUNT, REQUIRED),
     "eval_batch_size": (COUNT, None),  # as batch_size
     "augment": (Switch(), True),
-    "num_workers": (FROM_ZERO, 4),
+    "num_workers": (WORKERS, 4),
 }
 SCHEMAS = {
     "caption": {
@@ -207,14 +209,17 @@ def _problems(raw: dict, schema: dict) -> tuple[list[str], list[str]]:
 
 
 def _check_lengths(path: str, config: dict) -> None:
-    """Lengths in tokens: min_length <= max_length, and nothing longer than the text positions."""
-    positions = read_med_config(config["med_config"]).get("max_position_embeddings", 512)
-    longest = [key for key in ("max_length", "max_tokens") if config.get(key, 0) > positions]
-    if longest:
-        raise UserError(
-            f"{path}: {longest[0]} is {config[longest[0]]}, but med_config has "
-            f"max_position_embeddings {positions}"
-        )
+    """Checks how lengths and beams fit the text transformer and each other."""
+    med_config = read_med_config(config["med_config"])
+    positions = med_config.get("max_position_embeddings", 512)
+    vocabulary = med_config.get("vocab_size", 30524)
+    for key, factor, of, most in [
+        ("max_length", 1, "max_position_embeddings", positions),
+        ("max_tokens", 1, "max_position_embeddings", positions),
+        ("num_beams", 2, "vocab_size", vocabulary),  # a step looks at twice as many words
+    ]:
+        if isinstance(most, int) and factor * config.get(key, 0) > most:
+            raise UserError(f"{path}: {key} is {config[key]}, but med_config has {of} {most}")
     if config.get("min_length", 0) > config.get("max_length", math.inf):
         raise UserError(
             f"{path}: min_length {config['min_length']} is above max_length {config['max_length']}"

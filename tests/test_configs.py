@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import train_caption
 from configs import REQUIRED, SCHEMAS, load_config
+from tests.runs import TINY_TEXT, TINY_VIT, make_scenes, write_config
+from utils import UserError
 
 CONFIGS = sorted(path for path in Path("configs").glob("*.yaml"))
 
@@ -29,6 +34,13 @@ def test_overrides_replace_and_none_does_not():
     assert (config["batch_size"], config["init_lr"]) == (3, 1e-5)
 
 
+def test_batch_sizes_have_one_name():
+    config = load_config("configs/nlvr.yaml")
+    assert (config["batch_size"], config["eval_batch_size"]) == (10, 64)
+    config = load_config("configs/caption_coco.yaml", {"batch_size": 7})
+    assert (config["batch_size"], config["eval_batch_size"]) == (7, 7)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -36,6 +48,22 @@ def test_overrides_replace_and_none_does_not():
         (lambda text: text.replace("image_root:", "#"), "missing keys .*image_root"),
         (lambda text: text.replace("image_size: 384", "image_size: big"), "image_size is 'big'"),
         (lambda text: text.replace("augment: true", "augment: 1"), "augment is 1"),
+        (lambda text: text + "batch_size_train: 3", "batch_size_train and batch_size mean the sa"),
+        (
+            lambda text: text.replace("ion: total", "ion: Total"),
+            "'Total', but must be one of total",
+        ),
+        (lambda text: text.replace("vit: base", "vit: huge"), "'huge', but must be one of tiny, b"),
+        (lambda text: text.replace("num_beams: 3", "num_beams: 0"), "whole number from 1 to"),
+        (lambda text: text.replace("batch_size: 20", "batch_size: 0"), "whole number from 1 to"),
+        (lambda text: text.replace("init_lr: 1e-5", "init_lr: .nan"), "a number from 0 to 10"),
+        (
+            lambda text: text.replace("max_length: 20", "max_length: 513"),
+            "max_position_embeddings 512",
+        ),
+        (lambda text: text + "max_tokens: 1000", "max_tokens is 1000, but .*_embeddings 512"),
+        (lambda text: text.replace("max_length: 20", "max_length: 4"), "5 is above max_length 4"),
+        (lambda text: text.replace("num_beams: 3", "num_beams: 20000"), "vocab_size 30524"),
         (lambda text: "- a list", "mapping"),
         (lambda text: "a: [", "cannot read"),
         (lambda text: "a: !!python/object/apply:os.getcwd []", "cannot read"),
@@ -47,3 +75,41 @@ def test_bad_configs_are_named(tmp_path, edit, message):
     with pytest.raises(ValueError, match=message) as error:
         load_config(path)
     assert "bad.yaml" in str(error.value)
+
+
+# --- any value of any key ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    """Scenes, and a folder for configs and results."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    return make_scenes(folder / "scenes"), folder
+
+
+ANY = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([10**6, 10**9, 10**30, -(10**9)]),
+    st.floats(),
+    st.sampled_from(
+        ["", "base", "total", "Total", "1e-5", "no such file", "\u2028", "a picture of"]
+    ),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.sampled_from([*TINY_VIT, *TINY_TEXT, "depths"]), st.integers(-1, 64)),
+)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(changes=st.dictionaries(st.sampled_from(sorted(SCHEMAS["caption"])), ANY, min_size=1))
+def test_any_value_trains_a_step_or_is_a_users_mistake(changes, fuzzed):
+    scenes, folder = fuzzed
+    config = write_config(folder / "c.yaml", scenes, **changes)
+    flags = ["--config", config, "--output_dir", str(folder), "--max_steps", "1", "--seed", "1"]
+    flags += ["--final_threshold", "1", "--eval_epochs", "1", "--resume", "off"]
+    try:
+        train_caption.main(train_caption.parse_args(flags))
+    except UserError:
+        return
+    assert (folder / "c" / "pruned.safetensors").exists()

@@ -173,7 +173,9 @@ MISTAKES = {
     ),
     "batch": Mistake(["--batch_size", "49"], {}, "takes 49 samples .* training set has 48"),
     "type": Mistake(
-        [], {"image_size": "32"}, "image_size is '32', but must be a whole number of at least 1"
+        [],
+        {"image_size": "32"},
+        "image_size is '32', but must be a whole number from 1 to 1000000000",
     ),
     "device": Mistake(["--device", "cuda:99"], {}, "no GPU|GPU 99 is asked for"),
     "no profile": Mistake(["--useID"], {}, "names no id_profile"),
@@ -213,16 +215,16 @@ def test_mistake_is_told_before_the_first_step(mistake, scenes, tmp_path, capsys
 
 
 FLAGS = {
-    "--gradient_accumulation_steps 0": "must be a whole number of at least 1, got '0'",
-    "--deltaT 0": "must be a whole number of at least 1, got '0'",
-    "--deltaT 2.5": "must be a whole number of at least 1, got '2.5'",
-    "--init_lr -1": "must be a number of at least 0, got '-1'",
-    "--init_lr nan": "must be a number of at least 0, got 'nan'",
+    "--gradient_accumulation_steps 0": "must be a whole number from 1 to 1000000000, got '0'",
+    "--deltaT 0": "must be a whole number from 1 to 1000000000, got '0'",
+    "--deltaT 2.5": "must be a whole number from 1 to 1000000000, got '2.5'",
+    "--init_lr -1": "must be a number from 0 to 10, got '-1'",
+    "--init_lr nan": "must be a number from 0 to 10, got 'nan'",
     "--final_threshold 80": "must be a number from 0 to 1, got '80'",
     "--beta2 2": "must be a number from 0 to 1, got '2'",
-    "--keep_checkpoints 0": "must be a whole number of at least 1, got '0'",
-    "--samples -1": "must be a whole number of at least 0, got '-1'",
-    "--seed -1": "must be a whole number of at least 0, got '-1'",
+    "--keep_checkpoints 0": "must be a whole number from 1 to 1000000000, got '0'",
+    "--samples -1": "must be a whole number from 0 to 1000000000, got '-1'",
+    "--seed -1": "must be a whole number from 0 to 1000000000, got '-1'",
 }
 
 
