@@ -175,7 +175,7 @@ MISTAKES = {
     "type": Mistake(
         [],
         {"image_size": "32"},
-        "image_size is '32', but must be a whole number from 1 to 1000000000",
+        "image_size is '32', but must be a whole number from 1 to 4096",
     ),
     "device": Mistake(["--device", "cuda:99"], {}, "no GPU|GPU 99 is asked for"),
     "no profile": Mistake(["--useID"], {}, "names no id_profile"),
