@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import namedtuple
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,86 @@ def test_papers_commands_under_torchrun(config, tmp_path):
     assert done.stdout.count('"epoch": 0') == 1
     pruned, prunable = zeros(tmp_path / "coco/PLATON80" / PRUNED_FILE, config)
     assert pruned == below_threshold(prunable, 0.2)
+
+
+def test_samples_on_two_processes_where_the_weights_are_an_address(trained, scenes, tmp_path):
+    """One process downloads, once; later only the main one draws samples, and waits for none."""
+    asked = []
+
+    class Server(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=trained)
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    with ThreadingHTTPServer(("localhost", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://localhost:{server.server_port}/{PRUNED_FILE}"
+        config = write_config(tmp_path / "c.yaml", scenes, pretrained=address)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command += [f"--master_port={free_port()}", "train_caption.py", "--config", config]
+        command += ["--evaluate", "--pruned", str(trained), "--samples", "2"]
+        command += ["--output_dir", str(tmp_path), "--model_dir", "two"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(tmp_path)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert asked == [f"/{PRUNED_FILE}"]
+    assert done.stdout.count("samples: ") == 2
+    assert len(json.loads((tmp_path / "two/results/val.json").read_text())) == 6
+
+
+def test_a_stop_under_torchrun_saves_and_can_go_on(config, tmp_path):
+    """torchrun hands the signal on; its own exit code is its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1"]
+    command += [f"--master_port={free_port()}", "train_caption.py", "--config", config]
+    command += ["--output_dir", str(tmp_path), "--model_dir", "stopped", "--eval_epochs", "0"]
+    command += ["--max_epoch", "50", "--warmup_steps", "3", "--checkpoint_steps", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as started:
+        while not list((tmp_path / "stopped/checkpoints").glob("step_*.pt")):
+            assert started.poll() is None
+            time.sleep(0.05)
+        started.terminate()
+        said = started.communicate(timeout=60)[0]
+    assert "stopped by a signal after step" in said and started.returncode not in (0, 75)
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "stopped"]
+    with pytest.raises(UserError, match="total_steps was 1200, is 48"):
+        run([*argv, "--warmup_steps", "3"])
+
+
+def test_an_image_that_breaks_in_mid_run_ends_it_with_its_name(scenes, tmp_path, capsys):
+    """Loaded by a process of its own, whose traceback nobody needs."""
+    copy = tmp_path / "scenes"
+    shutil.copytree(scenes, copy)
+    victim = next((copy / "images/train").iterdir())
+    victim.write_bytes(victim.read_bytes()[:100])
+    config = write_config(tmp_path / "c.yaml", copy, num_workers=1)
+    argv = ["--config", config, "--output_dir", str(tmp_path), *PRUNE]
+    with pytest.raises(SystemExit) as stop:
+        launch(train_caption.main, train_caption.parse_args(argv))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: cannot read image {victim}: ") and said.count("\n") == 1
+    assert "--skip_bad_images" in said
+
+
+def test_a_disk_that_is_full_in_mid_run_is_a_sentence(config, tmp_path):
+    """The system's limit on the size of a file stands for the disk's end."""
+    script = (
+        "import resource, sys, train_caption\nfrom utils import launch\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "launch(train_caption.main, train_caption.parse_args(sys.argv[1:]))"
+    )
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "full"]
+    command = [sys.executable, "-c", script, *argv, *PRUNE, "--checkpoint_steps", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"error: cannot write {tmp_path}/full/checkpoints/step_00000005.pt: ")
+    assert list((tmp_path / "full/checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("amp", ["bf16", "off"])
