@@ -17,6 +17,7 @@ from configs import load_config
 from dimension.profile import load_profile
 from engine.flags import check_flags, results_folder
 from models import load_checkpoint, prunable_layers
+from models.text import truncated
 from models.weight_files import fetch
 from pruners import sparsity_report
 from utils import (
@@ -28,6 +29,8 @@ from utils import (
     seed_everything,
     write_json,
 )
+
+LOOKED_AT = 5000  # training texts whose length is counted, at most
 
 
 @dataclass
@@ -160,6 +163,8 @@ def prepare(args: argparse.Namespace, task: Task) -> tuple[Run, nn.Module, tuple
             load_weights(run, model)
     mistakes.raise_all()
     model.to(run.process.device)
+    if not args.evaluate:
+        say_truncated(run, model, datasets[0])
     if args.evaluate and run.process.is_main:
         write_json(run.folder / "sparsity.json", sparsity_report(prunable_layers(model)))
     return run, model, datasets
@@ -211,6 +216,20 @@ def take_folder(folder: Path) -> None:
                 f"another process is writing to {folder}: wait for it, or choose another "
                 "--model_dir"
             ) from None
+
+
+def say_truncated(run: Run, model: nn.Module, dataset: Dataset) -> None:
+    """Says how many training texts the model cuts; of very many, a share is estimated."""
+    limit = getattr(model, "max_tokens", None)  # None: as many as there are positions
+    if limit is None or not run.process.is_main:
+        return
+    indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
+    cut = truncated(model.tokenizer, [dataset.text(index) for index in indices], limit)
+    if cut:
+        run.say(
+            f"{cut} of {len(indices)} training texts {'looked at ' * (len(indices) < len(dataset))}"
+            f"are longer than max_tokens {limit} and are cut"
+        )
 
 
 def find_weights(run: Run) -> Path | None:

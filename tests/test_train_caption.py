@@ -276,6 +276,8 @@ MISTAKES = {
         {"tokenizer": "/nowhere"},
         "cannot load '/nowhere' .there is no such folder.. Set `token",
     ),
+    "prompt": Mistake([], {"min_length": 4}, "min_length 4 must be above .* prompt.* 4 tokens"),
+    "no room": Mistake([], {"max_length": 4, "min_length": 1}, "_length . must be above .* 4 tok"),
     "no weights": Mistake(["--evaluate"], {}, "nothing to evaluate: give --pruned"),
     "pruned": Mistake(["--pruned", "x"], {}, "goes with --evaluate; training starts from --pretr"),
     "vit": Mistake([], {"image_size": 40}, "40 is no multiple of patch_size 16"),
@@ -326,6 +328,19 @@ def test_flag_out_of_range(flag, capsys):
 def test_flag_that_would_be_ignored(flags):
     with pytest.raises(UserError, match="go(es)? with"):
         run(flags.split())
+
+
+def test_captions_that_are_cut_are_counted(scenes, tmp_path, capsys):
+    config = write_config(tmp_path / "c.yaml", scenes, max_tokens=18)
+    run(["--config", config, "--output_dir", str(tmp_path), *PRUNE, "--check"])
+    tokens = [
+        len(record["caption"].split()) + 5  # with [DEC] a picture of, and [SEP]
+        for record in json.loads((scenes / "annotation/coco_karpathy_train.json").read_text())
+    ]
+    cut = sum(length > 18 for length in tokens)
+    assert 0 < cut < 48
+    said = f"{cut} of 48 training texts are longer than max_tokens 18 and are cut"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_full_disk(config, tmp_path, monkeypatch):
