@@ -137,8 +137,13 @@ class Mistakes:
             raise UserError("\n       ".join(dict.fromkeys(self.sentences)))
 
 
-def prepare(args: argparse.Namespace, task: Task) -> tuple[Run, nn.Module, tuple[Dataset, ...]]:
-    """From flags to a run, a model with its weights on its device, and checked data sets.
+def prepare_run(
+    args: argparse.Namespace, task: Task
+) -> tuple[Run, nn.Module, Dataset, dict[str, Dataset]]:
+    """From flags to a run, a model with its weights on its device, and checked data.
+
+    Returns:
+        The run, the model, the training set, and the held-out sets by name.
 
     Raises:
         UserError: flags, config, data or weights are wrong; names all that was found.
@@ -167,7 +172,8 @@ def prepare(args: argparse.Namespace, task: Task) -> tuple[Run, nn.Module, tuple
         say_truncated(run, model, datasets[0])
     if args.evaluate and run.process.is_main:
         write_json(run.folder / "sparsity.json", sparsity_report(prunable_layers(model)))
-    return run, model, datasets
+    train_set, *held_out = datasets
+    return run, model, train_set, dict(zip(task.held_out, held_out, strict=True))
 
 
 def start(args: argparse.Namespace, task: Task) -> Run:
