@@ -40,9 +40,7 @@ def written_whole(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {out}: {error}; make room or choose another --out"
-        ) from error
+        raise UserError(f"cannot write {out} ({error}): make room, or choose --out") from error
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
