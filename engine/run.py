@@ -17,6 +17,7 @@ from configs import load_config
 from dimension.profile import load_profile
 from engine.flags import check_flags, results_folder
 from models import load_checkpoint, prunable_layers
+from models.checkpoint import load_trained
 from models.text import truncated
 from models.weight_files import fetch
 from pruners import sparsity_report
@@ -261,10 +262,5 @@ def load_weights(run: Run, model: nn.Module) -> None:
     Raises:
         UserError: they do not fit, or they are a start for training and not to be evaluated.
     """
-    report = load_checkpoint(model, run.weights)
-    run.say(str(report))
-    if run.args.evaluate and report.initialised:
-        raise UserError(
-            f"{run.weights} is a start for training, not weights to evaluate: it lacks "
-            f"{', '.join(report.initialised)}"
-        )
+    load = load_trained if run.args.evaluate else load_checkpoint
+    run.say(str(load(model, run.weights)))
