@@ -31,7 +31,7 @@ from dimension.budget import (
     StageShape,
     live_states,
 )
-from dimension.twonn import squared_distances
+from dimension.twonn import roots_, squared_distances
 from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
@@ -198,7 +198,7 @@ class Capture:
             self.buffer = self.buffer.new_empty(min(most, allowed))
 
     def _views(self, segments: list[Segment]) -> list[tuple[Segment, Tensor]]:
-        """A view (n + 1, tokens, width) of the buffer for each segment: samples, and their centre."""
+        """A view (n + 1, tokens, width) of the buffer for each segment; the last row: centre."""
         held, start = [], 0
         rows = self.plan.n + 1
         for segment in segments:
@@ -273,4 +273,4 @@ class Capture:
             self.sums[layer.name] = squared
         self.bar.update(self.plan.n * (self.plan.n + 1) * segment.elements)
         if segment.stop == layer.tokens:
-            yield layer, self.sums.pop(layer.name).sqrt_()
+            yield layer, roots_(self.sums.pop(layer.name))
