@@ -168,10 +168,10 @@ def small_segments(monkeypatch):
 
 
 def test_any_budget_gives_the_same_bits(model, small_segments):
-    """Budgets decide what else a pass keeps, not the sizes or the alignment of any product.
+    """Budgets decide what else a pass keeps, not the size or the alignment of a segment.
 
-    The first batch's mean must not depend on a segment's size either: torch.mean's order of
-    summation does from 8 rows on.
+    Nine samples a batch, as the order in which torch sums the first batch's mean depends on a
+    segment's size from eight on.
     """
     samples = make_samples(model, batch_size=9)
     peak = plan_for(model, samples).peak
