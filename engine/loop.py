@@ -146,7 +146,11 @@ def checkpoint_is_due(run: Run, state: TrainState) -> bool:
 
 
 def take_step(run: Run, state: TrainState, parts: list[tuple], weights: list[float]) -> None:
-    """`train_step`; where its scores are not numbers, tells why if the loss was not finite."""
+    """Takes a `train_step`. Where its scores are NaN, a loss that is not finite is the better reason.
+
+    Raises:
+        FloatingPointError: a loss is not finite; else NonFiniteScores, where scores are NaN.
+    """
     try:
         train_step(run, state, parts, weights)
     except NonFiniteScores:
