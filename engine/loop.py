@@ -146,7 +146,7 @@ def checkpoint_is_due(run: Run, state: TrainState) -> bool:
 
 
 def take_step(run: Run, state: TrainState, parts: list[tuple], weights: list[float]) -> None:
-    """Takes a `train_step`. Where its scores are NaN, a loss that is not finite is the better reason.
+    """Takes a `train_step`; where scores are NaN, looks whether a loss tells why.
 
     Raises:
         FloatingPointError: a loss is not finite; else NonFiniteScores, where scores are NaN.

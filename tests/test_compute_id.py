@@ -379,10 +379,10 @@ def test_paper_command_without_coco(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-n", "2"], "-n: three samples are the least"),
-        (["--fraction", "0"], "--fraction is a share of the points, in (0, 1]"),
+        (["-n", "2"], "--nsamples: must be a whole number of at least 3"),
+        (["--fraction", "0"], "--fraction: no points are left"),
         (["--cpu", "--gpu", "0"], "argument --gpu: not allowed with argument --cpu"),
-        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--batch_size", "0"], "--batch_size: must be a whole number from 1 to"),
     ],
 )
 def test_wrong_flags(flags, message, capsys):
