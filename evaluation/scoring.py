@@ -24,6 +24,9 @@ IN_PYTHON = ["BLEU", "ROUGE_L", "CIDEr"]
 # What Stanford's tokenizer, METEOR or Python takes for the end of a line.
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 NO_JAVA = "needs Java, which is not on PATH"
+ENGLISH = (
+    "-Duser.language=en -Duser.country=US"  # METEOR reads decimal points as Java's locale says
+)
 
 
 def score_results(
@@ -173,12 +176,19 @@ def _run(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         source = Path(folder, "captions.json")
         source.write_text(json.dumps([references, captions]))
+        options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} {ENGLISH}"
+        environment = os.environ | {"JAVA_TOOL_OPTIONS": options}
         processes = {}
         for name in names:
             log = stack.enter_context(open(Path(folder, f"{name}.log"), "w"))
             command = [sys.executable, metrics.__file__, name, source, Path(folder, f"{name}.json")]
             processes[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment,
             )
             stack.callback(_kill_group, processes[name])
         deadline = time.monotonic() + timeout_s

@@ -150,6 +150,16 @@ def test_with_java_scores_are_those_of_pycocoevalcap(gt_path, meteor):
     assert report["tokenizer"] == "Stanford's PTB tokenizer (Java)"
 
 
+@needs_java
+def test_java_counts_in_english(tmp_path, monkeypatch):
+    """METEOR fails where Java takes a decimal point for another sign, as in Italian."""
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=it -Duser.country=IT")
+    ask = f"exec {shutil.which('java')} -XshowSettings:locale -version > {tmp_path}/said 2>&1"
+    fake_java(tmp_path, monkeypatch, ask)
+    scoring._run(["tokenize"], {"1": ["a dog"]}, {"1": ["a dog"]}, timeout_s=60.0)
+    assert "default locale = English (United States)" in (tmp_path / "said").read_text()
+
+
 def test_java_that_fails_leaves_the_other_scores(gt_path, tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, "exit 1")
     report = score_captions(results(), gt_path)
