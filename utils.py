@@ -69,6 +69,28 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         raise
 
 
+def mistaken_for(path: str | Path) -> str:
+    """What lies where a file of data was expected, if that is known at a glance, and what to do.
+
+    Returns:
+        A clause about a file that is empty, a pointer of git-lfs, a page or an archive; or "".
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError:
+        return ""
+    if not start:
+        return "it is empty: copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is git-lfs's pointer to the file: run `git lfs pull` where it was cloned"
+    if start.startswith(b"<"):
+        return "it is a page (HTML or XML), as a server or proxy answers: download the file itself"
+    if start.startswith((b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
+        return "it is an archive: unpack it"
+    return ""
+
+
 def write_json(path: str | Path, content) -> None:
     """Writes JSON atomically, indented for reading."""
     with atomic_write(path) as file:
@@ -258,7 +280,8 @@ def download(url: str, path: str | Path) -> None:
     """Downloads a file; `path` appears once it is whole. Long downloads show a progress bar.
 
     Raises:
-        OSError: there is no answer, the connection breaks, or the file cannot be written.
+        OSError: there is no answer, or a page in place of a file, the connection breaks, or the
+            file cannot be written.
     """
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
@@ -266,6 +289,8 @@ def download(url: str, path: str | Path) -> None:
             bar = tqdm(total=size or None, unit="B", unit_scale=True, desc=str(path), delay=5.0)
             with bar, atomic_write(path, "wb") as file:
                 while chunk := answer.read(2**20):
+                    if not file.tell() and chunk.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+                        raise OSError("the answer is a page and not the file; is it a proxy's?")
                     file.write(chunk)
                     bar.update(len(chunk))
                 if file.tell() < size:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from data.records import listed
 from data.samplers import derived_seed
-from utils import UserError
+from utils import UserError, mistaken_for
 
 
 class BadImageError(UserError):
@@ -35,9 +35,10 @@ def open_image(path: str) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise what they meet in a damaged file
+        why = mistaken_for(path) or str(error) or type(error).__name__
         raise BadImageError(
-            f"cannot read image {path}: {str(error) or type(error).__name__}. Mend or replace it; "
-            "training goes on without such images under --skip_bad_images"
+            f"cannot read image {path}: {why}. Mend or replace it; training goes on without such "
+            "images under --skip_bad_images"
         ) from error
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import UserError
+from utils import UserError, mistaken_for
 
 SHOWN = 5  # records, images or ids in a message, at most
 LABELS = {"false": 0, "true": 1, "0": 0, "1": 1}
@@ -149,7 +149,8 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}; write it anew, in UTF-8") from error
+        why = mistaken_for(path) or f"{error}; write it anew, in UTF-8"
+        raise UserError(f"{path} is not valid JSON: {why}") from error
 
 
 def read_records(path: str | Path, layout: Layout) -> list[dict]:

@@ -24,9 +24,7 @@ IN_PYTHON = ["BLEU", "ROUGE_L", "CIDEr"]
 # What Stanford's tokenizer, METEOR or Python takes for the end of a line.
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 NO_JAVA = "needs Java, which is not on PATH"
-ENGLISH = (
-    "-Duser.language=en -Duser.country=US"  # METEOR reads decimal points as Java's locale says
-)
+ENGLISH = "-Duser.language=en -Duser.country=US"  # METEOR reads decimals as Java's locale says
 
 
 def score_results(

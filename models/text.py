@@ -13,7 +13,7 @@ from transformers.models.blip.configuration_blip import BlipTextConfig
 
 from models.sizes import check_sizes
 from models.weight_files import fetch
-from utils import UserError
+from utils import UserError, mistaken_for
 
 LABEL_SMOOTHING = 0.1
 MAX_TOKENS = 40
@@ -114,7 +114,8 @@ def load_tokenizer(name: str) -> BertTokenizer:
         raise UserError(f"tokenizer: {file} is no vocabulary of BERT: it names {twice!r} twice")
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
-        raise UserError(f"tokenizer: {file} is no vocabulary of BERT: it lacks {' '.join(missing)}")
+        why = mistaken_for(file) or f"it lacks {' '.join(missing)}"
+        raise UserError(f"tokenizer: {file} is no vocabulary of BERT: {why}")
     tokenizer = BertTokenizer(vocab=vocabulary)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)

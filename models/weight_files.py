@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.annotation import download
 from models import compressed
-from utils import UserError
+from utils import UserError, mistaken_for
 
 _BLIP_MODELS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/"
 RUN_WEIGHTS = "pruned.safetensors"  # in the folder of a run
@@ -28,6 +28,8 @@ INDEX = "model.safetensors.index.json"  # Hugging Face's: {"weight_map": {tensor
 _SHARD = re.compile(r"^(.+)-(\d+)-of-(\d+)\.safetensors$")
 _WRAPPERS = ("model", "model_state_dict", "state_dict")
 _UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError)
+_UNREADABLE += (pickle.UnpicklingError,)
+_GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")  # in torch's sentence on pickled code
 
 
 class Entry(NamedTuple):
@@ -171,16 +173,33 @@ def _few(names: Iterable[str]) -> str:
 
 def _open_file(path: Path) -> dict[str, Entry]:
     try:
-        if path.suffix == ".safetensors":
-            return _open_safetensors(path)
-        return _open_pickle(path)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is no file of weights, or holds more than tensors and plain values: pickled "
-            "code is never run. Save the state_dict alone (torch.save or safetensors)"
-        ) from error
+        with open(path, "rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"  # behind the length of a header in JSON
+        return _open_safetensors(path) if is_safetensors else _open_pickle(path)
     except _UNREADABLE as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+        why = _why_unreadable(path, error)
+        raise UserError(f"cannot read weights from {path}: {why}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What a file is that is none of the formats, or what it holds besides weights."""
+    if "TorchScript" in str(error):
+        return "it is a compiled program (TorchScript): save the model's state_dict alone"
+    if "central directory" in str(error):
+        return "its end is missing: copy or download it again"
+    if path.suffix == ".safetensors" and zipfile.is_zipfile(path):
+        return "it is what torch.save writes: rename it to .pth"
+    found = isinstance(error, pickle.UnpicklingError) and _GLOBAL.search(str(error))
+    if not found:
+        why = "it is neither safetensors nor what torch.save writes"
+        other = not isinstance(error, pickle.UnpicklingError) and str(error)
+        return mistaken_for(path) or other or why
+    return (
+        f"it holds {found[1]} beside tensors and plain values, and pickled code is never run here. "
+        "If you trust the file, save its weights alone, with its key of them for 'model': python "
+        f"-c \"import torch; content = torch.load('{path}', 'cpu', weights_only=False); "
+        "torch.save(content['model'], 'NEW.pth')\" (or content.state_dict(), of a whole model)"
+    )
 
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:

@@ -1,7 +1,9 @@
 import json
 import pickle
 import re
+from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -194,6 +196,55 @@ def test_unreadable_files_are_named(tmp_path, suffix, content):
     (tmp_path / f"broken{suffix}").write_bytes(content)
     with pytest.raises(ValueError, match="broken"):
         open_weights(tmp_path / f"broken{suffix}")
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path):
+    for name in ("model.safetensors", "model.pth"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+        with pytest.raises(UserError, match=f"{name}: .*git lfs pull"):
+            open_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "pytorch_model.bin", "MODEL.SAFETENSORS", "blob"])
+def test_safetensors_are_known_by_their_content(model, weights, tmp_path, name):
+    save_file(weights, tmp_path / name)
+    load_checkpoint(model, tmp_path / name)
+    assert_holds(model, weights)
+
+
+def cut_short(path):
+    torch.save({"model": {"a": torch.ones(99)}}, path)
+    path.write_bytes(path.read_bytes()[:-99])
+
+
+def whole_model(path):
+    torch.save(torch.nn.Linear(1, 1), path)
+
+
+def compiled(path):
+    torch.jit.script(torch.nn.Linear(1, 1)).save(str(path))
+
+
+UNREADABLE = [
+    (
+        "a.pth",
+        lambda path: torch.save({"model": {}, "n": np.float64(1)}, path),
+        "multiarray.scalar",
+    ),
+    ("a.pth", lambda path: torch.save({"args": Namespace(lr=1)}, path), "argparse.Namespace"),
+    ("a.pth", whole_model, "Linear beside tensors.*content.state_dict()"),
+    ("a.pth", cut_short, "its end is missing"),
+    ("a.safetensors", lambda path: torch.save({}, path), "rename it to .pth"),
+    ("a.pt", compiled, "TorchScript"),
+    ("a.pth", lambda path: path.write_text("{}"), "neither safetensors nor"),
+]
+
+
+@pytest.mark.parametrize("name, write, message", UNREADABLE)
+def test_other_files_are_told_by_what_they_are(tmp_path, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: .*{message}"):
+        open_weights(tmp_path / name)
 
 
 def test_missing_files_are_named(tmp_path):

@@ -395,10 +395,14 @@ def test_annotation_is_downloaded_once_and_whole(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["nlvr_dev.json"]
 
 
-def test_a_page_in_place_of_an_annotation_is_not_kept(tmp_path, monkeypatch):
-    (tmp_path / "nlvr_dev.json").write_text("<html>Please log in</html>")
+@pytest.mark.parametrize(
+    "answer, message",
+    [("\n<html>Please log in</html>", "is a page and not"), ("Please log in", "is not JSON")],
+)
+def test_a_page_in_place_of_an_annotation_is_not_kept(answer, message, tmp_path, monkeypatch):
+    (tmp_path / "nlvr_dev.json").write_text(answer)
     monkeypatch.setattr(annotation, "PUBLISHED_AT", tmp_path.as_uri())
-    with pytest.raises(UserError, match="is not JSON; is it a proxy's page"):
+    with pytest.raises(UserError, match=message):
         annotation_files((tmp_path / "annotation", "nlvr_dev.json"))
     assert list((tmp_path / "annotation").iterdir()) == []
 
@@ -516,6 +520,7 @@ BAD_IMAGES = {
     "absent.jpg": lambda path: None,
     "empty.jpg": lambda path: path.write_bytes(b""),
     "page.jpg": lambda path: path.write_text("<html>not found</html>"),
+    "pointer.jpg": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
     "folder.jpg": lambda path: path.mkdir(),
     "cut.jpg": lambda path: path.write_bytes(gradient_bytes(path)[:200]),
     "cut.webp": lambda path: path.write_bytes(gradient_bytes(path)[:60]),

@@ -269,7 +269,8 @@ def test_original_layouts_are_recognised_and_their_conversion_told(name, content
     "content, message",
     [
         ("[{", "not valid JSON"),
-        ("", "not valid JSON"),
+        ("", "not valid JSON: it is empty"),
+        ("version https://git-lfs.github.com/spec/v1", "not valid JSON: .* `git lfs pull`"),
         ("[" * 100_000, "not valid JSON"),
         ('[{"a": 1}]\n[{', "not valid JSON"),
         ("[]", "has no records"),
