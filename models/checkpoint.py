@@ -76,7 +76,8 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
 
     Raises:
         UserError: the file cannot be read, a shape differs, or a parameter stays unset (the model
-            is as before); or a weight is not finite (the model is partly loaded).
+            is as before); or a weight is not finite, quantised or packed (the model is partly
+            loaded).
     """
     report = LoadReport(str(path_or_url))
     entries = _official_names(open_weights(fetch(path_or_url)), report)

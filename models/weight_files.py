@@ -217,7 +217,19 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
 
 def _read(path: Path, name: str, target: Tensor) -> None:
     with safe_open(path, "pt") as file:  # opened anew, so that no more than a tensor is mapped
-        target.copy_(file.get_tensor(name))
+        _copy(path, name, file.get_tensor(name), target)
+
+
+def _copy(path: Path, name: str, value: Tensor, target: Tensor) -> None:
+    """Copies a weight, but none whose numbers mean something else than the model's."""
+    dense = value.layout == torch.strided and not value.is_meta
+    if not dense or value.is_floating_point() != target.is_floating_point():
+        kind = "of device meta" if value.is_meta else f"{value.dtype}, {value.layout}"
+        raise UserError(
+            f"{path}: {name} is {kind}, but weights must be dense, and float32, float16 or "
+            "bfloat16: save them before they are quantised or packed"
+        )
+    target.copy_(value)
 
 
 def _open_pickle(path: Path) -> dict[str, Entry]:
@@ -229,8 +241,14 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
             break
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no weights: expected a mapping, got {type(content)}")
+    weights = {name: w for name, w in content.items() if isinstance(w, Tensor)}
+    if not weights or not all(isinstance(name, str) for name in weights):
+        found = _few(map(str, content)) or "nothing"
+        raise UserError(
+            f"{path} is no mapping of names to tensors, but has {found}: save such a mapping "
+            "alone, or under the key 'model'"
+        )
     return {
-        name: Entry(tuple(value.shape), lambda target, value=value: target.copy_(value))
-        for name, value in content.items()
-        if isinstance(value, Tensor)
+        name: Entry(tuple(weight.shape), partial(_copy, path, name, weight))
+        for name, weight in weights.items()
     }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models import build_captioner, compressed, load_checkpoint, prunable_layers, weight_files
 from models.checkpoint import resample_position_embedding
@@ -247,6 +247,39 @@ def test_other_files_are_told_by_what_they_are(tmp_path, name, write, message):
         open_weights(tmp_path / name)
 
 
+OTHER_FORMS = {
+    "int8": lambda weight: weight.to(torch.int8),
+    "complex64": lambda weight: weight.to(torch.complex64),
+    "sparse_coo": lambda weight: weight.to_sparse(),
+    "meta": lambda weight: weight.to("meta"),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_weights_are_never_taken_for_what_they_are_not(model, weights, tmp_path, form):
+    weights["visual_encoder.norm.weight"] = OTHER_FORMS[form](weights["visual_encoder.norm.weight"])
+    torch.save(weights, tmp_path / "m.pth")
+    with pytest.raises(
+        UserError, match=rf"m\.pth: visual_encoder\.norm\.weight is .*{form}.*, but"
+    ):
+        load_checkpoint(model, tmp_path / "m.pth")
+
+
+def test_integers_in_safetensors_are_no_weights(model, weights, tmp_path):
+    weights["visual_encoder.norm.weight"] = torch.ones(48, dtype=torch.int8)
+    save_file(weights, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="visual_encoder.norm.weight is torch.int8"):
+        load_checkpoint(model, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("content", [{"ema": {"a": torch.ones(1)}}, {0: torch.ones(1)}, {}])
+def test_a_file_without_named_tensors_says_what_it_has(tmp_path, content):
+    torch.save(content, tmp_path / "m.pth")
+    has = "".join(map(str, content)) or "nothing"
+    with pytest.raises(UserError, match=f"m.pth is no mapping of names to tensors, but has {has}:"):
+        open_weights(tmp_path / "m.pth")
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         fetch(tmp_path / "nowhere.pth")
@@ -273,7 +306,7 @@ def test_each_tensor_comes_from_the_file_that_the_index_says(model, weights, tmp
     first, second = sorted(tmp_path.glob("*.safetensors"))
     name = next(iter(open_weights(first)))
     in_second = {name: torch.full_like(weights[name], 7.0)}
-    save_file(contents(second) | in_second, second)
+    save_file(load_file(second) | in_second, second)
     load_checkpoint(model, tmp_path)
     assert_holds(model, weights)
 
@@ -296,17 +329,10 @@ def with_shards_of_another_model(folder):
     save_file({"a": torch.ones(1)}, folder / "other-00001-of-00001.safetensors")
 
 
-def contents(file):
-    tensors = {name: torch.empty(entry.shape) for name, entry in open_weights(file).items()}
-    for name, entry in open_weights(file).items():
-        entry.read(tensors[name])
-    return tensors
-
-
 def with_a_tensor_twice(folder):
     without_index(folder)
     first, second = sorted(folder.glob("*.safetensors"))
-    save_file(contents(first), second)
+    save_file(load_file(first), second)
 
 
 def with_two_whole_models(folder):
