@@ -28,7 +28,7 @@ class CaptionTrainDataset(ImageDataset):
         records: Dictionaries with `image` and `caption` (one).
         image_root: See `ImageDataset`.
         transform: See `ImageDataset`.
-        prompt: Text before every caption.
+        prompt: Text before every caption; a space parts it from the caption.
         max_words: Longest caption.
         seed: See `ImageDataset`.
     """
@@ -43,7 +43,8 @@ class CaptionTrainDataset(ImageDataset):
         seed: int = 0,
     ):
         super().__init__(records, image_root, transform, seed)
-        self.prompt, self.max_words = prompt, max_words
+        self.prompt = prompt + " " * (prompt != "" and not prompt[-1].isspace())
+        self.max_words = max_words
 
     def image_names(self, index: int) -> list[str]:
         """The item's image file, below the image root."""

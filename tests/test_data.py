@@ -284,6 +284,12 @@ def test_caption_items(coco):
     assert train.image_paths(2) == [f"{coco['image_root']}/val2014/COCO_val2014_000000000042.jpg"]
 
 
+@pytest.mark.parametrize("prompt, parted", [("a photo of", "a photo of "), (" ", " "), ("", "")])
+def test_a_prompt_never_runs_into_the_caption(prompt, parted, coco):
+    train, _, _ = build_caption_datasets(coco | {"prompt": prompt})
+    assert train.text(1) == f"{parted}a dog number 1"
+
+
 def test_training_images_depend_on_index_epoch_and_seed_only(coco):
     train, val, _ = build_caption_datasets(coco, seed=5)
     state = torch.get_rng_state()
