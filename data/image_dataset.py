@@ -1,6 +1,7 @@
 """What caption and statement datasets share: images on disk, their errors, reproducible chance."""
 
 import os
+import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -79,6 +80,24 @@ def _files_in(folder: str) -> set[str]:
             return {entry.name for entry in entries if entry.is_file()}
     except (OSError, ValueError):  # ValueError: no file system has such a name
         return set()
+
+
+def instead_of(path: str) -> str:
+    """What stands where a missing file should be: a link, no folder, a like name; or ""."""
+    if os.path.islink(path):
+        return f"{path} is a link to {os.readlink(path)}, which does not exist"
+    folder, name = os.path.split(path)
+    if not os.path.isdir(folder):
+        while folder and not os.path.isdir(os.path.dirname(folder) or "."):
+            folder = os.path.dirname(folder)
+        return f"there is no folder {folder}"
+    alike = min((other for other in _files_in(folder) if _stem(other) == _stem(name)), default="")
+    return alike and f"{folder} has {alike!r} instead of {name!r}"
+
+
+def _stem(name: str) -> str:
+    """A file's name without its ending, in one case and one spelling of accents."""
+    return unicodedata.normalize("NFC", os.path.splitext(name.strip())[0]).casefold()
 
 
 @contextmanager
@@ -177,8 +196,10 @@ class ImageDataset(Dataset):
         names = {name for index in range(len(self)) for name in self.image_names(index)}
         missing = missing_files(os.path.join(self.image_root, name) for name in names)
         if missing and not (self.skip_bad_images and len(missing) < len(names)):
+            why = instead_of(min(missing))
             raise UserError(
-                f"{len(missing)} of {len(names)} images do not exist: {listed(sorted(missing))}. "
-                "They are named by the annotation file, so config keys image_root and ann_root "
-                "must belong to the same data"
+                f"{len(missing)} of {len(names)} images do not exist: {listed(sorted(missing))}"
+                f"{why and f'; {why}'}. They are named by the annotation file, so config keys "
+                "image_root and ann_root must belong to the same data, and image_root be the "
+                "folder that the names (unless they begin with /) start from"
             )

@@ -41,9 +41,9 @@ def read_text(value: Any) -> str | None:
 
 
 def read_image(value: Any) -> str | None:
-    """The path of an image; records of one image share the string."""
+    """The path of an image, also as Windows writes it; records of one image share the string."""
     text = read_text(value)
-    return text and sys.intern(text)
+    return text and sys.intern(text.replace("\\", "/"))
 
 
 def read_pair(value: Any) -> list[str] | None:

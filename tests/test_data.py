@@ -478,6 +478,32 @@ def test_check_passes_on_good_data_and_names_what_is_missing(coco, tmp_path):
         train.check()
 
 
+def linked(folder):
+    (folder / "b_7.png").symlink_to("/nowhere/b.png")
+
+
+INSTEAD = {
+    "Caf\u00e9_7.png": (
+        lambda folder: (folder / "cafe\u0301_7.JPG").touch(),
+        "has 'cafe\u0301_7.JPG'",
+    ),
+    "b_7.png": (linked, "is a link to /nowhere/b.png, which does not exist"),
+    "train/11/c_7.png": (lambda folder: (folder / "train").mkdir(), "is no folder .*/train/11\\."),
+    "sub/train/d_7.png": (lambda folder: None, "is no folder .*/sub\\."),
+    "e_7.png": (lambda folder: None, "e_7.png. They"),
+}
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_check_says_what_stands_where_an_image_should_be(name, coco, tmp_path):
+    make, message = INSTEAD[name]
+    make(tmp_path / "images")
+    train, _, _ = build_caption_datasets(coco)
+    train.records[0]["image"] = name
+    with pytest.raises(UserError, match=message):
+        train.check()
+
+
 def test_check_finds_one_missing_image_of_a_pair_and_shows_few_of_many(coco, tmp_path):
     _, dev, _ = build_nlvr_datasets(coco)
     dev.check()

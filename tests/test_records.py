@@ -98,6 +98,14 @@ def test_other_ids_are_refused(value):
     assert read_id(value) is None
 
 
+def test_paths_as_windows_writes_them_are_read(folder):
+    (folder / "val2014").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "val2014" / IMAGE)
+    record = TRAIN | {"image": f"val2014\\{IMAGE}"}
+    train, _, _ = build(folder, "coco_karpathy_train.json", [record])
+    assert train.image_paths(0) == [str(folder / "val2014" / IMAGE)]
+
+
 def test_records_without_what_is_not_needed(folder):
     train, val, _ = build(folder, "coco_karpathy_train.json", [{"image": IMAGE, "caption": "A"}])
     assert train[0][1] == "a picture of a" and val[0][1] == 42
