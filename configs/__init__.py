@@ -3,11 +3,13 @@
 import argparse
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from utils import UserError
@@ -78,6 +80,14 @@ class Text(NamedTuple):
         return "one of " + ", ".join(self.words) if self.words else "text"
 
 
+class Place(Text):
+    """A path or address, in which `~` and environment variables stand for what a shell reads."""
+
+    def check(self, value) -> str:
+        """The value. Raises ValueError with what it must be."""
+        return os.path.expandvars(os.path.expanduser(super().check(value)))
+
+
 class Switch(NamedTuple):
     """true or false."""
 
@@ -110,18 +120,18 @@ RATE = Number(float, 0, 10)
 
 # key -> (check, default). A config may hold these keys and no others.
 _MODEL_KEYS = {
-    "pretrained": (Text(), ""),
+    "pretrained": (Place(), ""),
     "vit": (Sizes(("tiny", "base", "large")), REQUIRED),
     "vit_grad_ckpt": (Switch(), False),
     "vit_ckpt_layer": (FROM_ZERO, 0),
     "med_config": (Sizes(), "configs/med_config.json"),
-    "tokenizer": (Text(), "bert-base-uncased"),
+    "tokenizer": (Place(), "bert-base-uncased"),
     "image_size": (PIXELS, REQUIRED),
 }
 _RUN_KEYS = {
-    "image_root": (Text(), REQUIRED),
-    "ann_root": (Text(), REQUIRED),
-    "id_profile": (Text(), ""),
+    "image_root": (Place(), REQUIRED),
+    "ann_root": (Place(), REQUIRED),
+    "id_profile": (Place(), ""),
     "init_lr": (RATE, REQUIRED),
     "min_lr": (RATE, 0.0),
     "weight_decay": (RATE, 0.0),
@@ -135,7 +145,7 @@ SCHEMAS = {
     "caption": {
         **_MODEL_KEYS,
         **_RUN_KEYS,
-        "coco_gt_root": (Text(), REQUIRED),
+        "coco_gt_root": (Place(), REQUIRED),
         "prompt": (Text(), "a picture of "),
         "max_words": (COUNT, 30),
         "max_tokens": (Number(int, 2), 40),
@@ -188,7 +198,10 @@ def load_config(path: str, overrides: dict | None = None, task: str | None = Non
 def _read(path: str) -> dict:
     """The file's mapping, aliases replaced."""
     try:
-        raw = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8-sig"))
+        raw = YAML(typ="safe", pure=True).load(Path(path).read_bytes())  # UTF-8 or UTF-16
+    except DuplicateKeyError as error:  # its own words go on about how to silence it
+        what = f"{error.problem}{error.problem_mark}"
+        raise UserError(f"cannot read the config {path}: {what}") from error
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from error
     if not isinstance(raw, dict):

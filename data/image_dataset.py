@@ -92,7 +92,7 @@ def instead_of(path: str) -> str:
             folder = os.path.dirname(folder)
         return f"there is no folder {folder}"
     alike = min((other for other in _files_in(folder) if _stem(other) == _stem(name)), default="")
-    return alike and f"{folder} has {alike!r} instead of {name!r}"
+    return alike and f"{folder} has {alike!a} instead of {name!a}"
 
 
 def _stem(name: str) -> str:
@@ -196,10 +196,11 @@ class ImageDataset(Dataset):
         names = {name for index in range(len(self)) for name in self.image_names(index)}
         missing = missing_files(os.path.join(self.image_root, name) for name in names)
         if missing and not (self.skip_bad_images and len(missing) < len(names)):
-            why = instead_of(min(missing))
+            why, absolute = instead_of(min(missing)), any(map(os.path.isabs, names))
             raise UserError(
                 f"{len(missing)} of {len(names)} images do not exist: {listed(sorted(missing))}"
                 f"{why and f'; {why}'}. They are named by the annotation file, so config keys "
-                "image_root and ann_root must belong to the same data, and image_root be the "
-                "folder that the names (unless they begin with /) start from"
+                "image_root and ann_root must belong to the same data"
+                + " (image_root is not for names that begin with /)"
+                * absolute
             )

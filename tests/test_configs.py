@@ -34,6 +34,26 @@ def test_overrides_replace_and_none_does_not():
     assert (config["batch_size"], config["init_lr"]) == (3, 1e-5)
 
 
+def test_places_are_read_as_in_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    text = Path("configs/caption_coco.yaml").read_text()
+    text = text.replace("image_root: datasets", "image_root: ~")
+    text = text.replace("ann_root: annotation", "ann_root: $DATA/annotation", 1)
+    (tmp_path / "c.yaml").write_text(text)
+    config = load_config(tmp_path / "c.yaml", {"pretrained": "~/x.pth"})
+    assert config["image_root"] == "/home/me/coco" and config["pretrained"] == "/home/me/x.pth"
+    assert config["ann_root"] == "/data/annotation"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_configs_as_other_systems_write_them(encoding, line_end, tmp_path):
+    text = Path("configs/caption_coco.yaml").read_text().replace("\n", line_end)
+    (tmp_path / "c.yaml").write_bytes(text.encode(encoding))
+    assert load_config(tmp_path / "c.yaml") == load_config("configs/caption_coco.yaml")
+
+
 def test_batch_sizes_have_one_name():
     config = load_config("configs/nlvr.yaml")
     assert (config["batch_size"], config["eval_batch_size"]) == (10, 64)
@@ -66,6 +86,7 @@ def test_batch_sizes_have_one_name():
         (lambda text: text.replace("num_beams: 3", "num_beams: 20000"), "vocab_size 30524"),
         (lambda text: "- a list", "mapping"),
         (lambda text: "a: [", "cannot read"),
+        (lambda text: text + "batch_size: 7", 'duplicate key "batch_size" .*line 30, column 1'),
         (lambda text: "a: !!python/object/apply:os.getcwd []", "cannot read"),
     ],
 )

@@ -485,12 +485,13 @@ def linked(folder):
 INSTEAD = {
     "Caf\u00e9_7.png": (
         lambda folder: (folder / "cafe\u0301_7.JPG").touch(),
-        "has 'cafe\u0301_7.JPG'",
+        r"has 'cafe\\u0301_7.JPG'",
     ),
     "b_7.png": (linked, "is a link to /nowhere/b.png, which does not exist"),
     "train/11/c_7.png": (lambda folder: (folder / "train").mkdir(), "is no folder .*/train/11\\."),
     "sub/train/d_7.png": (lambda folder: None, "is no folder .*/sub\\."),
-    "e_7.png": (lambda folder: None, "e_7.png. They"),
+    "e_7.png": (lambda folder: None, "e_7.png. They.*the same data$"),
+    "/export/f_7.png": (lambda folder: None, "is not for names that begin with /"),
 }
 
 
