@@ -56,7 +56,10 @@ def fetch(path_or_url: str | Path) -> Path:
     address = urlparse(str(path_or_url))
     if address.scheme not in ("http", "https"):
         if not Path(path_or_url).exists():
-            raise UserError(f"there is no checkpoint {path_or_url}")
+            raise UserError(
+                f"there is no checkpoint {path_or_url}: give a file, a folder, or an address with "
+                "http, such as https://huggingface.co/NAME/resolve/main/model.safetensors"
+            )
         return Path(path_or_url)
     url, cache = str(path_or_url), Path(torch.hub.get_dir(), "checkpoints")
     # BLIP's own code keeps its files by name alone; of others two may have one name

@@ -283,6 +283,8 @@ def test_a_file_without_named_tensors_says_what_it_has(tmp_path, content):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         fetch(tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="blip-base: give a file.*https://huggingface.co/NAME/"):
+        fetch("Salesforce/blip-base")
     with pytest.raises(UserError, match="no .*safetensors in the folder"):
         open_weights(tmp_path)
 
