@@ -14,8 +14,8 @@ from utils import UserError, atomic_write
 _STEP_FILE = re.compile(r"^step_(\d{8})\.pt$")
 _ENTRIES = {"model", "optimizer", "pruner", "progress", "identity", "rng"}
 _ONLY_WEIGHTS = (
-    "no checkpoint of a training run, which is a step_*.pt in its checkpoints/. Weights go to "
-    "--pretrained (to train from them) or to --pruned (to evaluate them)"
+    "no checkpoint of a training run, which is a step_*.pt in its checkpoints/ (auto, the default, "
+    "finds it). Weights go to --pretrained (to train from them) or to --pruned (to evaluate them)"
 )
 
 
@@ -75,7 +75,7 @@ def read_checkpoint(path: Path) -> dict:
     Raises:
         UserError: the file is not there, not whole, or holds no state of a training run.
     """
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_dir() or path.suffix == ".safetensors" and path.is_file():
         raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -184,7 +184,7 @@ def test_a_finished_run_says_so_and_does_nothing(flags, tmp_path, capsys, monkey
 def test_a_file_of_weights_is_no_checkpoint(flags, tmp_path):
     train(flags, "--model_dir", "run")
     torch.save({"model": {}}, tmp_path / "official.pth")
-    for path in (tmp_path / "run/pruned.safetensors", tmp_path / "official.pth"):
+    for path in (tmp_path / "run/pruned.safetensors", tmp_path / "official.pth", tmp_path / "run"):
         with pytest.raises(UserError, match=f"--resume {path}: no checkpoint .* --pretrained"):
             train(flags, "--resume", str(path))
 
