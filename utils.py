@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import errno
+import io
 import json
 import os
 import platform
@@ -204,7 +205,8 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
             connections, which ends the others at once.
 
     Raises:
-        UserError: the device is not there, or the launcher's variables are not whole.
+        UserError: the device is not there, the launcher's variables are not whole, or the port is
+            taken.
     """
     world_size = launched_processes()
     chosen = choose_device(device, world_size)
@@ -216,7 +218,14 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
         if chosen.type != "cpu":
             own = dist.get_default_backend_for_device(chosen.type)
             backend = f"cpu:gloo,{chosen.type}:{own}"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        except dist.DistNetworkError as error:
+            raise UserError(
+                f"the processes do not meet at {os.environ['MASTER_ADDR']}, port "
+                f"{os.environ['MASTER_PORT']} ({error}): choose another --master_port, and an "
+                "address that all nodes know"
+            ) from error
     return Process(int(os.environ["RANK"]) if world_size > 1 else 0, world_size, chosen)
 
 
@@ -306,6 +315,9 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     sentence every process that met it prints; 75 (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT
     stopped training, and the same command goes on from the newest checkpoint.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
+            stream.reconfigure(errors="backslashreplace")  # no name that is printed ends a run
     try:
         main(args)
     except UserError as error:

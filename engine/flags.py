@@ -1,6 +1,7 @@
 """The flags of the training scripts."""
 
 import argparse
+import os
 from pathlib import Path
 
 from configs import COUNT, FROM_ZERO, RATE, Number
@@ -19,7 +20,12 @@ def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, 
     """
     run = parser.add_argument_group("the run")
     run.add_argument("--config", default=config, help="YAML file of the experiment")
-    run.add_argument("--output_dir", default="output", help="results go to OUTPUT_DIR/MODEL_DIR")
+    run.add_argument(
+        "--output_dir",
+        type=os.path.expanduser,  # which shells leave to us in --output_dir=~/results
+        default="output",
+        help="results go to OUTPUT_DIR/MODEL_DIR",
+    )
     run.add_argument("--model_dir", help="folder of this run's results; default: the config's name")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
     run.add_argument("--seed", type=FROM_ZERO, default=42)
@@ -64,9 +70,11 @@ def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, 
     override.add_argument("--num_workers", type=FROM_ZERO, help="image loading processes")
 
     _add_pruning_flags(parser.add_argument_group("pruning"), *warmups)
-    for flag in ("--n_gpu", "--world_size", "--dist_url", "--distributed"):
+    for flag in ("--n_gpu", "--world_size", "--dist_url", "--distributed", "--local_rank"):
         # accepted, as scripts of the original code pass them; torchrun says what they said
         parser.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
+    # torch.distributed.launch passes it, and sets torchrun's variables too
+    parser.add_argument("--local-rank", help=argparse.SUPPRESS)
     return scores
 
 

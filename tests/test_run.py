@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -16,7 +18,14 @@ from engine import loop
 from engine.run import Mistakes, take_folder
 from engine.tasks import TASKS
 from tests.runs import finish, make_scenes, start, write_config
-from utils import LAUNCHER, UserError, choose_device, launch, launched_processes
+from utils import (
+    LAUNCHER,
+    UserError,
+    choose_device,
+    init_distributed,
+    launch,
+    launched_processes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +60,13 @@ def test_a_fault_of_the_program_keeps_its_traceback():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ValueError: invalid literal" in done.stderr
+
+
+def test_a_screen_that_lacks_a_letter_ends_no_run():
+    script = "from utils import launch\nlaunch(lambda args: print('caf\xe9'), None)"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"caf\\xe9\n")
 
 
 @pytest.mark.parametrize("error", [UserError("x"), RuntimeError("x"), None])
@@ -223,6 +239,28 @@ def test_launchers_that_would_go_wrong(launcher, values, message):
     launcher(**values)
     with pytest.raises(UserError, match=message):
         launched_processes()
+
+
+def test_a_port_that_is_taken(launcher):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        launcher(**WHOLE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port})
+        with pytest.raises(UserError, match=f"port {port} .*choose another --master_port"):
+            init_distributed("cpu")
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_flags_of_older_launchers_are_passed_over(flag):
+    assert vars(train_caption.parse_args([flag])) | {"local_rank": None} == vars(
+        train_caption.parse_args([])
+    )
+
+
+def test_results_go_to_the_users_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert train_caption.parse_args(["--output_dir=~/results"]).output_dir == "/home/me/results"
 
 
 def test_every_task_is_a_schema_and_a_script():
