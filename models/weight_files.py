@@ -27,6 +27,7 @@ RUN_WEIGHTS = "pruned.safetensors"  # in the folder of a run
 INDEX = "model.safetensors.index.json"  # Hugging Face's: {"weight_map": {tensor: file}}
 _SHARD = re.compile(r"^(.+)-(\d+)-of-(\d+)\.safetensors$")
 _WRAPPERS = ("model", "model_state_dict", "state_dict")
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not eight bits to scale
 _UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError)
 _UNREADABLE += (pickle.UnpicklingError,)
 _GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")  # in torch's sentence on pickled code
@@ -225,8 +226,7 @@ def _read(path: Path, name: str, target: Tensor) -> None:
 
 def _copy(path: Path, name: str, value: Tensor, target: Tensor) -> None:
     """Copies a weight, but none whose numbers mean something else than the model's."""
-    dense = value.layout == torch.strided and not value.is_meta
-    if not dense or value.is_floating_point() != target.is_floating_point():
+    if value.dtype not in _WEIGHTS or value.layout != torch.strided or value.is_meta:
         kind = "of device meta" if value.is_meta else f"{value.dtype}, {value.layout}"
         raise UserError(
             f"{path}: {name} is {kind}, but weights must be dense, and float32, float16 or "

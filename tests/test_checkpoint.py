@@ -249,6 +249,7 @@ def test_other_files_are_told_by_what_they_are(tmp_path, name, write, message):
 
 OTHER_FORMS = {
     "int8": lambda weight: weight.to(torch.int8),
+    "float8_e4m3fn": lambda weight: weight.to(torch.float8_e4m3fn),
     "complex64": lambda weight: weight.to(torch.complex64),
     "sparse_coo": lambda weight: weight.to_sparse(),
     "meta": lambda weight: weight.to("meta"),
