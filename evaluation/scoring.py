@@ -106,7 +106,7 @@ def score_captions(
         "scores": {k: v for output in outputs.values() for k, v in output["scores"].items()},
         "left_out": left_out,
         "tokenizer": tokenizer,
-        "remarks": _remarks(tokenized[1]),
+        "remarks": _remarks(*tokenized),
         "images": [
             {
                 "image_id": image,
@@ -119,8 +119,8 @@ def score_captions(
     }
 
 
-def _remarks(captions: dict[str, list[str]]) -> list[str]:
-    """What a reader of the scores must know of these tokenized captions."""
+def _remarks(references: dict[str, list[str]], captions: dict[str, list[str]]) -> list[str]:
+    """What a reader of the scores must know of these tokenized sentences."""
     remarks = []
     if len(captions) == 1:
         remarks.append(
@@ -130,6 +130,12 @@ def _remarks(captions: dict[str, list[str]]) -> list[str]:
     if empty:
         remarks.append(
             f"{len(empty)} of {len(captions)} captions have no word (images: {listed(empty)})"
+        )
+    silent = [image for image, sentences in references.items() if not any(sentences)]
+    if silent:
+        remarks.append(
+            f"the references of {len(silent)} of {len(references)} images have no word, so that no "
+            f"caption is right (images: {listed(silent)})"
         )
     return remarks
 

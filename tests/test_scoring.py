@@ -280,6 +280,17 @@ def test_a_single_image_and_empty_captions_are_remarked_upon(tmp_path, without_j
     assert remarks[1] == "1 of 1 captions have no word (images: 7)"
 
 
+def test_references_without_words_are_remarked_upon(tmp_path, without_java):
+    rows = [(7, "..."), (7, "!"), (8, "?"), (8, "a dog"), (9, "a cat")]
+    annotations = [{"image_id": i, "id": 0, "caption": caption} for i, caption in rows]
+    path = tmp_path / "gt.json"
+    path.write_text(json.dumps({"annotations": annotations}))
+    captions = [{"image_id": i, "caption": "a dog"} for i in (7, 8, 9)]
+    (remark,) = score_captions(captions, path, meteor=False)["remarks"]
+    assert remark.startswith("the references of 1 of 3 images have no word")
+    assert remark.endswith("(images: 7)")
+
+
 def test_of_ordinary_captions_there_is_nothing_to_remark(gt_path, without_java):
     full = [result | {"caption": result["caption"] or "a"} for result in results()]
     assert score_captions(full, gt_path, meteor=False)["remarks"] == []
