@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import tempfile
 import urllib.request
@@ -311,19 +312,30 @@ def download(url: str, path: str | Path) -> None:
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Runs a script's `main`; a user's mistake ends it with its sentence instead of a traceback.
 
-    Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError`, whose
-    sentence every process that met it prints; 75 (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT
-    stopped training, and the same command goes on from the newest checkpoint.
+    Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError` (or the death
+    of an image loading process), whose sentence every process that met it prints; 75
+    (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT stopped training, and the same command goes
+    on from the newest checkpoint.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
             stream.reconfigure(errors="backslashreplace")  # no name that is printed ends a run
     try:
         main(args)
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
+        sentence = str(error)
+        if not isinstance(error, UserError):
+            # the first is raised wherever the signal finds us, the second comes from the process
+            if not re.search(r"^DataLoader worker|shared memory\(shm\)", sentence):
+                raise
+            sentence = (
+                f"an image loading process died ({sentence.strip().splitlines()[-1]}): memory or "
+                "shared memory ran out. Take fewer processes (--num_workers), or give the "
+                "container more (docker run --shm-size)"
+            )
         rank = os.environ.get("RANK") or "0"
         where = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         if dist.is_initialized():

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +53,27 @@ def test_the_sentence_names_its_rank(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         launch(raising(UserError("no such file")), None)
     assert capsys.readouterr().err == "error (rank 3): no such file\n"
+
+
+class KilledDataset(torch.utils.data.Dataset):
+    """Its loading process is killed, as for want of memory."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def load_killed(args):
+    list(torch.utils.data.DataLoader(KilledDataset(), num_workers=1))
+
+
+def test_the_death_of_a_loading_process_is_told(capfd):
+    with pytest.raises(SystemExit) as stop:
+        launch(load_killed, None)
+    assert stop.value.code == 2
+    assert "error: an image loading process died" in capfd.readouterr().err
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
