@@ -69,6 +69,11 @@ def fetch(path_or_url: str | Path) -> Path:
     if not copy.exists():
         try:
             download(url, copy)
+        except UserError as error:  # of the disk
+            raise UserError(
+                f"{error}: set TORCH_HOME to a folder that can be written, or download {url} "
+                "yourself and give its path"
+            ) from error
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot download {url} ({error}): fetch it on another machine and put it at "

@@ -1,7 +1,10 @@
 import json
 import pickle
 import re
+import threading
 from argparse import Namespace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -497,6 +500,21 @@ def test_files_of_one_name_from_two_addresses_are_two_files(monkeypatch, hub):
     monkeypatch.setattr(weight_files, "download", download)
     urls = [f"https://{host}.invalid/resolve/main/model.safetensors?x=1" for host in "ab"]
     assert [fetch(url).read_text() for url in urls] == urls
+
+
+def test_a_hub_folder_that_cannot_be_written(hub, tmp_path):
+    hub.parent.write_text("no folder")
+    (tmp_path / "model.pth").write_bytes(b"weights")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="cannot write .*model.pth: .*set TORCH_HOME to"):
+            fetch(f"http://127.0.0.1:{server.server_port}/model.pth")
+        server.shutdown()
+
+
+class Files(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
 
 def test_failed_downloads_say_where_to_put_the_file(monkeypatch, hub):
