@@ -268,7 +268,7 @@ MISTAKES = {
         r"does not fit the model \(missing: .{,200} more; unknown: .{,200} more\). Measure one",
     ),
     "absent profile": Mistake(["--id_profile", "no.json"], {}, "cannot read the ID profile no.js"),
-    "weights": Mistake(["--pretrained", "Makefile"], {}, "Makefile is no file of weights"),
+    "weights": Mistake(["--pretrained", "Makefile"], {}, "Makefile: it is neither safetensors nor"),
     "absent weights": Mistake(["--pretrained", "no.pth"], {}, "there is no checkpoint no.pth"),
     "checkpoint": Mistake(["--resume", "Makefile"], {}, "the checkpoint Makefile is not whole"),
     "tokenizer": Mistake(
