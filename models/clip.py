@@ -240,7 +240,6 @@ class ClipRetrieval(CLIP):
         """
         weights = _openai_names(weights)
         own, parameters = self.state_dict(), dict(self.named_parameters())
-        weights = {n: v for n, v in weights.items() if n in parameters or n not in own}
         if POSITION_EMBEDDING in weights:
             target, value = own[POSITION_EMBEDDING], weights[POSITION_EMBEDDING]
             if value.shape[0] != target.shape[0]:
@@ -248,7 +247,7 @@ class ClipRetrieval(CLIP):
                 weights[POSITION_EMBEDDING] = resampled
         start = {f"momentum_copy.{name}": weights.get(name, own[name]) for name in parameters}
         queues = {n: v for n, v in own.items() if n not in parameters and n not in start}
-        return weights | start | queues, set()
+        return weights | start | queues, set()  # in this order: not the checkpoint's queues
 
 
 def build_clip(config: dict) -> ClipRetrieval:
