@@ -14,6 +14,7 @@ from open_clip import CLIP, SimpleTokenizer
 from torch import Tensor, nn
 
 from models.checkpoint import resample_position_embedding
+from models.stages import Stage, resblock_stages
 from models.text import load_tokenizer, tokenize
 from utils import UserError
 
@@ -137,6 +138,20 @@ class ClipRetrieval(CLIP):
             The tensors of `forward`, and the number of pairs, over which its loss is a mean.
         """
         return (image, self.tokenize(captions), image_ids), len(captions)
+
+    def stages(self) -> list[Stage]:
+        """The two towers over "image" and "input_ids" (B, context_length), for profiling."""
+        return [
+            Stage("tokens: patch embedding", self.visual._embeds, ("image",), "tokens"),
+            *resblock_stages(self.visual.transformer, "tokens"),
+            Stage("tokens: norm", self.visual.ln_post, ("tokens",), "tokens"),
+            Stage("text: embedding", self._embed_text, ("input_ids",), "text"),
+            *resblock_stages(self.transformer, "text", self.attn_mask),
+            Stage("text: norm", self.ln_final, ("text",), "text"),
+        ]
+
+    def _embed_text(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.positional_embedding
 
     def on_step(self, epochs: float) -> None:
         """Ramps alpha from 0 over the first epoch.

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from data.scenes.words import vocabulary
+from dimension.budget import make_plan
+from dimension.capture import Capture, Samples, trace_stages
+from dimension.twonn import pairwise_distances
 from models import build_clip, clip, load_checkpoint, modality, prunable_layers
 from tests.conftest import read_golden
 from utils import UserError
@@ -398,6 +401,65 @@ def test_published_profile_has_the_published_means():
     for kind, mean in (("vision", 24.4), ("language", 10.9)):
         ids = [value for name, value in profile.items() if modality(name) == kind]
         assert round(sum(ids) / len(ids), 1) == mean
+
+
+# --- profiling
+
+
+def run_stages(model, **states) -> dict[str, torch.Tensor]:
+    for stage in model.stages():
+        states[stage.writes] = stage.run(*(states[name] for name in stage.reads))
+    return states
+
+
+def test_stages_call_every_layer_once_in_order_and_give_the_features(model):
+    image, texts, _ = batch()
+    layers, outputs, expected = prunable_layers(model), {}, {}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out}))
+        if name.endswith(".attn.out_proj"):  # what stands for it in the model's own forward
+            attention = model.get_submodule(name.removesuffix(".out_proj"))
+            attention.register_forward_hook(
+                lambda m, args, out, name=name: expected.update({name: out[0]})
+            )
+    with torch.no_grad():
+        features = model.encode_image(image), model.encode_text(texts)
+        expected |= {name: out for name, out in outputs.items() if ".mlp." in name}
+        outputs.clear()
+        states = run_stages(model, image=image, input_ids=texts)
+    assert list(outputs) == list(layers) and set(outputs) == set(expected)
+    for name, output in outputs.items():
+        torch.testing.assert_close(output, expected[name], **CLOSE)
+    end = states["text"][torch.arange(4), texts.argmax(dim=1)]
+    found = states["tokens"][:, 0] @ model.visual.proj, end @ model.text_projection
+    for feature, own in zip(found, features, strict=True):
+        torch.testing.assert_close(feature, own, **CLOSE)
+
+
+def test_layers_are_measured_like_those_of_other_models(model):
+    """Distances between samples, from the staged engine and from whole outputs."""
+    image, texts, _ = batch(12)
+    inside = texts.bool()  # no text has the id of the padding
+    samples = Samples({"input_ids": texts}, {"image": list(image)}, inside, batch_size=5)
+    layers, outputs = prunable_layers(model.eval()), {}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out}))
+    with torch.no_grad():
+        run_stages(model, image=image, input_ids=texts)
+    plain = {
+        name: pairwise_distances(
+            (out if modality(name) == "vision" else out * inside[..., None]).flatten(1)
+        )
+        for name, out in outputs.items()
+    }
+    cpu = torch.device("cpu")
+    shapes = trace_stages(model.stages(), layers, samples, cpu)
+    plan = make_plan(shapes, set(layers), samples.sizes(), 12, samples.batch_size, 10**9)
+    capture = Capture(plan, layers, samples, cpu, progress=False)
+    found = {layer.name: distances for layer, distances in capture}
+    assert set(found) == set(plain)
+    for name, distances in plain.items():
+        torch.testing.assert_close(found[name], distances, rtol=1e-5, atol=1e-12)
 
 
 # --- tokens
