@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dimension.budget import make_plan
+from dimension.budget import plan_capture
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.twonn import (
     PRODUCT_FEATURES,
@@ -181,7 +181,7 @@ def plan_for(args: argparse.Namespace, model: nn.Module, samples: Samples, n: in
     layers = prunable_layers(model)
     shapes = trace_stages(model.stages(), layers, samples, torch.device(args.device))
     budget = int(args.memory_gb * 1e9)
-    return make_plan(shapes, set(layers), samples.sizes(), n, args.batch_size, budget)
+    return plan_capture(shapes, set(layers), samples.sizes(), n, args.batch_size, budget)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ Source: Li et al., BLIP, ICML 2022, section 5.4 and figure 5.
 """
 
 import re
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
 from models.stages import Stage, text_stages, vision_stages
-from models.text import load_tokenizer, text_config, tokenize
+from models.text import check_max_tokens, load_tokenizer, text_config, tokenize
 from models.vit import VisionEncoder, build_vision_encoder
 
+T = TypeVar("T")
 FIRST_MERGED_LAYER = 6  # from here on a layer merges what it saw in the two images; before: mean
 _SINGLE_CROSS_ATTENTION = re.compile(r"(?<=\.crossattention\.)(self|output\.dense)(?=\.)")
 
@@ -87,30 +89,66 @@ class NlvrClassifier(nn.Module):
     Parameter names are those of the official checkpoints.
     """
 
-    def __init__(self, visual_encoder: VisionEncoder, text_encoder: TwinTextEncoder, tokenizer):
+    def __init__(
+        self,
+        visual_encoder: VisionEncoder,
+        text_encoder: TwinTextEncoder,
+        tokenizer,
+        max_tokens: int,
+    ):
         """Puts the parts together; `build_nlvr` makes them from a config."""
         super().__init__()
+        self.max_tokens = max_tokens
         self.visual_encoder = visual_encoder
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         width = text_encoder.config.hidden_size
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
-    def forward(
+    def prepare(
         self, image0: Tensor, image1: Tensor, sentences: list[str], targets: Tensor
-    ) -> Tensor:
-        """The loss of a batch: cross-entropy of the two classes.
+    ) -> tuple[tuple[Tensor, ...], int]:
+        """Tokenizes a batch once, for `loss` and for the weight of its loss.
 
         Args:
-            image0: (B, 3, S, S) left images, normalised.
+            image0: (B, 3, S, S) left images, normalised; handed on, as all tensors.
             image1: (B, 3, S, S) right images.
             sentences: B statements.
             targets: (B,) int64, 1 where the statement holds.
 
         Returns:
+            The tensors of `loss` (the new ones on the CPU), and the number of statements, over
+            which that loss is a mean.
+        """
+        return (image0, image1, *self.tokenize(sentences), targets), len(sentences)
+
+    def forward(self, *inputs) -> Tensor:
+        """The loss of a batch: cross-entropy of the two classes.
+
+        Args:
+            *inputs: `image0, image1, sentences, targets` as `prepare` takes them; or the tensors
+                that it returns, on the model's device. Data parallelism reaches the loss through
+                this method alone.
+
+        Returns:
             Scalar: the mean over the batch.
         """
-        return F.cross_entropy(self.logits(image0, image1, sentences), targets)
+        if len(inputs) == 4:
+            inputs, _ = self.prepare(*inputs)
+        image0, *others = inputs
+        return self.loss(image0, *(tensor.to(image0.device) for tensor in others))
+
+    def loss(
+        self,
+        image0: Tensor,
+        image1: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        """The loss of `forward` from tensors; arguments as `logits_from_ids` and `prepare`."""
+        logits = self.logits_from_ids(image0, image1, input_ids, attention_mask)
+        return F.cross_entropy(logits, targets)
 
     def loss_terms(
         self, image0: Tensor, image1: Tensor, sentences: list[str], targets: Tensor
@@ -119,15 +157,13 @@ class NlvrClassifier(nn.Module):
         return len(sentences)
 
     def logits(self, image0: Tensor, image1: Tensor, sentences: list[str]) -> Tensor:
-        """(B, 2) logits of "false" and "true"; arguments as `forward`."""
-        return self.logits_from_ids(image0, image1, *self.tokenize(sentences))
+        """(B, 2) logits of "false" and "true"; arguments as `prepare`."""
+        text = (tensor.to(image0.device) for tensor in self.tokenize(sentences))
+        return self.logits_from_ids(image0, image1, *text)
 
     def tokenize(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask, both (B, L); as the original, it does not cut at 40 tokens."""
-        device = self.visual_encoder.cls_token.device
-        positions = self.text_encoder.config.max_position_embeddings
-        ids, mask = tokenize(self.tokenizer, sentences, "[ENC]", max_tokens=positions)
-        return ids.to(device), mask.to(device)
+        """Ids and attention mask, both (B, L)."""
+        return tokenize(self.tokenizer, sentences, "[ENC]", max_tokens=self.max_tokens)
 
     def logits_from_ids(
         self, image0: Tensor, image1: Tensor, input_ids: Tensor, attention_mask: Tensor
@@ -159,14 +195,14 @@ class NlvrClassifier(nn.Module):
             input_ids, attention_mask=attention_mask, encoder_hidden_states=images
         ).last_hidden_state
 
-    def adapt_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    def adapt_state_dict(self, weights: dict[str, T]) -> tuple[dict[str, T], set[str]]:
         """Takes the weights of a BLIP that sees one image; its cross-attention starts both twins.
 
         The text transformer is the checkpoint's `text_encoder` (BLIP base) or, where there is none,
         its `text_decoder` (a captioner). What only an NLVR2 model has, may then be missing.
 
         Args:
-            weights: of any BLIP under the official names.
+            weights: of any BLIP under the official names, or whatever stands for each.
 
         Returns:
             The weights under this model's names, and the names that may stay as initialised:
@@ -194,11 +230,17 @@ def build_nlvr(config: dict) -> NlvrClassifier:
     """Builds an NLVR2 model with random weights.
 
     Args:
-        config: `vit`, `image_size`, `med_config`, `tokenizer`, and if wanted `vit_grad_ckpt` and
-            `vit_ckpt_layer`. BLIP trains base with a drop path of 0.1 for NLVR2.
+        config: `vit`, `image_size`, `med_config`, `tokenizer`, and if wanted `max_tokens` (as the
+            original, no statement is cut unless it is longer than the positions), `vit_grad_ckpt`
+            and `vit_ckpt_layer`. BLIP trains base with a drop path of 0.1 for NLVR2.
+
+    Raises:
+        UserError: a value that is none of the possible ones, or a tokenizer that cannot be read.
     """
     tokenizer = load_tokenizer(config["tokenizer"])
     drop_path_rate = 0.1 if config["vit"] == "base" else 0.0
     visual_encoder = build_vision_encoder(config, drop_path_rate)
     text = text_config(config["med_config"], visual_encoder.embed_dim, tokenizer)
-    return NlvrClassifier(visual_encoder, TwinTextEncoder(text), tokenizer)
+    max_tokens = config.get("max_tokens", text.max_position_embeddings)
+    check_max_tokens(max_tokens, 3, text.max_position_embeddings)
+    return NlvrClassifier(visual_encoder, TwinTextEncoder(text), tokenizer, max_tokens)

@@ -1,16 +1,23 @@
 """The text transformer's configuration and tokenizer."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from transformers import BertTokenizer
+from transformers.activations import ACT2FN
 from transformers.models.blip.configuration_blip import BlipTextConfig
 
+from models.sizes import check_sizes
+from models.weight_files import fetch
 from utils import UserError
 
 LABEL_SMOOTHING = 0.1
 MAX_TOKENS = 40
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_BASE_PROMPT_IDS = [101, 1037, 3861, 1997, 102]  # "a picture of" in bert-base-uncased
 
 _BERT_BASE = {
@@ -26,6 +33,8 @@ _BERT_BASE = {
     "attention_probs_dropout_prob": 0.1,
     "initializer_range": 0.02,
 }
+_COUNTS = [name for name, value in _BERT_BASE.items() if isinstance(value, int)]
+_FRACTIONS = [name for name, value in _BERT_BASE.items() if isinstance(value, float)]
 # BERT's fields that BLIP's text model fixes itself
 _FIXED = {
     "architectures",
@@ -47,18 +56,25 @@ def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTe
         tokenizer: gives the special tokens' ids.
 
     Raises:
-        ValueError: unreadable file, unknown field, or a vocabulary smaller than the tokenizer's.
+        UserError: unreadable file, unknown field, a value that cannot be, or a vocabulary smaller
+            than the tokenizer's.
     """
     fields = med_config
     if isinstance(med_config, str):
         try:
             fields = json.loads(Path(med_config).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"med_config: cannot read {med_config}: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"med_config: {med_config} must be a mapping of BERT's fields")
     unknown = sorted(set(fields) - set(_BERT_BASE) - _FIXED)
     if unknown:
         raise UserError(f"med_config: unknown fields {unknown}; known are {sorted(_BERT_BASE)}")
     sizes = {key: fields.get(key, default) for key, default in _BERT_BASE.items()}
+    check_sizes("med_config", sizes, _COUNTS, _FRACTIONS, "hidden_size", "num_attention_heads")
+    if str(sizes["hidden_act"]) not in ACT2FN:
+        known = ", ".join(sorted(ACT2FN))
+        raise UserError(f"med_config: hidden_act {sizes['hidden_act']!r} is none of {known}")
     if len(tokenizer) > sizes["vocab_size"]:
         raise UserError(
             f"med_config: vocab_size {sizes['vocab_size']} is below the tokenizer's "
@@ -80,19 +96,23 @@ def load_tokenizer(name: str) -> BertTokenizer:
     """BERT's WordPiece tokenizer with BLIP's [DEC] (its `bos_token`) and [ENC].
 
     Args:
-        name: a name on the model hub or a local folder with `vocab.txt`.
+        name: a local folder with `vocab.txt`, or a name on the model hub, whose `vocab.txt` is
+            taken from the hub's local cache, or else downloaded once.
 
     Raises:
-        ValueError: it cannot be loaded, or does not know the words of the prompt.
+        UserError: there is no vocabulary, or it lacks BERT's special tokens or the prompt's words.
     """
+    file = vocabulary_file(name)
     try:
-        tokenizer = BertTokenizer.from_pretrained(name)
+        # a byte order mark at the start would make another token of the first
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer: cannot load {name!r}. Offline, set `tokenizer` to a local folder with "
-            "vocab.txt (`python -m data.scenes` writes datasets/scenes/tokenizer for the demo "
-            "configs; for BLIP's weights it must be bert-base-uncased)"
-        ) from error
+        raise UserError(f"tokenizer: cannot read {file}: {error}") from error
+    vocabulary = {token: i for i, token in enumerate(lines[:-1] if not lines[-1] else lines)}
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    if missing:
+        raise UserError(f"tokenizer: {file} is no vocabulary of BERT: it lacks {' '.join(missing)}")
+    tokenizer = BertTokenizer(vocab=vocabulary)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)
     ids = tokenizer("a picture of ").input_ids
@@ -100,6 +120,42 @@ def load_tokenizer(name: str) -> BertTokenizer:
     if tokenizer.unk_token_id in ids or (is_bert_base and ids != BERT_BASE_PROMPT_IDS):
         raise UserError(f"tokenizer: {name!r} reads 'a picture of' as {ids}; wrong vocab.txt?")
     return tokenizer
+
+
+def vocabulary_file(name: str) -> Path:
+    """Finds the `vocab.txt` of a tokenizer, see `load_tokenizer`.
+
+    Raises:
+        UserError: it is not there, and cannot be downloaded in one attempt.
+    """
+    if Path(name).is_dir():
+        file = Path(name, "vocab.txt")
+        if not file.is_file():
+            raise UserError(
+                f"tokenizer: there is no vocab.txt in the folder {name}. For BLIP's weights put "
+                f"{_address('bert-base-uncased')} there"
+            )
+        return file
+    reason = "HF_HUB_OFFLINE is set"
+    try:
+        return Path(hf_hub_download(name, "vocab.txt", local_files_only=True))
+    except HFValidationError:
+        reason = "there is no such folder"
+    except OSError:  # not in the cache
+        if not constants.HF_HUB_OFFLINE:
+            try:
+                return fetch(_address(name))  # hf_hub_download would try for minutes
+            except UserError as error:
+                reason = str(error.__cause__)
+    raise UserError(
+        f"tokenizer: cannot load {name!r} ({reason}). Set `tokenizer` to a local folder with "
+        f"vocab.txt: for BLIP's weights {_address('bert-base-uncased')}; for the demo configs "
+        "`python -m data.scenes` writes datasets/scenes/tokenizer"
+    )
+
+
+def _address(name: str) -> str:
+    return f"{constants.ENDPOINT}/{name}/resolve/main/vocab.txt"
 
 
 def tokenize(
@@ -123,3 +179,27 @@ def tokenize(
     )
     tokens.input_ids[:, 0] = tokenizer.convert_tokens_to_ids(first_token)
     return tokens.input_ids, tokens.attention_mask
+
+
+def truncated(tokenizer: BertTokenizer, texts: Sequence[str], max_tokens: int) -> int:
+    """How many texts are longer than `max_tokens`, so that `tokenize` cuts them."""
+    batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # memory: 1 KB a token
+    return sum(len(ids) > max_tokens for batch in batches for ids in tokenizer(batch).input_ids)
+
+
+def check_max_tokens(max_tokens: int, least: int, positions: int) -> None:
+    """Checks `max_tokens` of a config.
+
+    Args:
+        max_tokens: at which texts are cut.
+        least: length of a text with a single word, [SEP] included.
+        positions: of the text transformer.
+
+    Raises:
+        UserError: it is too small for any word, or beyond the positions.
+    """
+    if not least <= max_tokens <= positions:
+        raise UserError(
+            f"max_tokens: {max_tokens} must be from {least} (one word) to {positions} (the text "
+            "transformer's positions, `max_position_embeddings` of med_config)"
+        )

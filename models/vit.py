@@ -4,6 +4,7 @@ import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 
+from models.sizes import check_sizes
 from utils import UserError
 
 SIZES = {
@@ -49,7 +50,8 @@ def build_vision_encoder(config: dict, drop_path_rate: float = 0.0) -> VisionEnc
         drop_path_rate: where the size does not name its own.
 
     Raises:
-        ValueError: unknown size or keys, or an image size that is no multiple of the patch size.
+        UserError: unknown size or keys, a value that cannot be, or an image size that is no
+            multiple of the patch size.
     """
     vit = config["vit"]
     if isinstance(vit, str):
@@ -59,11 +61,13 @@ def build_vision_encoder(config: dict, drop_path_rate: float = 0.0) -> VisionEnc
     missing = _SIZE_KEYS - {"drop_path_rate"} - set(vit)
     if missing or set(vit) - _SIZE_KEYS:
         raise UserError(f"vit: a mapping needs {sorted(_SIZE_KEYS)}; got {sorted(vit)}")
-    if config["image_size"] % vit["patch_size"]:
-        raise UserError(
-            f"image_size {config['image_size']} is no multiple of patch_size {vit['patch_size']}"
-        )
     sizes = {"drop_path_rate": drop_path_rate, **vit}
+    counts = ("patch_size", "embed_dim", "depth", "num_heads")
+    check_sizes("vit", sizes, counts, ("drop_path_rate",), "embed_dim", "num_heads")
+    if config["image_size"] < 1 or config["image_size"] % vit["patch_size"]:
+        raise UserError(
+            f"image_size: {config['image_size']} is no multiple of patch_size {vit['patch_size']}"
+        )
     encoder = VisionEncoder(
         img_size=config["image_size"],
         num_classes=0,

@@ -5,7 +5,7 @@ import torch
 
 from dimension import budget as planning
 from dimension import twonn
-from dimension.budget import make_plan, share_layers
+from dimension.budget import plan_capture, share_layers
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.twonn import estimate_id, pairwise_distances
 from models import build_captioner, build_nlvr, prunable_layers
@@ -98,7 +98,7 @@ def hooked_outputs(model, samples, trim=False):
 def plan_for(model, samples, budget=GB, layers=None):
     shapes = trace_stages(model.stages(), prunable_layers(model), samples, CPU)
     layers = set(prunable_layers(model)) if layers is None else layers
-    return make_plan(shapes, layers, samples.sizes(), N, samples.batch_size, budget)
+    return plan_capture(shapes, layers, samples.sizes(), N, samples.batch_size, budget)
 
 
 def measure(model, samples, budget=GB, layers=None):
@@ -138,7 +138,7 @@ def test_what_all_samples_share_costs_no_digits(captioner, monkeypatch):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Segments of a token or a few, and nothing but outputs and states in the budget."""
-    monkeypatch.setattr(planning, "SEGMENT_NUMBERS", 3000)
+    monkeypatch.setattr(planning, "SEGMENT_ELEMENTS", 3000)
     for name in ("WORKSPACE", "MATRICES", "BATCH_OUTPUTS"):
         monkeypatch.setattr(planning, name, 0)
 
@@ -191,7 +191,7 @@ def test_buffers_stay_within_the_plan(captioner, small_pieces, monkeypatch):
     def spy(self, *args):
         forward(self, *args)
         seen.append(
-            self.arena.nbytes
+            self.buffer.nbytes
             + sum(batch.nbytes for state in self.states.values() for batch in state)
         )
 
@@ -217,11 +217,11 @@ def test_base_model_at_12_gb(golden_tokenizer):
     layer_flops = 2 * 577 * 768 * (2304 + 768 + 3072 + 3072)
     block_flops = layer_flops + 4 * 577 * 577 * 768
     assert sum(shape.flops for shape in shapes[1:25]) == 12 * block_flops
-    plan = make_plan(shapes, set(layers), samples.sizes(), 2000, 8, 12 * GB)
+    plan = plan_capture(shapes, set(layers), samples.sizes(), 2000, 8, 12 * GB)
     assert len([x for stage in plan.stages for x in stage.shape.layers]) == 168
     assert 1 < plan.work <= 3
     assert plan.peak <= 12 * GB
-    assert make_plan(shapes, set(layers), samples.sizes(), 96, 8, 6 * GB).work == 1
+    assert plan_capture(shapes, set(layers), samples.sizes(), 96, 8, 6 * GB).work == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

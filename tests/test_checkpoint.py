@@ -1,12 +1,17 @@
+import json
 import pickle
+import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
-from models import build_captioner, load_checkpoint, prunable_layers
-from models.checkpoint import read_weights, resample_position_embedding
+from models import build_captioner, compressed, load_checkpoint, prunable_layers, weight_files
+from models.checkpoint import resample_position_embedding
+from models.weight_files import fetch, open_weights
 from tests.conftest import read_golden
+from utils import UserError
 
 
 @pytest.fixture
@@ -60,10 +65,19 @@ def hugging_face(weights, folder):
     renamed = {hugging_face_name(name): value for name, value in weights.items()}
     tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
     kept = {n: v for n, v in renamed.items() if n.removeprefix("text_decoder.") not in tied}
-    names = sorted(kept)
-    for i, part in enumerate((names[::2], names[1::2])):
-        save_file({n: kept[n].contiguous() for n in part}, folder / f"model-{i}.safetensors")
+    write_shards(kept, folder)
     return folder
+
+
+def write_shards(weights, folder):
+    """Two shards and their index, as transformers writes them."""
+    names, weight_map = sorted(weights), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        save_file({n: weights[n].contiguous() for n in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def ours(weights, folder):
@@ -72,7 +86,15 @@ def ours(weights, folder):
     return folder
 
 
-@pytest.mark.parametrize("write", [official, papers_pruned, hugging_face, ours])
+def ours_compressed(weights, folder):
+    compressed.write(folder / "small.safetensors", weights.items())
+    return folder / "small.safetensors"
+
+
+FORMATS = [official, papers_pruned, hugging_face, ours, ours_compressed]
+
+
+@pytest.mark.parametrize("write", FORMATS)
 def test_every_format_loads(model, weights, tmp_path, write):
     report = load_checkpoint(model, str(write(weights, tmp_path)))
     assert_holds(model, weights)
@@ -159,10 +181,10 @@ class Planted:
 def test_no_pickled_code_runs(tmp_path):
     torch.save({"model": {}, "payload": Planted(str(tmp_path / "ran"))}, tmp_path / "bad.pth")
     with pytest.raises(ValueError, match=r"bad\.pth.*pickled code"):
-        read_weights(tmp_path / "bad.pth")
+        open_weights(tmp_path / "bad.pth")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Planted(str(tmp_path / "ran"))))
     with pytest.raises(ValueError, match=r"raw\.pth"):
-        read_weights(tmp_path / "raw.pth")
+        open_weights(tmp_path / "raw.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -171,38 +193,229 @@ def test_no_pickled_code_runs(tmp_path):
 def test_unreadable_files_are_named(tmp_path, suffix, content):
     (tmp_path / f"broken{suffix}").write_bytes(content)
     with pytest.raises(ValueError, match="broken"):
-        read_weights(tmp_path / f"broken{suffix}")
+        open_weights(tmp_path / f"broken{suffix}")
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere"):
-        read_weights(tmp_path / "nowhere.pth")
-    with pytest.raises(ValueError, match="safetensors"):
-        read_weights(tmp_path)
+    with pytest.raises(UserError, match="nowhere"):
+        fetch(tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="no .*safetensors in the folder"):
+        open_weights(tmp_path)
 
 
-def test_addresses_are_downloaded_once(monkeypatch, weights, tmp_path):
+# --- which files of a folder --------------------------------------------------------------------
+
+
+def test_the_index_rules(model, weights, tmp_path):
+    hugging_face(weights, tmp_path)
+    old = {name: torch.zeros_like(value) for name, value in weights.items()}
+    save_file(old, tmp_path / "model.safetensors")
+    save_file(old | {"stranger": torch.ones(1)}, tmp_path / "model-00003-of-00003.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        report = load_checkpoint(model, path)
+        assert_holds(model, weights)
+        assert report.ignored == [POSITION_IDS]
+
+
+def test_each_tensor_comes_from_the_file_that_the_index_says(model, weights, tmp_path):
+    write_shards(weights, tmp_path)
+    first, second = sorted(tmp_path.glob("*.safetensors"))
+    name = next(iter(open_weights(first)))
+    in_second = {name: torch.full_like(weights[name], 7.0)}
+    save_file({n: e.read() for n, e in open_weights(second).items()} | in_second, second)
+    load_checkpoint(model, tmp_path)
+    assert_holds(model, weights)
+
+
+def without_index(folder):
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def without_a_shard(folder):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def with_an_old_file(folder):
+    without_index(folder)
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+
+
+def with_shards_of_another_model(folder):
+    without_index(folder)
+    save_file({"a": torch.ones(1)}, folder / "other-00001-of-00001.safetensors")
+
+
+def with_a_tensor_twice(folder):
+    without_index(folder)
+    first, second = sorted(folder.glob("*.safetensors"))
+    save_file({n: e.read() for n, e in open_weights(first).items()}, second)
+
+
+def with_two_whole_models(folder):
+    for file in list(folder.iterdir()):
+        file.unlink()
+    for name in ("model.safetensors", "model.fp16.safetensors"):
+        save_file({"a": torch.ones(1)}, folder / name)
+
+
+def with_an_index_that_is_wrong(folder):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["a"] = "model-00001-of-00002.safetensors"
+    file.write_text(json.dumps(index))
+
+
+def with_an_index_that_is_none(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weights": []}')
+
+
+def with_pickles_only(folder):
+    for file in list(folder.iterdir()):
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def with_another_format_only(folder):
+    for file in list(folder.iterdir()):
+        file.unlink()
+    torch.save({}, folder / "model_base.pth")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_a_shard, r"model-00002-of-00002\.safetensors is missing, though .* names it"),
+        (
+            lambda folder: (without_index(folder), without_a_shard(folder)),
+            r"model-00002-of-00002\.safetensors is missing, one of 2 shards",
+        ),
+        (with_an_old_file, "shards and other files of weights.*add the index"),
+        (with_shards_of_another_model, "shards and other files of weights.*add the index"),
+        (with_a_tensor_twice, r"both model-00001-of-00002\.safetensors and model-00002.*a tensor"),
+        (with_two_whole_models, r"model\.fp16\.safetensors, model\.safetensors.*the file itself"),
+        (with_an_index_that_is_wrong, r"model-00001-of-00002\.safetensors has no tensor a,"),
+        (with_an_index_that_is_none, r"index\.json is no index of safetensors"),
+        (with_pickles_only, r"pytorch_model\.bin, but .* only safetensors.*save_pretrained"),
+        (with_another_format_only, r"give one of its files itself: model_base\.pth"),
+    ],
+)
+def test_folders_that_do_not_say_what_belongs_together(weights, tmp_path, spoil, message):
+    hugging_face(weights, tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_weights(tmp_path)
+
+
+def test_shards_that_are_complete_need_no_index(model, weights, tmp_path):
+    hugging_face(weights, tmp_path)
+    without_index(tmp_path)
+    load_checkpoint(model, tmp_path)
+    assert_holds(model, weights)
+
+
+# --- names and values ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.model."]
+)
+def test_prefixes_of_wrappers_fall_off_and_are_reported(model, weights, tmp_path, prefix):
+    state = {prefix + name: value for name, value in weights.items()}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "wrapped.ckpt")
+    report = load_checkpoint(model, tmp_path / "wrapped.ckpt")
+    assert_holds(model, weights)
+    assert report.prefixes == [prefix]
+    assert f"; prefix '{prefix}' removed" in str(report)
+
+
+def test_weights_of_two_models_in_a_file_are_an_error(model, weights, tmp_path):
+    averages = {f"module.{name}": torch.zeros_like(value) for name, value in weights.items()}
+    torch.save(weights | averages, tmp_path / "both.pth")
+    with pytest.raises(UserError, match=r"both\.pth holds text_decoder\.\S+ twice"):
+        load_checkpoint(model, tmp_path / "both.pth")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("write", FORMATS)
+def test_weights_that_are_not_finite_are_named(model, weights, tmp_path, write, value):
+    weights["visual_encoder.blocks.1.mlp.fc1.weight"][3, 5] = value
+    path = write(weights, tmp_path)
+    message = rf"{re.escape(str(path))}: visual_encoder\.blocks\.1\.mlp\.fc1\.weight holds"
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(model, path)
+
+
+def test_large_finite_weights_load(model, weights, tmp_path):
+    weights["visual_encoder.norm.weight"].fill_(torch.finfo(torch.float32).max)
+    load_checkpoint(model, official(weights, tmp_path))
+    assert_holds(model, weights)
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(model, weights, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights.pop("text_decoder.cls.predictions.transform.dense.bias")
+    with pytest.raises(UserError, match="unset"):
+        load_checkpoint(model, official(weights, tmp_path))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_of_the_old_torch_format_loads(model, weights, tmp_path):
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    load_checkpoint(model, tmp_path / "old.pth")
+    assert_holds(model, weights)
+
+
+def test_half_precision_is_read_into_float32(model, weights, tmp_path):
+    save_file({n: v.half() for n, v in weights.items()}, tmp_path / "half.safetensors")
+    load_checkpoint(model, tmp_path / "half.safetensors")
+    assert_holds(model, {n: v.half().float() for n, v in weights.items()})
+    assert model.visual_encoder.norm.weight.dtype == torch.float32
+
+
+# --- addresses ----------------------------------------------------------------------------------
+
+OFFICIAL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/base.pth"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_addresses_are_downloaded_once(monkeypatch, hub, model, weights):
     fetched = []
 
-    def download(url, target, progress):
+    def download(url, path):
         fetched.append(url)
-        torch.save({"model": weights}, target)
+        path.parent.mkdir(parents=True)
+        torch.save({"model": weights}, path)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(weight_files, "download", download)
+    # the processes of a run fetch one after the other; nothing here waits for another
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "barrier", lambda: pytest.fail("a barrier"))
     for _ in range(2):
-        read = read_weights("https://host.invalid/models/model_base.pth")
-        assert set(read) == set(weights)
-    assert fetched == ["https://host.invalid/models/model_base.pth"]
-    assert (tmp_path / "hub/checkpoints/model_base.pth").exists()
+        load_checkpoint(model, OFFICIAL)
+        assert_holds(model, weights)
+    assert fetched == [OFFICIAL]
+    assert (hub / "base.pth").exists()  # where BLIP's own code looks for it
 
 
-def test_failed_downloads_say_where_to_put_the_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+def test_files_of_one_name_from_two_addresses_are_two_files(monkeypatch, hub):
+    def download(url, path):
+        path.parent.mkdir(parents=True)
+        path.write_text(url)
 
-    def download(url, target, progress):
+    monkeypatch.setattr(weight_files, "download", download)
+    urls = [f"https://{host}.invalid/resolve/main/model.safetensors?x=1" for host in "ab"]
+    assert [fetch(url).read_text() for url in urls] == urls
+
+
+def test_failed_downloads_say_where_to_put_the_file(monkeypatch, hub):
+    def download(url, path):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(ValueError, match=r"hub/checkpoints/m\.pth.*--pretrained"):
-        read_weights("https://host.invalid/m.pth")
+    monkeypatch.setattr(weight_files, "download", download)
+    with pytest.raises(UserError, match=r"hub/checkpoints/base\.pth.*--pretrained"):
+        fetch(OFFICIAL)

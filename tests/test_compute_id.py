@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import ComputeID
+from configs import load_config
 from data import build_caption_datasets
 from data.scenes import __main__ as scenes
 from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile, load_distances
-from engine import run as launching
 from models import build_captioner, build_nlvr, prunable_layers
-from tests.kill_and_resume import finish, start, write_config
-from utils import Process, load_config
+from tests.runs import finish, start, write_config
+from utils import Process, UserError, launch
 
 N = 45
 LITTLE_MEMORY = ["--memory_gb", "0.1353"]
@@ -150,7 +150,7 @@ def test_resumes_at_the_first_unfinished_layer(captioner, whole, tmp_path, monke
     assert 0 < len(done) < len(whole[1].layers)
 
     def recorded(self, planned, held, flops, advance):
-        captured.extend(piece.layer.name for piece, _ in held)
+        captured.extend(segment.layer.name for segment, _ in held)
         forward(self, planned, held, flops, advance)
 
     monkeypatch.setattr(Capture, "_forward", recorded)
@@ -242,15 +242,18 @@ def test_an_interrupted_profile_of_other_settings_is_not_resumed(captioner, tmp_
 
 def test_a_failing_layer_is_named_on_any_rank(captioner, tmp_path, monkeypatch, capsys):
     def fail(name, *_):
-        raise ValueError(f"layer {name} has activations that are not finite")
+        raise UserError(f"layer {name} has activations that are not finite")
 
     second = Process(rank=1, world_size=2, device=torch.device("cpu"))
     monkeypatch.setattr(ComputeID, "init_distributed", lambda *_, **__: second)
     monkeypatch.setattr(ComputeID.dist, "barrier", lambda: None)
     monkeypatch.setattr(ComputeID, "measure_layer", fail)
-    with pytest.raises(ValueError, match="not finite"):
-        measure(captioner, tmp_path)
-    assert "error: layer " in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    argv = [*captioner, "--Path", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        launch(ComputeID.main, ComputeID.parse_args(argv))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error (rank 1): layer visual_encoder.")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ def test_paper_command_without_coco(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("urllib.request.urlopen", offline)
     argv = ["-n", "2000", "--Path", str(tmp_path / "ID"), "--cpu"]
     with pytest.raises(SystemExit):
-        launching.launch(ComputeID.main, ComputeID.parse_args(argv))
+        launch(ComputeID.main, ComputeID.parse_args(argv))
     error = capsys.readouterr().err
     assert "coco_karpathy_train.json" in error
     assert "demo" in error

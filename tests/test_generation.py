@@ -206,6 +206,17 @@ def test_linear_is_the_layer():
         torch.testing.assert_close(linear(layer, x), layer(x))
 
 
+def test_captions_under_bfloat16_autocast():
+    layer, x = torch.nn.Linear(48, 20), torch.randn(2, 3, 48)
+    decoder, embeds = random_decoder(0, eos_bias=50.0), images(3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(layer, x), layer(x))
+        assert linear(layer, x).dtype == torch.bfloat16
+        rows = captions(decoder, embeds, min_length=7)
+    # the bias, far beyond what rounding changes, ends each caption as soon as it may
+    assert [len(row) for row in rows] == [8] * 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("half", [False, True])
 def test_gpu_gives_the_captions_of_the_cpu(half):

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from models import build_captioner, build_nlvr, load_checkpoint, modality, prunable_layers
 from tests.conftest import read_golden
+from utils import UserError
 
 POSITION_IDS = "text_encoder.embeddings.position_ids"
 TWINS = [("self", "self0", "self1"), ("output.dense", "output.dense0", "output.dense1")]
@@ -63,6 +64,25 @@ def test_padding_changes_nothing(model):
         loss = model(*images, [long, short], torch.tensor([1, 0]))
     torch.testing.assert_close(both[1:], alone)
     torch.testing.assert_close(loss, -(both.log_softmax(-1)[[0, 1], [1, 0]]).mean())
+
+
+def test_prepared_tensors_give_the_loss_of_statements(model):
+    images, targets = torch.randn(2, 2, 3, 32, 32), torch.tensor([1, 0])
+    batch = (*images, ["word9 word8", "word5"], targets)
+    tensors, terms = model.prepare(*batch)
+    assert terms == 2
+    assert tensors[2].tolist() == [[159, 9, 8, 102], [159, 5, 102, 0]]
+    assert tensors[3].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    with torch.no_grad():
+        expected = model(*batch)
+        assert torch.equal(model(*tensors), expected)
+        assert torch.equal(model.loss(*tensors), expected)
+
+
+@pytest.mark.parametrize("max_tokens", [2, 65])
+def test_max_tokens_must_fit(nlvr_tiny_config, max_tokens):
+    with pytest.raises(UserError, match=f"max_tokens: {max_tokens} must be from 3 .* to 64"):
+        build_nlvr(nlvr_tiny_config | {"max_tokens": max_tokens})
 
 
 def test_text_begins_with_enc_and_is_not_cut_at_forty(model):

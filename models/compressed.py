@@ -1,0 +1,145 @@
+"""The compressed file of a pruned model: bitmasks and the values that are not zero.
+
+It is safetensors. Its metadata has `format` "bitmask", `format_version` "1", and `shapes`, a JSON
+object from the name of each compressed tensor to its shape. Such a tensor NAME is stored as two:
+
+    NAME.bitmask   uint8, ceil(n / 8): bit i % 8 (from the lowest) of byte i // 8 tells whether
+                   element i, in row-major order, is stored
+    NAME.values    the stored elements in their order
+
+All others are stored as they are.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from utils import UserError, atomic_write
+
+FORMAT, VERSION = "bitmask", "1"
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size to integer
+_ENTRIES = 200  # bytes that a compressed tensor adds to the header, about
+_CHUNK = 1 << 20  # elements that are expanded together, a multiple of 8: stays in the cache
+
+
+def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The bitmask (ceil(n / 8),) and the stored elements of a tensor of n elements.
+
+    What is stored is decided by bits: a negative zero is, so that `unpack` gives the same bits.
+    """
+    flat = tensor.detach().cpu().contiguous().flatten()
+    stored = flat.view(_BITS[flat.element_size()]) != 0
+    return torch.from_numpy(np.packbits(stored.numpy(), bitorder="little")), flat[stored]
+
+
+def unpack(bitmask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that `pack` took apart.
+
+    Raises:
+        ValueError: the bitmask does not have as many bits as there are values.
+    """
+    dense = torch.zeros(shape, dtype=values.dtype)
+    # NumPy knows no bfloat16, but bits of any kind can be put in place
+    source = values.view(_BITS[values.element_size()]).numpy()
+    target = dense.flatten().view(_BITS[values.element_size()]).numpy()
+    packed, begin = bitmask.numpy(), 0
+    for start in range(0, len(target), _CHUNK):
+        bits = np.unpackbits(packed[start // 8 : (start + _CHUNK) // 8], bitorder="little")
+        chunk = target[start : start + _CHUNK]
+        place = np.flatnonzero(bits[: len(chunk)].view(bool))  # 4 times as fast as a mask
+        if begin + len(place) > len(source):
+            break
+        chunk[place] = source[begin : begin + len(place)]
+        begin += len(place)
+    else:
+        if begin == len(source):
+            return dense
+    raise ValueError(f"{len(source)} values do not fit the bitmask")
+
+
+def gains(tensor: Tensor) -> bool:
+    """Whether a tensor takes less of a file as a bitmask and values."""
+    flat = tensor.detach().flatten()
+    if not tensor.is_floating_point():
+        return False
+    zeros = int((flat.view(_BITS[flat.element_size()]) == 0).sum())
+    return zeros * flat.element_size() > flat.numel() / 8 + _ENTRIES
+
+
+def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes a compressed file, atomically.
+
+    Args:
+        path: of the file.
+        tensors: names and tensors, one at a time, so that they need not exist all at once.
+    """
+    stored, shapes = {}, {}
+    for name, tensor in tensors:
+        if gains(tensor):
+            shapes[name] = list(tensor.shape)
+            stored |= zip(parts(name), pack(tensor), strict=True)
+        else:
+            stored[name] = tensor.detach().cpu().contiguous()
+    metadata = {"format": FORMAT, "format_version": VERSION, "shapes": json.dumps(shapes)}
+    with atomic_write(path, "wb") as file:
+        file.write(save(stored, metadata))
+
+
+def claims(metadata: dict[str, str]) -> bool:
+    """Whether a safetensors file says by its metadata that it is a compressed one."""
+    return metadata.get("format") == FORMAT
+
+
+def parts(name: str) -> tuple[str, str]:
+    """Under which names the two parts of a compressed tensor stand."""
+    return f"{name}.bitmask", f"{name}.values"
+
+
+def shapes(
+    path: Path, metadata: dict[str, str], stored: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the compressed tensors of a file.
+
+    Args:
+        path: of the file.
+        metadata: its metadata.
+        stored: names and shapes of what safetensors finds in it.
+
+    Raises:
+        UserError: the file is of another version, or its parts do not belong together.
+    """
+    if metadata.get("format_version") != VERSION:
+        raise UserError(
+            f"{path} is a compressed file of version {metadata.get('format_version')!r}, this "
+            f"program reads {VERSION!r}: export it again"
+        )
+    try:
+        found = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        for name, shape in found.items():
+            bitmask, values = (stored[part] for part in parts(name))
+            if bitmask != (-(-math.prod(shape) // 8),) or len(values) != 1 or name in stored:
+                raise ValueError(f"the parts of {name} do not fit its shape {shape}")
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the compressed file {path} is damaged: {error!r}") from error
+    return found
+
+
+def read(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Reads a compressed tensor.
+
+    Raises:
+        UserError: its parts do not belong together.
+    """
+    with safe_open(path, "pt") as file:
+        bitmask, values = (file.get_tensor(part) for part in parts(name))
+        try:
+            return unpack(bitmask, values, shape)
+        except ValueError as error:
+            raise UserError(f"the compressed file {path} is damaged: {name}: {error}") from error

@@ -1,0 +1,213 @@
+"""Files of weights, opened without reading them: each tensor is read when it is wanted.
+
+A file is safetensors (dense, or compressed as `models.compressed` writes it) or what torch.save
+wrote. A folder is a run's results or Hugging Face's. No pickled code runs.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data.annotation import download
+from models import compressed
+from utils import UserError
+
+_BLIP_MODELS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/"
+RUN_WEIGHTS = "pruned.safetensors"  # in the folder of a run
+INDEX = "model.safetensors.index.json"  # Hugging Face's: {"weight_map": {tensor: file}}
+_SHARD = re.compile(r"^(.+)-(\d+)-of-(\d+)\.safetensors$")
+_WRAPPERS = ("model", "model_state_dict", "state_dict")
+_UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError)
+
+
+class Entry(NamedTuple):
+    """A tensor of a file: its shape, and a function that reads it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def fetch(path_or_url: str | Path) -> Path:
+    """The file or folder itself, or the copy of an address, downloaded if it is not there yet.
+
+    Copies lie in torch.hub's folder. No process waits for another here: where they are distributed,
+    all call this inside `utils.main_process_first`.
+
+    Raises:
+        UserError: there is no such file, or it cannot be downloaded.
+    """
+    address = urlparse(str(path_or_url))
+    if address.scheme not in ("http", "https"):
+        if not Path(path_or_url).exists():
+            raise UserError(f"there is no checkpoint {path_or_url}")
+        return Path(path_or_url)
+    url, cache = str(path_or_url), Path(torch.hub.get_dir(), "checkpoints")
+    # BLIP's own code keeps its files by name alone; of others two may have one name
+    published = url.startswith(_BLIP_MODELS)
+    copy = cache / (Path(address.path).name if published else f"{address.netloc}{address.path}")
+    if not copy.exists():
+        try:
+            download(url, copy)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot download {url} ({error}): fetch it on another machine and put it at "
+                f"{copy}, give its path as --pretrained, or try the demo config"
+            ) from error
+    return copy
+
+
+def open_weights(path: Path) -> dict[str, Entry]:
+    """The tensors of a file or folder, by the names that stand there.
+
+    Raises:
+        UserError: it cannot be read, is none of the formats, or does not say what belongs together.
+    """
+    if path.is_dir():
+        return _open_files(_files_of_folder(path))
+    if path.name == INDEX:
+        return _open_files(_files_of_index(path))
+    return _open_file(path)
+
+
+def _open_files(files: dict[Path, set[str] | None]) -> dict[str, Entry]:
+    """Merges files; of each the tensors that are wanted, None being all."""
+    merged, found_in = {}, {}
+    for file, wanted in files.items():
+        entries = _open_file(file)
+        missing = sorted((wanted or set()) - set(entries))
+        if missing:
+            raise UserError(f"{file} has no tensor {missing[0]}, which {INDEX} says is there")
+        for name in entries if wanted is None else wanted:
+            if name in found_in:
+                raise UserError(
+                    f"both {found_in[name]} and {file.name} in {file.parent} have a tensor {name}: "
+                    "they are no shards of one model; give one of them as the file itself"
+                )
+            merged[name], found_in[name] = entries[name], file.name
+    return merged
+
+
+def _files_of_folder(folder: Path) -> dict[Path, set[str] | None]:
+    """Which files of a folder are read, and which of their tensors."""
+    if (folder / RUN_WEIGHTS).exists():
+        return {folder / RUN_WEIGHTS: None}
+    if (folder / INDEX).exists():
+        return _files_of_index(folder / INDEX)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(_why_nothing_is_read(folder))
+    shards = [_SHARD.match(file.name) for file in files]
+    if any(shards):
+        _check_shards(folder, shards)
+    elif len(files) > 1:
+        raise UserError(
+            f"{folder} has several files of weights ({_few(file.name for file in files)}) and no "
+            f"{INDEX} that says what belongs together: give one of them as the file itself"
+        )
+    return dict.fromkeys(files)
+
+
+def _files_of_index(index: Path) -> dict[Path, set[str]]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
+        files: dict[Path, set[str]] = {}
+        for tensor, file in weight_map.items():
+            files.setdefault(index.parent / Path(file).name, set()).add(tensor)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of safetensors: {error!r}") from error
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file} is missing, though {index.name} names it: copy it there too")
+    return files
+
+
+def _check_shards(folder: Path, shards: list[re.Match | None]) -> None:
+    """Without an index, files are one model if their names count from 1 to the number they say."""
+    if None in shards or len({(shard[1], shard[3]) for shard in shards}) > 1:
+        raise UserError(
+            f"{folder} has shards and other files of weights, and no {INDEX} that says what "
+            "belongs together: add the index, or remove what is of another model"
+        )
+    stem, _, total = shards[0].groups()
+    there = {shard[2] for shard in shards}
+    for number in range(1, int(total) + 1):
+        if f"{number:0{len(total)}}" not in there:
+            name = f"{stem}-{number:0{len(total)}}-of-{total}.safetensors"
+            raise UserError(f"{folder / name} is missing, one of {int(total)} shards")
+
+
+def _why_nothing_is_read(folder: Path) -> str:
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles:
+        return (
+            f"{folder} has {_few(file.name for file in pickles)}, but of a folder only safetensors "
+            'are read. Convert it: python -c "from transformers import BlipForConditionalGeneration'
+            f" as B; B.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')\""
+        )
+    others = [file.name for file in sorted(folder.iterdir()) if file.suffix in (".pth", ".pt")]
+    hint = f"; give one of its files itself: {_few(others)}" if others else ""
+    return f"no *.safetensors in the folder {folder}{hint}"
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _open_file(path: Path) -> dict[str, Entry]:
+    try:
+        if path.suffix == ".safetensors":
+            return _open_safetensors(path)
+        return _open_pickle(path)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no file of weights, or holds more than tensors and plain values: pickled "
+            "code is never run. Save the state_dict alone (torch.save or safetensors)"
+        ) from error
+    except _UNREADABLE as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def _open_safetensors(path: Path) -> dict[str, Entry]:
+    with safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        metadata = file.metadata() or {}
+    packed = compressed.shapes(path, metadata, shapes) if compressed.claims(metadata) else {}
+    for name in packed:
+        for part in compressed.parts(name):
+            del shapes[part]
+    return {name: Entry(shape, partial(_read, path, name)) for name, shape in shapes.items()} | {
+        name: Entry(shape, partial(compressed.read, path, name, shape))
+        for name, shape in packed.items()
+    }
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:  # opened anew, so that no more than a tensor is mapped
+        return file.get_tensor(name)
+
+
+def _open_pickle(path: Path) -> dict[str, Entry]:
+    # what torch.save writes since 2020 is a zip file, from which tensors can be mapped
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no weights: expected a mapping, got {type(content)}")
+    return {
+        name: Entry(tuple(value.shape), partial(Tensor.detach, value))
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
