@@ -96,7 +96,10 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
         _check_shape(report, name, entries[name].shape, tuple(targets[name].shape))
     _check_complete(report, targets, may_be_missing)
     for name in report.loaded:
-        value = entries[name].read()
+        target = value = targets[name]
+        if name in report.resampled:
+            value = torch.empty(entries[name].shape)
+        entries[name].read(value)
         # cheap, and never finite where a value is not; of float64 finite values may overflow, too
         if not value.sum(dtype=torch.float64).isfinite() and not value.isfinite().all():
             raise UserError(
@@ -104,8 +107,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
                 "damaged, or its training diverged; take another checkpoint"
             )
         if name in report.resampled:
-            value = resample_position_embedding(value, targets[name])
-        targets[name].copy_(value)
+            target.copy_(resample_position_embedding(value, target))
     return report
 
 

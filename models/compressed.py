@@ -26,7 +26,7 @@ from utils import UserError, atomic_write
 FORMAT, VERSION = "bitmask", "1"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size to integer
 _ENTRIES = 200  # bytes that a compressed tensor adds to the header, about
-_CHUNK = 1 << 20  # elements that are expanded together, a multiple of 8: stays in the cache
+_CHUNK = 1 << 18  # elements that are expanded together, a multiple of 8: they stay in the cache
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,28 +39,34 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.packbits(stored.numpy(), bitorder="little")), flat[stored]
 
 
-def unpack(bitmask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor that `pack` took apart.
+def unpack(bitmask: Tensor, values: Tensor, target: Tensor) -> None:
+    """Writes the tensor that `pack` took apart into `target`.
+
+    Args:
+        bitmask: uint8, of as many bits as `target` has elements, rounded up to bytes.
+        values: the stored elements.
+        target: changed in place; contiguous, on the CPU, of the values' type.
 
     Raises:
         ValueError: the bitmask does not have as many bits as there are values.
     """
-    dense = torch.zeros(shape, dtype=values.dtype)
     # NumPy knows no bfloat16, but bits of any kind can be put in place
     source = values.view(_BITS[values.element_size()]).numpy()
-    target = dense.flatten().view(_BITS[values.element_size()]).numpy()
+    flat = target.view(-1).view(_BITS[values.element_size()]).numpy()
     packed, begin = bitmask.numpy(), 0
-    for start in range(0, len(target), _CHUNK):
+    for start in range(0, len(flat), _CHUNK):
+        chunk = flat[start : start + _CHUNK]
         bits = np.unpackbits(packed[start // 8 : (start + _CHUNK) // 8], bitorder="little")
-        chunk = target[start : start + _CHUNK]
         place = np.flatnonzero(bits[: len(chunk)].view(bool))  # 4 times as fast as a mask
-        if begin + len(place) > len(source):
+        end = begin + len(place)
+        if end > len(source):
             break
-        chunk[place] = source[begin : begin + len(place)]
-        begin += len(place)
+        chunk.fill(0)
+        chunk[place] = source[begin:end]
+        begin = end
     else:
         if begin == len(source):
-            return dense
+            return
     raise ValueError(f"{len(source)} values do not fit the bitmask")
 
 
@@ -131,15 +137,20 @@ def shapes(
     return found
 
 
-def read(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Reads a compressed tensor.
+def read(path: Path, name: str, target: Tensor) -> None:
+    """Reads a compressed tensor into `target`, of its shape and any type, on any device.
 
     Raises:
         UserError: its parts do not belong together.
     """
     with safe_open(path, "pt") as file:
         bitmask, values = (file.get_tensor(part) for part in parts(name))
+        fits = target.device.type == "cpu" and target.is_contiguous()
+        direct = fits and target.dtype == values.dtype
+        dense = target if direct else torch.empty(target.shape, dtype=values.dtype)
         try:
-            return unpack(bitmask, values, shape)
+            unpack(bitmask, values, dense)
         except ValueError as error:
             raise UserError(f"the compressed file {path} is damaged: {name}: {error}") from error
+    if not direct:
+        target.copy_(dense)

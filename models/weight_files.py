@@ -31,10 +31,15 @@ _UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorEr
 
 
 class Entry(NamedTuple):
-    """A tensor of a file: its shape, and a function that reads it."""
+    """A tensor of a file.
+
+    Attributes:
+        shape: of the tensor.
+        read: reads it into a tensor of this shape, of any type and on any device.
+    """
 
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[[Tensor], object]
 
 
 def fetch(path_or_url: str | Path) -> Path:
@@ -187,14 +192,13 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         for part in compressed.parts(name):
             del shapes[part]
     return {name: Entry(shape, partial(_read, path, name)) for name, shape in shapes.items()} | {
-        name: Entry(shape, partial(compressed.read, path, name, shape))
-        for name, shape in packed.items()
+        name: Entry(shape, partial(compressed.read, path, name)) for name, shape in packed.items()
     }
 
 
-def _read(path: Path, name: str) -> Tensor:
+def _read(path: Path, name: str, target: Tensor) -> None:
     with safe_open(path, "pt") as file:  # opened anew, so that no more than a tensor is mapped
-        return file.get_tensor(name)
+        target.copy_(file.get_tensor(name))
 
 
 def _open_pickle(path: Path) -> dict[str, Entry]:
@@ -207,7 +211,7 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no weights: expected a mapping, got {type(content)}")
     return {
-        name: Entry(tuple(value.shape), partial(Tensor.detach, value))
+        name: Entry(tuple(value.shape), lambda target, value=value: target.copy_(value))
         for name, value in content.items()
         if isinstance(value, Tensor)
     }

@@ -1,0 +1,170 @@
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from models import compressed
+from models.weight_files import open_weights
+from utils import UserError
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
+
+
+def test_the_layout_is_the_documented_one(tmp_path):
+    sparse = torch.zeros(20, 50)
+    sparse[0, 3], sparse[0, 8], sparse[19, 49] = 1.5, -2.0, 3.0
+    compressed.write(tmp_path / "m.safetensors", {"a.weight": sparse, "b": torch.ones(5)}.items())
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "bitmask"
+    assert metadata["format_version"] == "1"
+    assert json.loads(metadata["shapes"]) == {"a.weight": [20, 50]}
+    stored = load_file(tmp_path / "m.safetensors")
+    assert set(stored) == {"a.weight.bitmask", "a.weight.values", "b"}
+    assert stored["a.weight.values"].tolist() == [1.5, -2.0, 3.0]
+    expected = torch.zeros(125, dtype=torch.uint8)
+    expected[0], expected[1], expected[124] = 0b1000, 0b1, 0b10000000
+    assert torch.equal(stored["a.weight.bitmask"], expected)
+    assert torch.equal(stored["b"], torch.ones(5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 40), max_size=3),
+    density=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 9),
+)
+def test_unpacking_gives_the_same_bits(shape, density, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(shape, generator=generator).to(dtype)
+    dense[torch.rand(shape, generator=generator) >= density] = 0
+    bitmask, values = compressed.pack(dense)
+    assert bitmask.shape == (math.ceil(dense.numel() / 8),)
+    assert len(values) == dense.count_nonzero()
+    target = torch.full_like(dense, 7)
+    compressed.unpack(bitmask, values, target)
+    assert same_bits(target, dense)
+
+
+def test_many_chunks(monkeypatch):
+    monkeypatch.setattr(compressed, "_CHUNK", 64)
+    dense = torch.randn(1001).relu()
+    target = torch.ones(1001)
+    compressed.unpack(*compressed.pack(dense), target)
+    assert torch.equal(target, dense)
+
+
+def test_every_bit_pattern_that_is_not_zero_is_kept():
+    smallest = torch.finfo(torch.float32).smallest_normal / 2**23  # the smallest subnormal
+    dense = torch.tensor([0.0, -0.0, smallest, float("inf"), float("nan"), 0.0])
+    bitmask, values = compressed.pack(dense)
+    assert bitmask.tolist() == [0b011110]
+    target = torch.ones(6)
+    compressed.unpack(bitmask, values, target)
+    assert same_bits(target, dense)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_file_gives_back_what_was_written(tmp_path, dtype):
+    sparse = torch.randn(60, 70).to(dtype)
+    sparse[torch.rand(60, 70) < 0.8] = 0
+    tensors = {
+        "sparse": sparse,
+        "transposed": sparse.T,
+        "dense": torch.randn(60, 70).to(dtype),
+        "scalar": torch.tensor(0.5).to(dtype),
+        "zeros": torch.zeros(50, 80, dtype=dtype),
+    }
+    compressed.write(tmp_path / "m.safetensors", tensors.items())
+    entries = open_weights(tmp_path / "m.safetensors")
+    assert set(entries) == set(tensors)
+    for name, tensor in tensors.items():
+        target = torch.ones(entries[name].shape, dtype=dtype)
+        entries[name].read(target)
+        assert same_bits(target, tensor.contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.95])
+def test_bytes_are_bitmask_values_and_rest(tmp_path, dtype, sparsity):
+    weights = torch.randn(800, 1000).to(dtype)
+    weights[torch.rand(800, 1000) < sparsity] = 0
+    rest = torch.randn(50, 1000).to(dtype)
+    compressed.write(tmp_path / "m.safetensors", {"weights": weights, "rest": rest}.items())
+    size = (tmp_path / "m.safetensors").stat().st_size
+    packed = int(weights.count_nonzero()) * dtype.itemsize + weights.numel() / 8
+    least = min(packed, weights.numel() * dtype.itemsize) + rest.numel() * dtype.itemsize
+    assert least <= size <= 1.02 * least
+
+
+def test_reading_converts_to_the_target(tmp_path):
+    sparse = torch.randn(60, 70).relu().bfloat16()
+    compressed.write(tmp_path / "m.safetensors", {"w": sparse}.items())
+    entry = open_weights(tmp_path / "m.safetensors")["w"]
+    for target in (torch.ones(60, 70), torch.ones(70, 60).T):
+        entry.read(target)
+        assert torch.equal(target, sparse.float())
+
+
+def spoil(tensors, metadata, changes):
+    for name, change in changes.items():
+        if name == "metadata":
+            metadata |= change
+        elif change is None:
+            del tensors[f"w.{name}"]
+        else:
+            tensors[f"w.{name}"] = change(tensors[f"w.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metadata": {"format_version": "2"}}, "version '2', this program reads '1'"),
+        ({"metadata": {"shapes": "["}}, "damaged"),
+        ({"metadata": {"shapes": '{"w": 3}'}}, "damaged"),
+        ({"metadata": {"shapes": '{"w": [61, 70]}'}}, "parts of w do not fit"),
+        ({"bitmask": None}, "damaged.*w.bitmask"),
+        ({"values": None}, "damaged.*w.values"),
+        ({"bitmask": lambda x: x[:-1]}, "parts of w do not fit"),
+        ({"values": lambda x: x[:-1]}, "w: .* values do not fit the bitmask"),
+        ({"values": lambda x: torch.cat([x, x])}, "w: .* values do not fit the bitmask"),
+        ({"bitmask": lambda x: x | 1}, "w: .* values do not fit the bitmask"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, changes, message):
+    path = tmp_path / "m.safetensors"
+    sparse = torch.zeros(60, 70)
+    sparse[::2, 1::3] = 1
+    compressed.write(path, {"w": sparse}.items())
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    spoil(tensors, metadata, changes)
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*{message}"):
+        open_weights(path)["w"].read(torch.empty(60, 70))
+
+
+def test_a_reader_of_five_lines_reads_it(tmp_path):
+    """What the README tells other people's programs to do."""
+    sparse = torch.randn(60, 71).relu()
+    compressed.write(tmp_path / "m.safetensors", {"w": sparse}.items())
+    with safe_open(tmp_path / "m.safetensors", "np") as file:
+        shape = json.loads(file.metadata()["shapes"])["w"]
+        bits = np.unpackbits(file.get_tensor("w.bitmask"), bitorder="little")[: math.prod(shape)]
+        dense = np.zeros(shape, "float32")
+        dense.flat[bits == 1] = file.get_tensor("w.values")
+    assert np.array_equal(dense, sparse.numpy())
