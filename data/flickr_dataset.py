@@ -1,14 +1,16 @@
 """Flickr30k's images and captions for retrieval, and any data of the same layout."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from data.annotation import read_annotation
+from data.annotation import annotation_files
 from data.captions import normalize_caption
 from data.image_dataset import ImageDataset
+from data.records import RETRIEVAL_EVALUATION, RETRIEVAL_TRAINING, read_all, read_records
 from data.transforms import build_transform
 
 SPLITS = ("train", "val", "test")
@@ -42,9 +44,9 @@ class FlickrTrainDataset(ImageDataset):
             numbers.setdefault(record["image_id"], len(numbers)) for record in records
         ]
 
-    def image_paths(self, index: int) -> list[str]:
-        """The item's image file."""
-        return [str(self.image_root / self.records[index]["image"])]
+    def image_names(self, index: int) -> list[str]:
+        """The item's image file, below the image root."""
+        return [self.records[index]["image"]]
 
     def load(self, index: int) -> tuple[torch.Tensor, str, int]:
         """The item, see the class."""
@@ -77,9 +79,9 @@ class FlickrEvalDataset(ImageDataset):
         self.texts = TextDataset([normalize_caption(text, max_words) for _, text in pairs])
         self.image_of_text = torch.tensor([n for n, _ in pairs])
 
-    def image_paths(self, index: int) -> list[str]:
-        """The item's image file."""
-        return [str(self.image_root / self.records[index]["image"])]
+    def image_names(self, index: int) -> list[str]:
+        """The item's image file, below the image root."""
+        return [self.records[index]["image"]]
 
     def load(self, index: int) -> tuple[torch.Tensor, int]:
         """The item, see the class."""
@@ -98,7 +100,11 @@ class TextDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[str, int]:
         """The item, see the class."""
-        return self.texts[index], index
+        return self.fetch(index)[0]
+
+    def fetch(self, index: int) -> tuple[tuple[str, int], int]:
+        """The item, and that none was passed over for it, as `ImageDataset.fetch`."""
+        return (self.texts[index], index), 0
 
 
 def build_flickr_datasets(
@@ -113,10 +119,15 @@ def build_flickr_datasets(
 
     Returns:
         Training, validation and test set.
+
+    Raises:
+        UserError: Files are missing, or records are wrong; all of them are told.
     """
     root, size, max_words = config["image_root"], config["image_size"], config["max_words"]
-    train, val, test = (
-        read_annotation(config["ann_root"], f"flickr30k_{split}.json") for split in SPLITS
+    files = annotation_files(*((config["ann_root"], f"flickr30k_{split}.json") for split in SPLITS))
+    layouts = (RETRIEVAL_TRAINING, RETRIEVAL_EVALUATION, RETRIEVAL_EVALUATION)
+    train, val, test = read_all(
+        *(partial(read_records, *pair) for pair in zip(files, layouts, strict=True))
     )
     plain = build_transform(size, augment=False)
     return (

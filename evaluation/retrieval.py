@@ -1,12 +1,12 @@
 """Retrieval between images and texts: features of a whole split, and recalls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+
+from utils import gather_from_processes
 
 RANKS = (1, 5, 10)
 
@@ -48,7 +48,7 @@ def _percent(hits: Tensor) -> float:
 
 
 def retrieval_features(
-    model: nn.Module, images: DataLoader, texts: DataLoader, device: torch.device
+    model: nn.Module, images: Iterable[tuple], texts: Iterable[tuple], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Normalised features of all images and all texts of a split. Every process calls it.
 
@@ -74,13 +74,10 @@ def retrieval_features(
 
 
 @torch.no_grad()
-def _features(encode: Callable, loader: DataLoader) -> Tensor:
-    """Normalised features (N, D) of the inputs in all processes' loaders, in order of numbers."""
-    own = [(F.normalize(encode(inputs).float(), dim=-1).cpu(), n) for inputs, n in loader]
-    shares = [own]
-    if dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, own)
+def _features(encode: Callable, batches: Iterable[tuple]) -> Tensor:
+    """Normalised features (N, D) of the inputs in all processes' batches, in order of numbers."""
+    own = [(F.normalize(encode(inputs).float(), dim=-1).cpu(), n) for inputs, n in batches]
+    shares = gather_from_processes(own)
     features, numbers = zip(*(batch for share in shares for batch in share), strict=True)
     numbers = torch.cat(numbers)
     assert torch.equal(numbers.sort().values, torch.arange(len(numbers)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.checkpoint import resample_position_embedding
 from models.stages import Stage, resblock_stages
 from models.text import load_tokenizer, tokenize
+from models.weight_files import Entry
 from utils import UserError
 
 SIZES = {
@@ -48,7 +49,10 @@ _HUGGING_FACE = [
         r"^vision_model\.embeddings\.patch_embedding|^visual_encoder\.patch_embed\.proj",
         "visual.conv1",
     ),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", POSITION_EMBEDDING),
+    (
+        r"^vision_model\.embeddings\.position_embedding\.weight$|^visual_encoder\.pos_embed\.weight$",
+        POSITION_EMBEDDING,
+    ),
     (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),
     (r"^vision_model\.post_layernorm|^visual_encoder\.norm", "visual.ln_post"),
     (r"^visual_projection\.weight$", "visual.proj"),
@@ -244,25 +248,27 @@ class ClipRetrieval(CLIP):
         self.id_queue.index_copy_(0, columns, image_ids)
         self.queue_pointer.copy_((self.queue_pointer + count) % self.queue_size)
 
-    def adapt_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    def adapt_state_dict(self, entries: dict[str, Entry]) -> tuple[dict[str, Entry], set[str]]:
         """Takes weights under OpenAI's or Hugging Face's names, of any image size.
 
         Training starts anew from them: the momentum copy is set to them, and a checkpoint's own
         momentum copy and queues are left out. (A resumed run restores them by `load_state_dict`.)
 
         Returns:
-            Weights for the whole state dict, and no names that may be missing.
+            Entries for the whole state dict, and no names that may be missing.
         """
-        weights = _openai_names(weights)
+        entries = _openai_names(entries)
         own, parameters = self.state_dict(), dict(self.named_parameters())
-        if POSITION_EMBEDDING in weights:
-            target, value = own[POSITION_EMBEDDING], weights[POSITION_EMBEDDING]
-            if value.shape[0] != target.shape[0]:
-                resampled = resample_position_embedding(value[None], target[None])[0]
-                weights[POSITION_EMBEDDING] = resampled
-        start = {f"momentum_copy.{name}": weights.get(name, own[name]) for name in parameters}
-        queues = {n: v for n, v in own.items() if n not in parameters and n not in start}
-        return weights | start | queues, set()  # in this order: not the checkpoint's queues
+        if POSITION_EMBEDDING in entries:
+            shape = tuple(own[POSITION_EMBEDDING].shape)
+            entries[POSITION_EMBEDDING] = _resampled(entries[POSITION_EMBEDDING], shape)
+        start = {f"momentum_copy.{n}": entries[n] for n in parameters if n in entries}
+        unchanged = {
+            name: Entry(tuple(value.shape), lambda target: None)
+            for name, value in own.items()
+            if name not in parameters
+        }
+        return entries | unchanged | start, set()
 
 
 def build_clip(config: dict) -> ClipRetrieval:
@@ -365,18 +371,48 @@ def _open_clip_arguments(sizes: dict[str, int], image_size: int) -> dict:
     }
 
 
-def _openai_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under OpenAI's names; Hugging Face's projections are transposed, q, k, v joined."""
+def _openai_names(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Entries under OpenAI's names; Hugging Face's projections are transposed, q, k, v joined."""
     renamed = {}
-    for name, value in weights.items():
+    for name, entry in entries.items():
         if name in ("visual_projection.weight", "text_projection.weight"):
-            value = value.T
+            entry = _transposed(entry)
         for pattern, replacement in _HUGGING_FACE:
             name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    for name in list(renamed):
-        parts = [name.replace(".attn.q_proj.", f".attn.{part}_proj.") for part in "qkv"]
-        if ".attn.q_proj." in name and all(part in renamed for part in parts):
-            joined = name.replace(".attn.q_proj.", ".attn.in_proj_")
-            renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
+        renamed[name] = entry
+    for name in [name for name in renamed if ".attn.q_proj." in name]:
+        parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+        if all(part in renamed for part in parts):
+            joined = name.replace(".q_proj.", ".in_proj_")
+            renamed[joined] = _joined([renamed.pop(part) for part in parts])
     return renamed
+
+
+def _transposed(entry: Entry) -> Entry:
+    """An entry of a matrix as one of its transpose."""
+    return Entry(entry.shape[::-1], lambda target: entry.read(target.T))
+
+
+def _joined(entries: list[Entry]) -> Entry:
+    """Entries of equal shape as one, along the first dimension."""
+    first, *rest = entries[0].shape
+
+    def read(target: Tensor) -> None:
+        for entry, part in zip(entries, target.split(first), strict=True):
+            entry.read(part)
+
+    return Entry((first * len(entries), *rest), read)
+
+
+def _resampled(entry: Entry, shape: tuple[int, int]) -> Entry:
+    """The entry itself or, where it is a position embedding of another grid, one of `shape`."""
+    grid = round((entry.shape[0] - 1) ** 0.5)
+    if entry.shape == shape or entry.shape != (1 + grid**2, shape[1]):
+        return entry
+
+    def read(target: Tensor) -> None:
+        value = torch.empty(entry.shape)
+        entry.read(value)
+        target.copy_(resample_position_embedding(value[None], target[None])[0])
+
+    return Entry(shape, read)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from data.scenes.words import vocabulary
-from dimension.budget import make_plan
+from dimension.budget import plan_capture
 from dimension.capture import Capture, Samples, trace_stages
 from dimension.twonn import pairwise_distances
 from models import build_clip, clip, load_checkpoint, modality, prunable_layers
@@ -454,7 +454,7 @@ def test_layers_are_measured_like_those_of_other_models(model):
     }
     cpu = torch.device("cpu")
     shapes = trace_stages(model.stages(), layers, samples, cpu)
-    plan = make_plan(shapes, set(layers), samples.sizes(), 12, samples.batch_size, 10**9)
+    plan = plan_capture(shapes, set(layers), samples.sizes(), 12, samples.batch_size, 10**9)
     capture = Capture(plan, layers, samples, cpu, progress=False)
     found = {layer.name: distances for layer, distances in capture}
     assert set(found) == set(plain)

@@ -85,14 +85,38 @@ def test_held_out_images_and_all_their_texts(flickr):
 
 
 def test_missing_annotation_names_the_published_file(flickr, tmp_path, monkeypatch):
-    def refuse(url, timeout):
+    def refuse(url, path):
         raise OSError("no network")
 
-    monkeypatch.setattr(annotation.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(annotation, "download", refuse)
     (tmp_path / "annotation" / "flickr30k_val.json").unlink()
     address = "sfr-vision-language-research/datasets/flickr30k_val.json"
     with pytest.raises(UserError, match=address):
         build_flickr_datasets(flickr)
+
+
+@pytest.mark.parametrize(
+    "split, record, message",
+    [
+        ("train", {"image": "a.jpg", "caption": ["a dog"]}, "caption is a list of 1, but must be"),
+        ("val", {"image": "a.jpg", "caption": "a dog"}, 'caption is "a dog", but must be a list'),
+        ("test", {"image": "a.jpg", "caption": []}, "caption is a list of 0, but must be a list"),
+        ("test", {"image": "a.jpg", "caption": ["a", " "]}, "caption is a list of 2, but must be"),
+    ],
+)
+def test_wrong_records_are_named(flickr, tmp_path, split, record, message):
+    (tmp_path / "annotation" / f"flickr30k_{split}.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=f"flickr30k_{split}.json: 1 of 1 records .*{message}"):
+        build_flickr_datasets(flickr)
+
+
+def test_without_image_ids_the_image_files_count(flickr, tmp_path):
+    path = tmp_path / "annotation" / "flickr30k_train.json"
+    rows = [
+        {k: v for k, v in row.items() if k != "image_id"} for row in json.loads(path.read_text())
+    ]
+    path.write_text(json.dumps(rows))
+    assert build_flickr_datasets(flickr)[0].image_ids == [0, 1, 0, 2, 1]
 
 
 def test_embedded_scenes_are_read(tmp_path):
