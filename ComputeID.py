@@ -41,7 +41,8 @@ from dimension.profile import (
 )
 from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS, draw_permutations
 from engine.tasks import TASKS
-from models import load_checkpoint, prunable_layers
+from models import prunable_layers
+from models.checkpoint import load_trained
 from models.layers import modality
 from models.weight_files import fetch
 from utils import (
@@ -172,25 +173,6 @@ def print_once(process: Process, text: str) -> None:
         print(text, flush=True)
 
 
-def load_trained(model: nn.Module, path: str) -> str:
-    """Loads trained weights.
-
-    Returns:
-        A line that says what became of them.
-
-    Raises:
-        UserError: there are none, or they leave a part of the model at random.
-    """
-    if not path:
-        raise UserError("nothing to measure: give --pretrained or --pruned")
-    with main_process_first():  # that downloads, where it is an address
-        fetch(path)
-    report = load_checkpoint(model, path)
-    if report.initialised:
-        raise UserError(f"{path} is a start for training: it lacks {', '.join(report.initialised)}")
-    return str(report)
-
-
 def plan_share(
     process: Process, model: nn.Module, samples: Samples, done: set[str], memory_gb: float | None
 ) -> Capture:
@@ -282,7 +264,11 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
     indices = choose_samples(args.nsamples, len(dataset), args.seed)
     model = task.build_model(config)
     weights = args.pruned or config["pretrained"]
-    print_once(process, load_trained(model, weights))
+    if not weights:
+        raise UserError("nothing to measure: give --pretrained or --pruned")
+    with main_process_first():  # which downloads, where it is an address
+        fetch(weights)
+    print_once(process, str(load_trained(model, weights)))
     model.to(process.device).eval()
     samples = build_samples(
         dataset,

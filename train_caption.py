@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from configs import FROM_ZERO, load_config
 from engine.flags import add_flags
-from engine.loop import train, validation_sets
-from engine.run import Run, prepare
+from engine.loop import train
+from engine.run import Run, prepare_run
 from engine.tasks import CAPTION, ground_truth, results_path
 from evaluation import contact_sheet, generate_captions, score_results
 from models import load_checkpoint
@@ -34,10 +34,9 @@ def main(args: argparse.Namespace) -> None:
         return
     if not args.evaluate and (args.spice or args.samples):
         raise UserError("--spice and --samples go with --evaluate")
-    run, model, (train_set, *held_out) = prepare(args, CAPTION)
-    splits = dict(zip(CAPTION.held_out, held_out, strict=True))
+    run, model, train_set, splits = prepare_run(args, CAPTION)
     if not args.evaluate:
-        train(run, model, train_set, validation_sets(run, splits))
+        train(run, model, train_set, splits)
         return
     model.eval()
     dense = find_dense(run) if args.samples else None
@@ -90,7 +89,7 @@ def draw_samples(
     """Draws a few images of a split with their captions, and with the dense model's beside them.
 
     Args:
-        run: of `run.prepare`, on the main process.
+        run: of `prepare_run`, on the main process.
         model: takes the dense weights.
         dataset: the split, evaluated before.
         split: "val" or "test".

@@ -12,18 +12,17 @@ embedded scenes.
 import argparse
 
 from engine.flags import add_flags
-from engine.loop import train, validation_sets
-from engine.run import prepare
+from engine.loop import train
+from engine.run import prepare_run
 from engine.tasks import NLVR
 from utils import launch, write_json
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the accuracy of weights."""
-    run, model, (train_set, *held_out) = prepare(args, NLVR)
-    splits = dict(zip(NLVR.held_out, held_out, strict=True))
+    run, model, train_set, splits = prepare_run(args, NLVR)
     if not args.evaluate:
-        train(run, model, train_set, validation_sets(run, splits))
+        train(run, model, train_set, splits)
         return
     model.eval()
     accuracy = {

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -22,6 +23,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+# what a file system answers, unlike a network whose answer is being written
+_FILE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
+_FILE_ERRORS |= {errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 ANSWER_SECONDS = 30  # that a download waits for its server
 
 
@@ -60,8 +64,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
             Path(temporary).unlink(missing_ok=True)
         # torch.save puts an error of its own on top of the file's
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError):
-            raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
+        if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
+            raise UserError(f"cannot write {path}: {cause.strerror}") from error
         raise
 
 

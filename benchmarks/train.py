@@ -139,7 +139,7 @@ def plan(run: Run) -> StepPlan:
     return plan_steps(run.args, 1000 * run.samples_per_step, run.samples_per_step, 1)
 
 
-def prepare(args: argparse.Namespace, folder: str) -> tuple[Run, nn.Module, tuple]:
+def build_run(args: argparse.Namespace, folder: str) -> tuple[Run, nn.Module, tuple]:
     """BLIP base with random weights, and a batch of noise with one caption."""
     torch.manual_seed(0)
     Path(folder, "vocab.txt").write_text("\n".join(vocabulary()))
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        run, model, batch = prepare(args, folder)
+        run, model, batch = build_run(args, folder)
         columns = "".join(f"{name:>10}" for name in ("ordinary", "event", *EVENTS))
         print(f"{'seconds a step':16}{columns} {'memory':>10}")
         for name, loop in loops.items():

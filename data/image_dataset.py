@@ -81,11 +81,11 @@ def _files_in(folder: str) -> set[str]:
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Seeds torch's CPU generator from `numbers` inside the block and restores it after."""
+def seeded(*parts: int) -> Iterator[None]:
+    """Seeds torch's CPU generator from `parts` inside the block and restores it after."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed the accelerators, which nobody restores
-        torch.default_generator.manual_seed(derived_seed(*numbers))
+        torch.default_generator.manual_seed(derived_seed(*parts))
         yield
 
 

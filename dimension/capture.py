@@ -6,8 +6,8 @@ Nothing goes to disk. What is kept of an output is its difference from the first
 changes no distance, and products of the differences keep their digits.
 
 The same batches give the same bits, whatever the budget and however the layers are shared among
-processes that have the same number of threads: products have the same sizes and the same
-alignment, and all else is computed element by element.
+processes that have the same number of threads: every operation is on the same segment, whose size
+and alignment do not depend on them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ from dimension.budget import (
     StageShape,
     live_states,
 )
-from dimension.twonn import squared_distances
+from dimension.twonn import roots_, squared_distances
 from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
@@ -198,7 +198,7 @@ class Capture:
             self.buffer = self.buffer.new_empty(min(most, allowed))
 
     def _views(self, segments: list[Segment]) -> list[tuple[Segment, Tensor]]:
-        """A view (n + 1, tokens, width) of the buffer for each segment: samples, and their centre."""
+        """A view (n + 1, tokens, width) of the buffer for each segment; the last row: centre."""
         held, start = [], 0
         rows = self.plan.n + 1
         for segment in segments:
@@ -233,8 +233,7 @@ class Capture:
                 output = output.masked_fill(padding, 0)
             centre = values[-1]
             if rows.start == 0:  # the first batch's mean is near enough to that of all samples
-                # not torch.mean, which sums in an order that depends on the segment's size
-                torch.div(sum(output), len(output), out=centre)
+                torch.mean(output, 0, out=centre)
             torch.sub(output, centre, out=values[rows])
             if final:
                 raise _LastOutputKept
@@ -273,4 +272,4 @@ class Capture:
             self.sums[layer.name] = squared
         self.bar.update(self.plan.n * (self.plan.n + 1) * segment.elements)
         if segment.stop == layer.tokens:
-            yield layer, self.sums.pop(layer.name).sqrt_()
+            yield layer, roots_(self.sums.pop(layer.name))

@@ -169,7 +169,7 @@ def make_remarks(n: int, layers: dict[str, LayerID]) -> list[str]:
         remarks.append(
             f"in {len(many)} of {len(layers)} layers many samples have the same representation as "
             f"another (most in {worst}: {repeated[worst]} of {n}) and are left out, so these IDs "
-            "are unreliable; look for images or captions that the training annotation lists repeatedly"
+            "are unreliable; see whether the training annotation lists images or captions twice"
         )
     return remarks
 

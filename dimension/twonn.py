@@ -43,7 +43,16 @@ def pairwise_distances(points: Tensor) -> Tensor:
     Raises:
         UserError: a value is NaN, infinite, or too large for its square in float32.
     """
-    return squared_distances(points).sqrt_()
+    return roots_(squared_distances(points))
+
+
+def roots_(squared: Tensor) -> Tensor:
+    """Turns squared distances (n, n) into distances, in place, symmetric to the bit.
+
+    Returns:
+        The same tensor.
+    """
+    return _mirror_(squared.sqrt_())  # a vectorised root's last bit may depend on the place
 
 
 def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
@@ -68,9 +77,7 @@ def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
         exact = points.double()
         result = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square_()
         _require_finite(result)
-        for down, columns in strips(result):
-            _mirror_(result, down, columns)
-        return result
+        return _mirror_(result)
     result = torch.zeros(n, n, dtype=torch.float64, device=points.device)
     with full_float32():
         for chunk in _chunks(points, centred):
@@ -134,14 +141,17 @@ def strips(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(left, n), slice(left, left + width)
 
 
-def _mirror_(matrix: Tensor, down: slice, columns: slice) -> None:
-    """Copies a strip's elements below the diagonal to their places above it; zeroes the diagonal.
+def _mirror_(matrix: Tensor) -> Tensor:
+    """Copies all that is below the diagonal to its place above, and zeroes the diagonal, in place.
 
-    A strip begins with a square on the diagonal, whose own upper half is replaced, too.
+    Returns:
+        The same tensor.
     """
-    square = matrix[columns, columns].tril_(-1)
-    square += square.T.clone()
-    matrix[columns, down] = matrix[down, columns].T.clone()
+    for down, columns in strips(matrix):
+        square = matrix[columns, columns].tril_(-1)  # at the strip's upper end
+        square += square.T.clone()
+        matrix[columns, down] = matrix[down, columns].T.clone()
+    return matrix
 
 
 def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
@@ -157,7 +167,7 @@ def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
         squared.mul_(-2).add_(both)
         torch.lt(squared, both.mul_(CLOSE), out=close[down, columns])
         squared.clamp_(min=0)
-        _mirror_(gram, down, columns)
+    _mirror_(gram)
     return close.tril_(-1).T
 
 
@@ -313,7 +323,7 @@ def _slope(nearest: Tensor, fraction: float) -> Tensor:
     """Slopes (...) of -log(1 - F) against log(r2 / r1), given r1 and r2 of m points (..., m, 2)."""
     r1, r2 = nearest.unbind(-1)
     usable = (r1 > 0) & (r2 > r1)
-    x = torch.where(usable, (r2 / r1).log(), math.inf).sort().values
+    x = torch.where(usable, r2 / r1, math.inf).sort().values.log()
     count = usable.sum(-1, keepdim=True)
     rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     fitted = rank <= torch.minimum(count - 2, (count * fraction).floor())

@@ -58,7 +58,7 @@ class EvalBatches:
     """The batches of this process's share of a held-out split, in order."""
 
     def __init__(self, run: Run, dataset: Dataset):
-        """Args: of `run.prepare`; the split."""
+        """Args: of `prepare_run`; the split."""
         size = run.config["eval_batch_size"]
         self.loader = DataLoader(
             _Fetched(dataset),

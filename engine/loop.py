@@ -31,11 +31,12 @@ def train(run: Run, model: nn.Module, dataset: Dataset, held_out: dict[str, Data
     """Trains and prunes, from the newest checkpoint if there is one, to the end.
 
     Args:
-        run: of `run.prepare`.
+        run: of `prepare_run`.
         model: on its device; see `run.Task.build_model`.
         dataset: training set, indexed by (index, epoch).
-        held_out: by name, scored at the end of epochs; the first one's score chooses the weights of
-            `pruned_best.safetensors` among the epochs at the final remaining ratio.
+        held_out: by name. The first, and with --eval_test all, are scored at the end of epochs; the
+            first one's score chooses the weights of `pruned_best.safetensors` among the epochs at
+            the final remaining ratio.
 
     Raises:
         UserError: a check before the first step failed, or an image cannot be read.
@@ -64,11 +65,6 @@ def train(run: Run, model: nn.Module, dataset: Dataset, held_out: dict[str, Data
     finally:
         state.reporter.close()
     run.say(written(run))
-
-
-def validation_sets(run: Run, held_out: dict[str, Dataset]) -> dict[str, Dataset]:
-    """The held-out sets that epochs end with: the first, and with --eval_test all."""
-    return held_out if run.args.eval_test else dict(list(held_out.items())[:1])
 
 
 def finished(run: Run, state: TrainState) -> dict | None:
@@ -150,7 +146,11 @@ def checkpoint_is_due(run: Run, state: TrainState) -> bool:
 
 
 def take_step(run: Run, state: TrainState, parts: list[tuple], weights: list[float]) -> None:
-    """`train_step`; where its scores are not numbers, tells why if the loss was not finite."""
+    """Takes a `train_step`; where scores are NaN, looks whether a loss tells why.
+
+    Raises:
+        FloatingPointError: a loss is not finite; else NonFiniteScores, where scores are NaN.
+    """
     try:
         train_step(run, state, parts, weights)
     except NonFiniteScores:
@@ -166,7 +166,7 @@ def train_step(run: Run, state: TrainState, parts: list[tuple], weights: list[fl
     processes' means.)
 
     Args:
-        run: of `run.prepare`.
+        run: of `prepare_run`.
         state: changed in place.
         parts: of `model.prepare`, on the device, one forward pass each.
         weights: of each part's mean loss: its share of all terms times the number of processes,
@@ -264,7 +264,7 @@ def validate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> dict[s
     """Scores of held-out sets, `<split>_<score>` to value; on the main process at least."""
     model.eval()
     scores = {}
-    for split, dataset in held_out.items():
+    for split, dataset in list(held_out.items())[: None if run.args.eval_test else 1]:
         report = run.task.evaluate(run, model, dataset, split)
         scores |= {f"{split}_{name}": value for name, value in report["scores"].items()}
     barrier()

@@ -17,6 +17,7 @@ from configs import load_config
 from dimension.profile import load_profile
 from engine.flags import check_flags, results_folder
 from models import load_checkpoint, prunable_layers
+from models.checkpoint import load_trained
 from models.text import truncated
 from models.weight_files import fetch
 from pruners import sparsity_report
@@ -137,8 +138,13 @@ class Mistakes:
             raise UserError("\n       ".join(dict.fromkeys(self.sentences)))
 
 
-def prepare(args: argparse.Namespace, task: Task) -> tuple[Run, nn.Module, tuple[Dataset, ...]]:
-    """From flags to a run, a model with its weights on its device, and checked data sets.
+def prepare_run(
+    args: argparse.Namespace, task: Task
+) -> tuple[Run, nn.Module, Dataset, dict[str, Dataset]]:
+    """From flags to a run, a model with its weights on its device, and checked data.
+
+    Returns:
+        The run, the model, the training set, and the held-out sets by name.
 
     Raises:
         UserError: flags, config, data or weights are wrong; names all that was found.
@@ -167,7 +173,8 @@ def prepare(args: argparse.Namespace, task: Task) -> tuple[Run, nn.Module, tuple
         say_truncated(run, model, datasets[0])
     if args.evaluate and run.process.is_main:
         write_json(run.folder / "sparsity.json", sparsity_report(prunable_layers(model)))
-    return run, model, datasets
+    train_set, *held_out = datasets
+    return run, model, train_set, dict(zip(task.held_out, held_out, strict=True))
 
 
 def start(args: argparse.Namespace, task: Task) -> Run:
@@ -255,10 +262,5 @@ def load_weights(run: Run, model: nn.Module) -> None:
     Raises:
         UserError: they do not fit, or they are a start for training and not to be evaluated.
     """
-    report = load_checkpoint(model, run.weights)
-    run.say(str(report))
-    if run.args.evaluate and report.initialised:
-        raise UserError(
-            f"{run.weights} is a start for training, not weights to evaluate: it lacks "
-            f"{', '.join(report.initialised)}"
-        )
+    load = load_trained if run.args.evaluate else load_checkpoint
+    run.say(str(load(model, run.weights)))

@@ -65,7 +65,7 @@ def build_state(run: Run, model: nn.Module, dataset: Dataset) -> TrainState:
     """Plan, optimizer, pruner, loader and data-parallel wrapper, at step 0.
 
     Args:
-        run: of `run.prepare`.
+        run: of `prepare_run`.
         model: on its device, with its initial weights.
         dataset: training set.
 

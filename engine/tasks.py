@@ -19,7 +19,7 @@ def evaluate_captions(run: Run, model: nn.Module, dataset: Dataset, split: str) 
     """Captions a split over all processes, writes the captions, then scores them.
 
     Args:
-        run: of `run.prepare`.
+        run: of `prepare_run`.
         model: captioner in eval mode, not wrapped.
         dataset: the split.
         split: "val" or "test".
@@ -50,7 +50,7 @@ def evaluate_statements(run: Run, model: nn.Module, dataset: Dataset, split: str
     """The share of a split's statements that are judged correctly, counted over all processes.
 
     Args:
-        run: of `run.prepare`.
+        run: of `prepare_run`.
         model: NLVR2 model in eval mode, not wrapped.
         dataset: the split; each statement is judged by one process, however uneven the shares.
         split: "dev" or "test".

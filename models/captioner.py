@@ -114,10 +114,6 @@ class Captioner(nn.Module):
             *text_stages(self.text_decoder.bert, images=("tokens",), causal=True),
         ]
 
-    def loss_terms(self, image: torch.Tensor, captions: list[str]) -> int:
-        """Number of predicted tokens, over which the loss of `forward` is a mean."""
-        return self.prepare(image, captions)[1]
-
     @torch.no_grad()
     def generate_ids(
         self,

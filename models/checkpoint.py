@@ -10,6 +10,7 @@ Weights go from the file into the model tensor by tensor: there is no second cop
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,25 +23,18 @@ from utils import UserError
 POSITION_EMBEDDING = "visual_encoder.pos_embed"
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")  # DDP, torch.compile, Lightning
 
-# Hugging Face's names of BLIP's vision parameters; text parameters have the official names.
+# Our and Hugging Face's names of BLIP's vision parameters; text parameters have one name.
+_VISION, _HF_VISION = "visual_encoder.", "vision_model."
 _HUGGING_FACE = [
-    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding$", POSITION_EMBEDDING),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
-    (r"^vision_model\.post_layernorm\.", "visual_encoder.norm."),
-    (
-        r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.",
-        r"visual_encoder.blocks.\1.attn.qkv.",
-    ),
-    (
-        r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.",
-        r"visual_encoder.blocks.\1.attn.proj.",
-    ),
-    (
-        r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm([12])\.",
-        r"visual_encoder.blocks.\1.norm\2.",
-    ),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.mlp\.", r"visual_encoder.blocks.\1.mlp."),
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    (POSITION_EMBEDDING, "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("visual_encoder.norm.", "vision_model.post_layernorm."),
+    ("visual_encoder.blocks.", "vision_model.encoder.layers."),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.projection."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
 ]
 
 
@@ -119,10 +113,9 @@ def _official_names(entries: dict[str, Entry], report: LoadReport) -> dict[str, 
         prefix = name.removesuffix(official)
         if prefix and prefix not in report.prefixes:
             report.prefixes.append(prefix)
-        for pattern, replacement in _HUGGING_FACE:
-            official, matched = re.subn(pattern, replacement, official)
-            if matched:
-                break
+        if official.startswith(_HF_VISION):
+            for ours, theirs in _HUGGING_FACE:
+                official = official.replace(theirs, ours)
         if official in renamed:
             raise UserError(
                 f"{report.path} holds {official} twice, with and without a prefix or under two "
@@ -130,6 +123,38 @@ def _official_names(entries: dict[str, Entry], report: LoadReport) -> dict[str, 
             )
         renamed[official] = entry
     return renamed
+
+
+def hugging_face_name(name: str) -> str:
+    """Hugging Face's name of a captioner's parameter."""
+    if name.startswith(_VISION):
+        for ours, theirs in _HUGGING_FACE:
+            name = name.replace(ours, theirs)
+    return name
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors that a file of the model holds: of tied ones only the first name."""
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield name, tensor
+
+
+def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:
+    """As `load_checkpoint`, but weights that are only a start for training are a mistake.
+
+    Raises:
+        UserError: as `load_checkpoint`, or a parameter keeps its initial values.
+    """
+    report = load_checkpoint(model, path_or_url)
+    if report.initialised:
+        raise UserError(
+            f"{path_or_url} is a start for training, not trained weights: it lacks "
+            f"{', '.join(report.initialised)}"
+        )
+    return report
 
 
 def _check_shape(report: LoadReport, name: str, shape: tuple, wanted: tuple) -> None:

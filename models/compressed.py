@@ -70,13 +70,18 @@ def unpack(bitmask: Tensor, values: Tensor, target: Tensor) -> None:
     raise ValueError(f"{len(source)} values do not fit the bitmask")
 
 
+def packed_bytes(elements: int, stored: int, size: int) -> float:
+    """Bytes of a compressed tensor: a bit an element, `size` bytes for each that is stored."""
+    return elements / 8 + stored * size + _ENTRIES
+
+
 def gains(tensor: Tensor) -> bool:
     """Whether a tensor takes less of a file as a bitmask and values."""
-    flat = tensor.detach().flatten()
+    elements, size = tensor.numel(), tensor.element_size()
     if not tensor.is_floating_point():
         return False
-    zeros = int((flat.view(_BITS[flat.element_size()]) == 0).sum())
-    return zeros * flat.element_size() > flat.numel() / 8 + _ENTRIES
+    stored = int(tensor.detach().contiguous().view(-1).view(_BITS[size]).count_nonzero())
+    return packed_bytes(elements, stored, size) < elements * size
 
 
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

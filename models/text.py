@@ -105,10 +105,13 @@ def load_tokenizer(name: str) -> BertTokenizer:
     file = vocabulary_file(name)
     try:
         # a byte order mark at the start would make another token of the first
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot read {file}: {error}") from error
-    vocabulary = {token: i for i, token in enumerate(lines[:-1] if not lines[-1] else lines)}
+    vocabulary = {token: i for i, token in enumerate(lines)}
+    if len(vocabulary) < len(lines):
+        twice = next(token for i, token in enumerate(lines) if vocabulary[token] != i)
+        raise UserError(f"tokenizer: {file} is no vocabulary of BERT: it names {twice!r} twice")
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
         raise UserError(f"tokenizer: {file} is no vocabulary of BERT: it lacks {' '.join(missing)}")

@@ -74,11 +74,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(argv: list[str], world_size: int = 1, script: str = "train_caption") -> list:
-    """Starts a trainer in one process or several and returns them."""
+def start(
+    argv: list[str],
+    world_size: int = 1,
+    script: str = "train_caption",
+    log: Path | None = None,
+) -> list:
+    """Starts a trainer in one process or several and returns them; errors are said to the log."""
     port = free_port()
     started = [
-        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port))
+        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log))
         for rank in range(world_size)
     ]
     for process in started:
@@ -86,9 +91,13 @@ def start(argv: list[str], world_size: int = 1, script: str = "train_caption") -
     return started
 
 
-def run_rank(script: str, argv: list[str], rank: int, world_size: int, port: int) -> None:
+def run_rank(
+    script: str, argv: list[str], rank: int, world_size: int, port: int, log: Path | None
+) -> None:
     """What torchrun's processes do: the script with its place among the others."""
     os.setsid()
+    if log:
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the image loading workers
     if world_size > 1:

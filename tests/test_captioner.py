@@ -146,6 +146,11 @@ def test_special_tokens_must_stand_in_the_vocabulary(tmp_path, missing):
         load_tokenizer(str(tmp_path))
 
 
+def test_a_token_that_stands_twice_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"vocab\.txt is no .* names 'cat' twice"):
+        load_tokenizer(write_vocabulary(tmp_path, [*WORDS, "dog", "cat"]))
+
+
 def test_tokenizer_without_the_prompt_words_is_an_error(tmp_path):
     write_vocabulary(tmp_path, WORDS[:5] + ["hello"])
     with pytest.raises(UserError, match="a picture of"):

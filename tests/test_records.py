@@ -223,6 +223,14 @@ def test_wrong_references_are_told_before_they_are_needed(content, message, fold
         build(folder, "coco_karpathy_test_gt.json", content)
 
 
+def test_images_without_references_are_told(folder):
+    records = [EVAL, *(EVAL | {"image": f"{number}.jpg"} for number in range(90, 97))]
+    with pytest.raises(
+        UserError, match=r"7 of the split's .*90, 91, 92, 93, 94, [.]{3}\).*0 of the"
+    ):
+        build(folder, "coco_karpathy_val.json", records)
+
+
 def test_references_are_read_with_ids_as_texts(folder):
     path = folder / "references.json"
     rows = [

@@ -67,7 +67,7 @@ def test_the_process_group_ends_whatever_happens(error, tmp_path):
     assert not dist.is_initialized()
 
 
-def test_a_mistake_on_one_rank_is_told(scenes, tmp_path, capfd):
+def test_a_mistake_on_one_rank_is_told(scenes, tmp_path):
     """An image that only the second process reads in its first step."""
     config = write_config(tmp_path / "c.yaml", scenes, num_workers=1)
     argv = ["--config", config, "--output_dir", str(tmp_path), "--warmup_steps", "2"]
@@ -78,10 +78,10 @@ def test_a_mistake_on_one_rank_is_told(scenes, tmp_path, capfd):
     whole = victim.read_bytes()
     victim.write_bytes(whole[:100])
     try:
-        codes = finish(start(argv, world_size=2))
+        codes = finish(start(argv, world_size=2, log=tmp_path / "log"))
     finally:
         victim.write_bytes(whole)
-    said = capfd.readouterr().err
+    said = (tmp_path / "log").read_text()
     assert codes[1] == 2 and codes[0] not in (0, None)
     assert f"error (rank 1): cannot read image {victim}" in said
 

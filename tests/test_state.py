@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import train_caption
 from configs import load_config
 from engine import loop, state
-from engine.run import prepare
+from engine.run import prepare_run
 from engine.state import build_state, check_identity
 from engine.stopping import EXIT_STOPPED
 from engine.tasks import CAPTION
@@ -37,7 +37,7 @@ def train(flags, *more):
 
 def built(flags, *more):
     args = train_caption.parse_args([*flags, *more])
-    run, model, (train_set, *_) = prepare(args, CAPTION)
+    run, model, train_set, _ = prepare_run(args, CAPTION)
     return run, build_state(run, model, train_set)
 
 
@@ -278,20 +278,24 @@ def test_tensorboard_holds_all_when_a_run_is_stopped(flags, tmp_path, monkeypatc
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
 
 
-def test_epochs_between_validations(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("eval_test", [False, True])
+def test_epochs_between_validations(flags, eval_test):
     validated = []
 
     def evaluate(run, model, dataset, split):
         validated.append(split)
         return {"scores": {"CIDEr": 1.0}}
 
-    args = train_caption.parse_args([*flags, "--max_epoch", "5", "--eval_epochs", "2"])
-    run, model, (train_set, *held_out) = prepare(args, CAPTION)
+    more = ["--max_epoch", "5", "--eval_epochs", "2", *["--eval_test"] * eval_test]
+    run, model, train_set, held_out = prepare_run(
+        train_caption.parse_args([*flags, *more]), CAPTION
+    )
     object.__setattr__(run, "task", type("Task", (), {**vars(CAPTION), "evaluate": evaluate}))
-    loop.train(run, model, train_set, dict(zip(("val", "test"), held_out, strict=True)))
+    loop.train(run, model, train_set, held_out)
     log = [json.loads(line) for line in (run.folder / "log.txt").read_text().splitlines()]
     assert ["val_CIDEr" in line for line in log] == [False, True, False, True, True]
-    assert validated == ["val", "test"] * 3 and "test_CIDEr" in log[-1]
+    assert validated == (["val", "test"] if eval_test else ["val"]) * 3
+    assert ("test_CIDEr" in log[-1]) == eval_test
 
 
 def test_a_checkpoint_by_time_where_it_is_cheap(flags, monkeypatch):

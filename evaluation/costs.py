@@ -1,0 +1,116 @@
+"""What a model costs: parameters, bytes, multiply-adds, milliseconds, memory."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import compressed, modality
+from models.checkpoint import stored_tensors
+
+BYTES = {"float32": 4, "float16": 2}  # of an element
+# Of the text in UPop's published counts: its caption is 13 words, its statement 34 word pieces and
+# commas, and both have [CLS] and [SEP].
+TOKENS = {"caption": 15, "nlvr": 36}
+
+
+def example(task: str, image_size: int, device: str = "cpu") -> tuple[Tensor, ...]:
+    """One sample as tensors that the model takes: random pixels, a text of UPop's length."""
+    ids = torch.ones(1, TOKENS[task], dtype=torch.int64, device=device)
+    pictures = [
+        torch.randn(1, 3, image_size, image_size, device=device)
+        for _ in range(1 if task == "caption" else 2)
+    ]
+    labels = ids if task == "caption" else torch.ones(1, dtype=torch.int64, device=device)
+    return (*pictures, ids, torch.ones_like(ids), labels)
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, dict[str, int]]:
+    """Counts the multiply-adds of a forward pass, as UPop does (Shi et al., ICML 2023).
+
+    Those of linear layers, convolutions and products of attention; norms and activations, below
+    0.2 % of BLIP's, are not counted. A weight that is zero saves its product with every token.
+
+    Args:
+        model: in eval mode.
+        tensors: that the model takes, for one sample.
+
+    Returns:
+        "dense" and "effective", each by modality; the effective ones without products by zero.
+    """
+    saved = dict.fromkeys(("vision", "language"), 0)
+    hooks = [
+        module.register_forward_hook(_adds_to(saved, modality(name)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    try:
+        # the counter sees products of matrices, but not every device's kernel for attention
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*tensors)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = {name: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items()}
+    vision = counts[f"{type(model).__name__}.visual_encoder"]
+    dense = {"vision": vision, "language": counts["Global"] - vision}
+    return {"dense": dense, "effective": {kind: dense[kind] - saved[kind] for kind in dense}}
+
+
+def _adds_to(saved: dict[str, int], kind: str) -> Callable:
+    """A forward hook that adds a layer's products by zero weights."""
+
+    def hook(module: nn.Linear | nn.Conv2d, inputs: tuple, output: Tensor) -> None:
+        weight = module.weight
+        zeros = weight.numel() - int(weight.count_nonzero()) if not weight.is_meta else 0
+        saved[kind] += zeros * (output.numel() // weight.shape[0])  # uses of each weight
+
+    return hook
+
+
+def sizes(model: nn.Module) -> dict:
+    """Parameters, those that are not zero, and bytes of the weights in each format.
+
+    Returns:
+        "parameters" and "nonzeros", each by modality; "bytes" by format and type.
+    """
+    found = {
+        "parameters": dict.fromkeys(("vision", "language"), 0),
+        "nonzeros": dict.fromkeys(("vision", "language"), 0),
+    }
+    found["bytes"] = {f"{form} {t}": 0 for form in ("dense", "compressed") for t in BYTES}
+    for name, tensor in stored_tensors(model):
+        kind, elements, stored = modality(name), tensor.numel(), int(tensor.count_nonzero())
+        found["parameters"][kind] += elements
+        found["nonzeros"][kind] += stored
+        for dtype, size in BYTES.items():
+            packed = round(compressed.packed_bytes(elements, stored, size))
+            found["bytes"][f"dense {dtype}"] += elements * size
+            found["bytes"][f"compressed {dtype}"] += min(packed, elements * size)
+    return found
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median time of a call, after one that is not timed."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is resident; None where /proc does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

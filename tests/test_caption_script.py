@@ -1,0 +1,148 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import caption
+from data.scenes.words import vocabulary
+from models import build_captioner
+from tests.conftest import read_golden
+from utils import UserError
+
+PICTURE = Path(__file__).parent / "some.jpg"
+
+
+def run(*argv):
+    caption.main(caption.parse_args([str(arg) for arg in argv]))
+
+
+def test_the_shipped_vocabulary_is_the_scenes():
+    lines = (caption.ROOT / "pretrained" / "tokenizer" / "vocab.txt").read_text().splitlines()
+    assert lines == vocabulary()
+
+
+def test_a_picture_is_captioned_by_the_embedded_model_from_any_folder(tmp_path):
+    script = [sys.executable, caption.ROOT / "caption.py", PICTURE]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name, text = done.stdout.strip().split(": ")
+    assert name == str(PICTURE)
+    # what the picture shows; how it is put may turn on the last bit
+    assert "large yellow circle" in text
+    assert "small orange star" in text
+    assert "small embedded model" in done.stderr
+
+
+def test_json_lines(capsys):
+    run(PICTURE, PICTURE, "--json")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == [str(PICTURE)] * 2
+    assert "circle" in rows[0]["caption"]
+
+
+def test_folders_give_their_pictures_in_order(tmp_path, capsys):
+    for name in ("b.jpg", "a.JPG", "note.txt"):
+        shutil.copy(PICTURE, tmp_path / name)
+    run(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        str(tmp_path / n) for n in ("a.JPG", "b.jpg")
+    ]
+
+
+def test_a_folder_without_pictures_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"no pictures in the folder {tmp_path}"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_unreadable_picture_is_reported_and_the_others_go_on(tmp_path, capsys, as_json):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing else")
+    places = [tmp_path / "missing.jpg", PICTURE, tmp_path / "broken.png", PICTURE]
+    with pytest.raises(UserError, match="2 of 4 pictures could not be read"):
+        run(*places, *(["--json"] if as_json else []))
+    out, err = capsys.readouterr()
+    if as_json:
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert [("caption" in row, "error" in row) for row in rows] == [(0, 1), (1, 0)] * 2
+    else:
+        assert [line.split(": ")[0] for line in out.splitlines()] == [str(PICTURE)] * 2
+        assert f"{tmp_path / 'missing.jpg'}: cannot be read" in err
+        assert f"{tmp_path / 'broken.png'}: cannot be read" in err
+
+
+def test_pictures_of_many_kinds_are_opened(tmp_path):
+    picture = Image.open(PICTURE)
+    for name, mode in [("a.png", "RGBA"), ("b.gif", "P"), ("c.bmp", "L"), ("d.tif", "CMYK")]:
+        picture.convert(mode).save(tmp_path / name)
+        image = caption.open_upright(tmp_path / name)
+        assert (image.mode, image.size) == ("RGB", picture.size)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_orientation_is_respected(tmp_path, suffix):
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (0, 0, 20, 20))  # left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    picture.save(tmp_path / f"turned.{suffix}", exif=exif)
+    image = caption.open_upright(tmp_path / f"turned.{suffix}")
+    assert image.size == (20, 40)
+    top, bottom = image.getpixel((10, 5)), image.getpixel((10, 35))
+    assert top[2] > 200 > 50 > top[0]
+    assert bottom[0] > 200 > 50 > bottom[2]
+
+
+@pytest.fixture
+def tiny(caption_tiny_config, tmp_path):
+    """A config file at the goldens' sizes, and the captioner with the goldens' weights."""
+    config = caption_tiny_config | {
+        "image_root": "x",
+        "ann_root": "x",
+        "coco_gt_root": "x",
+        "batch_size": 1,
+        "init_lr": 0.1,
+        "max_epoch": 1,
+        "num_beams": 2,
+        "max_length": 9,
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    model = build_captioner(config).eval()
+    model.load_state_dict(read_golden("caption_tiny", "weights."), strict=False)
+    torch.save({"model": model.state_dict()}, tmp_path / "tiny.pth")
+    return tmp_path, model
+
+
+def test_another_model(tiny, capsys):
+    folder, model = tiny
+    run(PICTURE, "--config", folder / "tiny.yaml", "--pruned", folder / "tiny.pth")
+    out, err = capsys.readouterr()
+    assert "embedded" not in err
+    assert "loaded" in err
+    pixels = caption.build_transform(32, augment=False)(caption.open_upright(PICTURE))
+    (expected,) = model.generate(pixels[None], 2, 9, 5)
+    assert out == f"{PICTURE}: {expected}\n"
+
+
+def test_sparse_layers_are_asked_for(tiny, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(
+        "models.sparsify_", lambda model: made.append(model) or "all", raising=False
+    )
+    folder, _ = tiny
+    run(PICTURE, "--config", folder / "tiny.yaml", "--pruned", folder / "tiny.pth", "--sparse")
+    assert len(made) == 1
+    assert "all" in capsys.readouterr().err.splitlines()
+
+
+def test_config_and_weights_go_together(tiny):
+    folder, _ = tiny
+    with pytest.raises(UserError, match="--pruned goes with --config"):
+        run(PICTURE, "--pruned", folder / "tiny.pth")
+    with pytest.raises(UserError, match=r"tiny\.yaml names no pretrained weights: give --pruned"):
+        run(PICTURE, "--config", folder / "tiny.yaml")

@@ -1,0 +1,250 @@
+import json
+import resource
+from pathlib import Path
+
+import compat  # noqa: F401
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+import export
+from data.transforms import CLIP_STD, build_transform
+from models import build_captioner, build_nlvr, load_checkpoint
+from models.text import load_tokenizer
+from tests.conftest import read_golden
+from utils import UserError
+
+RUN_KEYS = {"image_root": "x", "ann_root": "x", "init_lr": 0.1, "max_epoch": 1}
+PICTURE = Path(__file__).parent / "some.jpg"
+
+
+def pruned(model):
+    """Zeros in 80 % of every weight matrix; [PAD] keeps the embedding of zeros that it has."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter[torch.rand_like(parameter) < 0.8] = 0
+    return model.eval()
+
+
+@pytest.fixture
+def captioner(caption_tiny_config, tmp_path):
+    """A pruned captioner, and the flags that name it."""
+    config = caption_tiny_config | RUN_KEYS | {"coco_gt_root": "x", "batch_size": 1}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    model = build_captioner(config)
+    model.load_state_dict(read_golden("caption_tiny", "weights."), strict=False)
+    torch.save(pruned(model).state_dict(), tmp_path / "tiny.pth")
+    flags = ["--config", str(tmp_path / "tiny.yaml"), "--pruned", str(tmp_path / "tiny.pth")]
+    return model, flags
+
+
+@pytest.fixture
+def nlvr(nlvr_tiny_config, tmp_path):
+    """A pruned NLVR2 model, and the flags that name it."""
+    config = nlvr_tiny_config | RUN_KEYS | {"batch_size_train": 1, "batch_size_test": 1}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    model = pruned(build_nlvr(config))
+    torch.save(model.state_dict(), tmp_path / "tiny.pth")
+    flags = ["--config", str(tmp_path / "tiny.yaml"), "--pruned", str(tmp_path / "tiny.pth")]
+    return model, flags
+
+
+def run(flags, *more):
+    export.main(export.parse_args([*flags, *map(str, more)]))
+
+
+def same_bits(model, other) -> bool:
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in pairs)
+
+
+def test_a_compressed_captioner_is_read_back_bit_by_bit(
+    captioner, caption_tiny_config, tmp_path, capsys
+):
+    model, flags = captioner
+    model.visual_encoder.blocks[0].mlp.fc1.weight.data[0, :2] = torch.tensor([-0.0, 1e-40])
+    torch.save(model.state_dict(), tmp_path / "tiny.pth")
+    run(flags, "--to", "compressed", "--out", tmp_path / "new" / "small.safetensors")
+    other = build_captioner(caption_tiny_config)
+    report = load_checkpoint(other, tmp_path / "new" / "small.safetensors")
+    assert report.initialised == report.ignored == []
+    assert same_bits(model, other)
+    size = (tmp_path / "new" / "small.safetensors").stat().st_size
+    assert f"small.safetensors: {size / 1e6:.1f} MB" in capsys.readouterr().out
+    assert size < 0.5 * (tmp_path / "tiny.pth").stat().st_size
+
+
+def test_a_compressed_nlvr_model_is_read_back_bit_by_bit(nlvr, nlvr_tiny_config, tmp_path):
+    model, flags = nlvr
+    run(flags, "--to", "compressed", "--out", tmp_path / "small.safetensors")
+    other = build_nlvr(nlvr_tiny_config)
+    load_checkpoint(other, tmp_path / "small.safetensors")
+    assert same_bits(model, other)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_compressed_at_half_precision(captioner, caption_tiny_config, tmp_path, dtype):
+    model, flags = captioner
+    out = tmp_path / "small.safetensors"
+    run(flags, "--to", "compressed", "--out", out, "--dtype", dtype)
+    other = build_captioner(caption_tiny_config)
+    load_checkpoint(other, out)
+    assert same_bits(model.to(getattr(torch, dtype)).float(), other)
+
+
+def open_folder(folder):
+    return (
+        BlipForConditionalGeneration.from_pretrained(folder, local_files_only=True).eval(),
+        BlipProcessor.from_pretrained(folder, local_files_only=True),
+    )
+
+
+def test_hugging_face_opens_the_folder(captioner, tmp_path):
+    model, flags = captioner
+    run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
+    theirs, processor = open_folder(tmp_path / "blip")
+    image = torch.randn(3, 3, 32, 32)
+    captions = ["a picture of word9 word8", "a picture of word5", "a picture of word7 word7 word6"]
+    (_, ids, mask, labels), _ = model.prepare(image, captions)
+    with torch.no_grad():
+        ours = model.text_decoder(
+            ids, attention_mask=mask, encoder_hidden_states=model.encode_image(image)
+        ).logits
+        output = theirs(image, ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(output.logits, ours, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.loss, model.loss(image, ids, mask, labels))
+
+    text = processor(text=["a picture of"] * 3, return_tensors="pt")
+    greedy = theirs.generate(
+        image, text.input_ids, text.attention_mask, num_beams=1, max_length=20, min_length=5
+    )
+    read = processor.batch_decode(greedy, skip_special_tokens=True)
+    expected = model.generate(image, num_beams=1, max_length=20, min_length=5)
+    assert all(expected)
+    assert [caption.removeprefix("a picture of").strip() for caption in read] == expected
+
+
+def test_the_processor_gives_our_pixels_and_ids(captioner, tmp_path):
+    model, flags = captioner
+    run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
+    _, processor = open_folder(tmp_path / "blip")
+    picture = Image.open(PICTURE)
+    theirs = processor(images=picture, text="a picture of word9 other", return_tensors="pt")
+    ours = build_transform(32, augment=False)(picture)
+    assert theirs.pixel_values.shape == (1, 3, 32, 32)
+    # both resize to whole steps of 255, each with its own arithmetic: a step may differ
+    step = 1.01 / 255 / torch.tensor(CLIP_STD)[:, None, None]
+    assert ((theirs.pixel_values[0] - ours).abs() <= step).all()
+    tokenizer = model.tokenizer
+    assert theirs.input_ids.tolist() == [tokenizer("a picture of word9 other").input_ids]
+    assert "token_type_ids" not in theirs
+    assert processor.tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [158, 159]
+    assert load_tokenizer(str(tmp_path / "blip")).get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_folder_holds_how_we_caption(captioner, tmp_path):
+    _, flags = captioner
+    run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
+    theirs, _ = open_folder(tmp_path / "blip")
+    generation = theirs.generation_config
+    lengths = generation.num_beams, generation.max_length, generation.min_length
+    assert lengths == (3, 20, 5)
+    assert (generation.eos_token_id, generation.pad_token_id) == (102, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_our_loader_reads_the_folder(captioner, caption_tiny_config, tmp_path, dtype):
+    model, flags = captioner
+    run(flags, "--to", "huggingface", "--out", tmp_path / "blip", "--dtype", dtype)
+    theirs = BlipForConditionalGeneration.from_pretrained(tmp_path / "blip")
+    assert theirs.vision_model.post_layernorm.weight.dtype == getattr(torch, dtype)
+    other = build_captioner(caption_tiny_config)
+    assert load_checkpoint(other, tmp_path / "blip").ignored == []
+    assert same_bits(model.to(getattr(torch, dtype)).float(), other)
+
+
+def test_nlvr_has_no_class_at_hugging_face(nlvr, tmp_path):
+    _, flags = nlvr
+    with pytest.raises(UserError, match="no class for BLIP's NLVR2 model; take --to compressed"):
+        run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "nothing to do"),
+        (["--to", "compressed"], "go together"),
+        (["--out", "small.safetensors", "--report"], "go together"),
+    ],
+)
+def test_flags_that_do_not_fit(captioner, more, message):
+    with pytest.raises(UserError, match=message):
+        run(captioner[1], *more)
+
+
+def test_an_unknown_format_is_refused(captioner, capsys):
+    with pytest.raises(SystemExit):
+        run(captioner[1], "--to", "onnx", "--out", "x")
+    assert "compressed, huggingface" in capsys.readouterr().err.replace("'", "")
+
+
+@pytest.mark.parametrize("to", ["compressed", "huggingface"])
+def test_what_is_there_is_left_alone(captioner, tmp_path, to):
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(UserError, match="there exists; remove it or choose another"):
+        run(captioner[1], "--to", to, "--out", tmp_path / "there")
+    assert (tmp_path / "there").read_text() == "mine"
+
+
+@pytest.mark.parametrize("to", ["compressed", "huggingface"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(captioner, tmp_path, to):
+    folder = tmp_path / "full"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # bytes a file may have
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*/out.*File too large"):
+            run(captioner[1], "--to", to, "--out", folder / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(folder.iterdir()) == []
+
+
+def test_values_beyond_half_precision_are_named(captioner, tmp_path):
+    model, flags = captioner
+    model.visual_encoder.norm.bias.data[3] = 1e5
+    torch.save(model.state_dict(), tmp_path / "tiny.pth")
+    out = tmp_path / "small.safetensors"
+    with pytest.raises(UserError, match=r"visual_encoder\.norm\.bias has values .* bfloat16"):
+        run(flags, "--to", "compressed", "--out", out, "--dtype", "float16")
+    assert not out.exists()
+    run(flags, "--to", "compressed", "--out", out, "--dtype", "bfloat16")
+
+
+def test_a_start_for_training_is_not_exported(
+    nlvr, caption_tiny_config, nlvr_tiny_config, tmp_path
+):
+    _, flags = nlvr
+    config = nlvr_tiny_config | {"tokenizer": caption_tiny_config["tokenizer"]}
+    torch.save(build_captioner(config).state_dict(), tmp_path / "tiny.pth")
+    with pytest.raises(UserError, match="is a start for training.*cls_head"):
+        run(flags, "--to", "compressed", "--out", tmp_path / "small.safetensors")
+
+
+@pytest.mark.parametrize("task", ["captioner", "nlvr"])
+def test_the_report(request, monkeypatch, capsys, task):
+    model, flags = request.getfixturevalue(task)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    nonzeros = sum(int(p.count_nonzero()) for p in model.parameters()) / 1e6
+    made = []
+    monkeypatch.setattr(export, "make_sparse", lambda m: made.append(m) or "all are sparse")
+    run(flags, "--report")
+    lines = {line[:24].strip(): line[24:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["parameters"].startswith(f" {parameters:.1f} M (vision ")
+    assert lines["nonzeros"].startswith(f" {nonzeros:.1f} M (vision ")
+    assert lines["dense float32"] == f" {4 * parameters:.1f} MB"
+    assert {"multiply-adds, dense", "multiply-adds, effective", "compressed float16"} <= set(lines)
+    assert "ms a sample" in lines["dense, here"] and "ms a sample" in lines["sparse, here"]
+    assert len(made) == 1
