@@ -94,7 +94,8 @@ class Task:
         held_out: names of the two held-out splits; the first validates.
         build_model: config -> model with random weights. `model.prepare(*inputs)` turns a batch of
             the training set into the arguments of `model(...)`, which returns the mean loss, and
-            counts the terms of that mean.
+            counts the terms of that mean. Optional: `model.on_step(epochs)` is told before each
+            step how many epochs are done, `model.check_batch(samples)` the global batch at first.
         images: names of the model's image inputs, for profiling.
         evaluate: (run, model, held-out set, its name) -> report with "scores" (name to value), on
             the main process at least; all processes call it.

@@ -21,7 +21,8 @@ from utils import UserError, barrier, gather_from_processes, seed_everything
 
 # What a resumed run must have in common with the run that wrote the checkpoint.
 _IDENTITY_CONFIG = (
-    "vit med_config image_size prompt max_words max_tokens augment init_lr min_lr weight_decay"
+    "vit med_config clip queue_size momentum alpha image_size prompt max_words max_tokens "
+    "augment init_lr min_lr weight_decay"
 ).split()
 _IDENTITY_FLAGS = (
     "seed amp pruner_name beta1 beta2 deltaT initial_threshold final_threshold initial_warmup "
@@ -74,6 +75,8 @@ def build_state(run: Run, model: nn.Module, dataset: Dataset) -> TrainState:
     """
     args, config, process = run.args, run.config, run.process
     plan = plan_steps(args, len(dataset), run.samples_per_step, config["max_epoch"])
+    if hasattr(model, "check_batch"):  # a queue takes whole batches
+        model.check_batch(config["batch_size"] * process.world_size)
     pruner = build_pruner(run, model, plan) if args.final_threshold < 1 else None
     if process.is_main:
         averages = 3 * pruner.numel if pruner and args.pruner_name == "PLATON" else 0
@@ -88,7 +91,9 @@ def build_state(run: Run, model: nn.Module, dataset: Dataset) -> TrainState:
     if process.world_size > 1:
         on_cpu = process.device.type == "cpu"
         devices = None if on_cpu else [process.device.index]
-        engine = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        engine = DistributedDataParallel(
+            model, devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     loader = train_loader(run, dataset)
     return TrainState(model, engine, optimizer, pruner, plan, loader, identity)
 

@@ -65,7 +65,7 @@ def retrieval_features(
     """
 
     def encode_texts(batch: list[str]) -> Tensor:
-        return model.encode_text(model.tokenize(batch).to(device))
+        return model.encode_text(model.tokenize(batch)[0].to(device))
 
     def encode_images(batch: Tensor) -> Tensor:
         return model.encode_image(batch.to(device, non_blocking=True))

@@ -134,12 +134,12 @@ def hugging_face_name(name: str) -> str:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that a file of the model holds: of tied ones only the first name."""
-    seen = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            yield name, tensor
+    """Names and tensors that a file of weights holds: parameters, of tied ones the first name.
+
+    Buffers (CLIP's momentum copy and queues) belong to a training run, not to its result.
+    """
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
 
 
 def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:

@@ -123,10 +123,15 @@ class ClipRetrieval(CLIP):
         self.register_buffer("id_queue", torch.full((queue_size,), NO_IMAGE))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
 
-    def tokenize(self, texts: list[str]) -> Tensor:
-        """Token ids (B, context_length) on the CPU; the end token has the highest id."""
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids, and a mask up to the end token, both (B, context_length) on the CPU.
+
+        The end token has the highest id.
+        """
         assert self.tokenizer is not None, "the config names no tokenizer"
-        return self.tokenizer(texts, context_length=self.context_length)
+        ids = self.tokenizer(texts, context_length=self.context_length)
+        ends = ids.argmax(dim=1, keepdim=True)
+        return ids, (torch.arange(ids.shape[1]) <= ends).long()
 
     def prepare(
         self, image: Tensor, captions: list[str], image_ids: Tensor
@@ -141,7 +146,7 @@ class ClipRetrieval(CLIP):
         Returns:
             The tensors of `forward`, and the number of pairs, over which its loss is a mean.
         """
-        return (image, self.tokenize(captions), image_ids), len(captions)
+        return (image, self.tokenize(captions)[0], image_ids), len(captions)
 
     def stages(self) -> list[Stage]:
         """The two towers over "image" and "input_ids" (B, context_length), for profiling."""

@@ -468,7 +468,8 @@ def test_layers_are_measured_like_those_of_other_models(model):
 def test_openai_tokens():
     with torch.device("meta"):
         large = build_clip({"clip": "large", "image_size": 336})
-    ids = large.tokenize(["a photo of a cat", "dog " * 200])
+    ids, mask = large.tokenize(["a photo of a cat", "dog " * 200])
+    assert mask.sum(dim=1).tolist() == [7, 77]
     assert ids.shape == (2, 77)
     assert ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
     assert ids[0, 7:].sum() == 0 and ids[1, -1] == 49407

@@ -90,7 +90,7 @@ class Towers(nn.Module):
         return self.image(image.flatten(1))
 
     def tokenize(self, texts):
-        return torch.tensor([[int(text.removeprefix("text ")), 0] for text in texts])
+        return torch.tensor([[int(text.removeprefix("text ")), 0] for text in texts]), None
 
     def encode_text(self, ids):
         return self.text(ids[:, 0])
