@@ -106,6 +106,7 @@ def test_hugging_face_opens_the_folder(captioner, tmp_path):
     model, flags = captioner
     run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
     theirs, processor = open_folder(tmp_path / "blip")
+    assert theirs.vision_model.post_layernorm.eps == model.visual_encoder.norm.eps == 1e-6
     image = torch.randn(3, 3, 32, 32)
     captions = ["a picture of word9 word8", "a picture of word5", "a picture of word7 word7 word6"]
     (_, ids, mask, labels), _ = model.prepare(image, captions)
