@@ -12,19 +12,20 @@ when the same command is given again.
 
 import argparse
 import os
-import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from data import build_caption_datasets, build_nlvr_datasets
-from dimension.budget import Plan, make_plan, share_layers
+from configs import COUNT, FROM_ZERO, Number, load_config
+from dimension.budget import plan_capture, share_layers
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
-from dimension.figures import plot_comparison, plot_depth, plot_scale
+from dimension.figures import plot_comparison, plot_depth, plot_scale, save_figure
 from dimension.profile import (
     IDProfile,
     LayerID,
@@ -32,30 +33,44 @@ from dimension.profile import (
     clear_distances,
     load_distances,
     load_profile,
+    make_remarks,
     measure_layer,
     model_hash,
     partial_profiles,
     save_distances,
 )
-from dimension.twonn import draw_permutations
-from engine.run import launch
-from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
-from utils import Process, UserError, barrier, init_distributed, keep_freed_memory, load_config
+from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS, draw_permutations
+from engine.tasks import TASKS
+from models import prunable_layers
+from models.checkpoint import load_trained
+from models.layers import modality
+from models.weight_files import fetch
+from utils import (
+    Process,
+    UserError,
+    barrier,
+    init_distributed,
+    keep_freed_memory,
+    launch,
+    main_process_first,
+)
 
 DATA_KEYS = ("image_root", "ann_root", "image_size", "prompt", "max_words", "tokenizer")
-TASKS = {
-    "caption": (build_caption_datasets, build_captioner, ("image",), "batch_size"),
-    "nlvr": (build_nlvr_datasets, build_nlvr, ("image0", "image1"), "batch_size_test"),
-}
 SHARE_OF_FREE = {"cpu": 0.5, "cuda": 0.8}
-A_DAY = 86400.0  # seconds for which a process may wait for the others
+PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
 
 class Images(Sequence):
     """One image of each of some samples of a data set, transformed as for evaluation."""
 
-    def __init__(self, dataset, indices: list[int], which: int):
-        """Args: a training set without augmentation; the samples; 0 or, of a pair, 1."""
+    def __init__(self, dataset: Dataset, indices: list[int], which: int):
+        """Reads nothing yet.
+
+        Args:
+            dataset: training set without augmentation.
+            indices: of the samples.
+            which: 0, or 1 for the second image of a pair.
+        """
         self.dataset, self.indices, self.which = dataset, indices, which
 
     def __len__(self) -> int:
@@ -63,38 +78,84 @@ class Images(Sequence):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> Tensor:
-        """(3, S, S)."""
+        """Reads an image (3, S, S)."""
         paths = self.dataset.image_paths(self.indices[position])
         return self.dataset.open(paths[self.which])
 
 
-def build_samples(
-    args: argparse.Namespace, config: dict, model: nn.Module, dataset, images: tuple[str, ...]
-) -> Samples:
-    """A seeded random choice of samples, as the model's inputs.
-
-    Args:
-        args: flags.
-        config: of the model and its data.
-        model: its tokenizer is used.
-        dataset: training set.
-        images: names of the model's image inputs.
+def choose_samples(n: int, available: int, seed: int) -> list[int]:
+    """Indices of n random samples.
 
     Raises:
-        ValueError: the data set has fewer samples.
+        UserError: there are fewer.
     """
-    if args.nsamples > len(dataset):
-        raise UserError(f"-n {args.nsamples}: the training set has only {len(dataset)} samples")
-    generator = torch.Generator().manual_seed(args.seed)
-    indices = torch.randperm(len(dataset), generator=generator)[: args.nsamples].tolist()
-    ids, mask = model.tokenize([dataset.text(index) for index in indices])
+    if n > available:
+        raise UserError(f"-n {n}: the training set has only {available} samples")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(available, generator=generator)[:n].tolist()
+
+
+def build_samples(
+    dataset: Dataset,
+    indices: list[int],
+    tokenize: Callable[[list[str]], tuple[Tensor, Tensor]],
+    images: tuple[str, ...],
+    batch_size: int,
+    keep_padding: bool,
+    num_workers: int,
+) -> Samples:
+    """Some samples of a training set as a model's inputs.
+
+    Args:
+        dataset: training set without augmentation.
+        indices: of the samples.
+        tokenize: from texts to token ids and attention mask, both (n, L).
+        images: names of the model's image inputs.
+        batch_size: in samples.
+        keep_padding: see `counted_positions`.
+        num_workers: processes that read images.
+    """
+    ids, mask = tokenize([dataset.text(index) for index in indices])
     return Samples(
         tensors={"input_ids": ids, "attention_mask": mask},
         images={name: Images(dataset, indices, which) for which, name in enumerate(images)},
-        counted=counted_positions(mask, args.batch_size, args.keep_padding),
-        batch_size=args.batch_size,
-        num_workers=config["num_workers"],
+        counted=counted_positions(mask, batch_size, keep_padding),
+        batch_size=batch_size,
+        num_workers=num_workers,
     )
+
+
+def block_permutations(n: int, seed: int) -> Tensor:
+    """The same blocks for all layers; samples and blocks have different random numbers."""
+    return draw_permutations(n, torch.Generator().manual_seed(seed + 1))
+
+
+def require_writable(folder: Path) -> None:
+    """Makes the folder of the results and tries to write to it, before the work for them begins.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to --Path {folder}: {error}; choose another") from error
+
+
+def chosen_device(cpu: bool, gpu: int | None) -> str:
+    """The device for `init_distributed`, from --cpu and --gpu.
+
+    Raises:
+        UserError: one GPU is named for several processes.
+    """
+    if cpu:
+        return "cpu"
+    if gpu is None:
+        return "auto"
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError(f"--gpu {gpu}: torchrun gives every process a GPU; leave --gpu out")
+    return f"cuda:{gpu}"
 
 
 def free_memory(device: torch.device) -> int:
@@ -106,177 +167,221 @@ def free_memory(device: torch.device) -> int:
     return kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def estimate(
-    args: argparse.Namespace, capture: Capture, partial: PartialProfile
-) -> dict[str, LayerID]:
-    """Runs this process's share; returns its layers and those found finished."""
-    permutations = block_permutations(args)
-    for layer, distances in capture:
-        features = layer.tokens * layer.width
-        measured = measure_layer(layer.name, features, distances, args.fraction, permutations)
-        if args.save_distances:
-            save_distances(args.Path, layer.name, distances)
-        partial.add(layer.name, measured)
-    return partial.found | partial.mine
-
-
-def block_permutations(args: argparse.Namespace) -> Tensor:
-    """The same blocks for all layers; samples and blocks have different random numbers."""
-    return draw_permutations(args.nsamples, torch.Generator().manual_seed(args.seed + 1))
-
-
-def measure(args: argparse.Namespace) -> IDProfile | None:
-    """Measures a model; returns its profile on the main process, None on the others."""
-    config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
-    process = init_distributed(chosen_device(args), timeout_s=A_DAY)
-    keep_freed_memory(process.device)
-    build_datasets, build_model, images, batch_key = TASKS[config["task"]]
-    args.batch_size = args.batch_size or config[batch_key]
-    dataset = build_datasets(config, args.seed)[0]
-    dataset.check()
-    model = build_model(config)
-    weights = load_weights(model, args.pruned or config["pretrained"])
-    say(process, weights)
-    model.to(process.device).eval()
-    samples = build_samples(args, config, model, dataset, images)
-    settings = {
-        "nsamples": args.nsamples,
-        "seed": args.seed,
-        "fraction": args.fraction,
-        "keep_padding": args.keep_padding,
-        "batch_size": args.batch_size,
-        "save_distances": args.save_distances,
-        "config": {key: config[key] for key in ("task", "vit", *DATA_KEYS) if key in config},
-        "checkpoint": args.pruned or config["pretrained"],
-        "checkpoint_sha256": model_hash(model),
-    }
-    partial = PartialProfile(args.Path, settings, process.rank)
-    capture = prepare(args, process, model, samples, partial)
-    barrier()  # all have read what an earlier run left
-    if process.is_main and not partial.found:  # nothing of a run with other settings may stay
-        partial.clear()
-        if args.save_distances:
-            clear_distances(args.Path)
-    barrier()  # before any process writes
-    try:
-        results = estimate(args, capture, partial)
-    except ValueError as error:
-        if not process.is_main:  # whose layers are its own; `launch` speaks for the main one only
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise
-    if process.world_size > 1:
-        everyone: list = [None] * process.world_size
-        dist.all_gather_object(everyone, results)
-        results = {name: layer for one in everyone for name, layer in one.items()}
-    if not process.is_main:
-        return None
-    profile = IDProfile(settings, {name: results[name] for name in prunable_layers(model)})
-    profile.write(args.Path)
-    partial.clear()
-    return profile
-
-
-def load_weights(model: nn.Module, path: str) -> str:
-    """Loads trained weights; returns a line that says what became of them."""
-    if not path:
-        raise UserError("nothing to measure: give --pretrained or --pruned")
-    report = load_checkpoint(model, path)
-    if report.initialised:
-        raise UserError(f"{path} is a start for training: it lacks {report.initialised}")
-    return str(report)
-
-
-def prepare(
-    args: argparse.Namespace,
-    process: Process,
-    model: nn.Module,
-    samples: Samples,
-    partial: PartialProfile,
-) -> Capture:
-    """Plans this process's share of the layers that are not finished, and prints the plan."""
-    layers = prunable_layers(model)
-    budget = args.memory_gb and int(args.memory_gb * 1e9)
-    if budget is None:
-        free = free_memory(process.device)
-        budget = int(SHARE_OF_FREE[process.device.type] * free)
-        say(process, f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free for a process")
-    shapes = trace_stages(model.stages(), layers, samples, process.device)
-    todo = set(layers) - set(partial.found)
-    share = share_layers(shapes, todo, process.world_size)[process.rank]
-    plan: Plan = make_plan(shapes, share, samples.sizes(), len(samples), samples.batch_size, budget)
-    say(
-        process,
-        f"{len(samples)} samples, {len(layers)} layers, {len(partial.found)} of them done before, "
-        f"{len(share)} for this process of {process.world_size}\n{plan}",
-    )
-    return Capture(plan, layers, samples, process.device, progress=process.is_main)
-
-
-def estimate_again(args: argparse.Namespace) -> IDProfile:
-    """Other IDs from the distances that an earlier run kept, without the model.
-
-    Raises:
-        ValueError: it kept none, or a later run has begun to replace them.
-    """
-    before = IDProfile.read(args.Path)
-    if any(profile.settings["save_distances"] for _, profile in partial_profiles(args.Path)):
-        raise UserError(
-            f"a later run in {args.Path} has not finished and may have replaced distances: give "
-            "its command again, then -s"
-        )
-    if not before.settings.get("save_distances"):  # any that are there belong to another run
-        raise UserError(f"-s needs a profile measured with --save_distances; {args.Path} is not")
-    args.nsamples = before.settings["nsamples"]
-    permutations = block_permutations(args)
-    layers = {
-        name: measure_layer(
-            name, layer.features, load_distances(args.Path, name), args.fraction, permutations
-        )
-        for name, layer in before.layers.items()
-    }
-    settings = before.settings | {"fraction": args.fraction, "block_seed": args.seed}
-    profile = replace(before, settings=settings, layers=layers)
-    profile.write(args.Path)
-    return profile
-
-
-def chosen_device(args: argparse.Namespace) -> str:
-    """The device for `init_distributed`; under torchrun every process has a GPU of its own."""
-    if args.cpu:
-        return "cpu"
-    if args.gpu is None:
-        return "auto"
-    return "cuda" if "WORLD_SIZE" in os.environ else f"cuda:{args.gpu}"
-
-
-def say(process: Process, text: str) -> None:
+def print_once(process: Process, text: str) -> None:
     """Prints on the main process."""
     if process.is_main:
         print(text, flush=True)
 
 
-def draw(args: argparse.Namespace, profile: IDProfile) -> None:
-    """Draws the figures and says where they are."""
+def plan_share(
+    process: Process, model: nn.Module, samples: Samples, done: set[str], memory_gb: float | None
+) -> Capture:
+    """Plans this process's share of the layers that are not done, and prints the plan.
+
+    Args:
+        process: this one.
+        model: in eval mode, on the process's device.
+        samples: what it sees.
+        done: names of layers.
+        memory_gb: for activations, states and matrices; None: a share of what is free.
+    """
+    layers, device = prunable_layers(model), process.device
+    if memory_gb is None:
+        free = free_memory(device)
+        memory_gb = SHARE_OF_FREE[device.type] * free / 1e9
+        print_once(process, f"--memory_gb {memory_gb:.2f} of {free / 1e9:.2f} GB free per process")
+    shapes = trace_stages(model.stages(), layers, samples, device)
+    share = share_layers(shapes, set(layers) - done, process.world_size)[process.rank]
+    n, budget = len(samples), int(memory_gb * 1e9)
+    plan = plan_capture(shapes, share, samples.sizes(), n, samples.batch_size, budget)
+    print_once(
+        process,
+        f"{n} samples, {len(layers)} layers, {len(done)} of them done before, "
+        f"{len(share)} for this process of {process.world_size}\n{plan}",
+    )
+    return Capture(plan, layers, samples, device, progress=process.is_main)
+
+
+def clear_other_runs(process: Process, partial: PartialProfile, distances: bool) -> None:
+    """Removes what a run with other settings left, unless this run goes on where it was.
+
+    Args:
+        process: of which the main one removes, while the others wait.
+        partial: what was found of this run.
+        distances: whether to remove kept distances, which this run will replace.
+    """
+    barrier()  # all processes have read what is there
+    if process.is_main and not partial.found:
+        partial.clear()
+        if distances:
+            clear_distances(partial.folder)
+    barrier()  # before any process writes
+
+
+def estimate(
+    capture: Capture, permutations: Tensor, fraction: float, partial: PartialProfile, keep: bool
+) -> dict[str, LayerID]:
+    """Measures the layers of a capture, and writes each as soon as it is finished.
+
+    Args:
+        capture: of this process's share.
+        permutations: (20, n), see `block_analysis`.
+        fraction: of the points, see `estimate_id`.
+        partial: gets the layers.
+        keep: whether to keep distances in its folder.
+
+    Returns:
+        These layers and those that were found finished.
+    """
+    for layer, distances in capture:
+        measured = measure_layer(layer.name, layer.features, distances, fraction, permutations)
+        if keep:
+            save_distances(partial.folder, layer.name, distances)
+        partial.add(layer.name, measured)
+    return partial.found | partial.mine
+
+
+def gather_layers(process: Process, mine: dict[str, LayerID]) -> dict[str, LayerID]:
+    """The layers of all processes."""
+    if process.world_size == 1:
+        return mine
+    everyone: list = [None] * process.world_size
+    dist.all_gather_object(everyone, mine)
+    return {name: layer for one in everyone for name, layer in one.items()}
+
+
+def measure(args: argparse.Namespace) -> IDProfile | None:
+    """Measures a model; returns its profile on the main process, None on the others."""
     folder = Path(args.Path)
-    plot_depth(profile, folder / "ID.png")
-    plot_scale(profile, folder / "scale.png")
-    if args.compare:
-        others = {path: load_profile(path) for path in args.compare}
-        mine = {name: layer.id for name, layer in profile.layers.items()}
-        plot_comparison({str(folder): mine} | others, folder / "compare.png")
-    for kind in ("visual_encoder", "text_"):
-        ids = [layer.id for name, layer in profile.layers.items() if name.startswith(kind)]
-        print(f"{kind.rstrip('_')}: {len(ids)} layers, mean ID {sum(ids) / len(ids):.2f}")
-    print(f"wrote {folder}/profile.json, ID.png, scale.png")
+    require_writable(folder)
+    config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
+    process = init_distributed(chosen_device(args.cpu, args.gpu), timeout_s=PATIENCE_S)
+    keep_freed_memory(process.device)
+    task = TASKS[config["task"]]
+    batch_size = args.batch_size or config["eval_batch_size"]
+    dataset = task.build_datasets(config, args.seed)[0]
+    dataset.check()
+    indices = choose_samples(args.nsamples, len(dataset), args.seed)
+    model = task.build_model(config)
+    weights = args.pruned or config["pretrained"]
+    if not weights:
+        raise UserError("nothing to measure: give --pretrained or --pruned")
+    with main_process_first():  # which downloads, where it is an address
+        fetch(weights)
+    print_once(process, str(load_trained(model, weights)))
+    model.to(process.device).eval()
+    samples = build_samples(
+        dataset,
+        indices,
+        model.tokenize,
+        task.images,
+        batch_size,
+        args.keep_padding,
+        config["num_workers"],
+    )
+    settings = {  # all that the IDs depend on
+        "nsamples": args.nsamples,
+        "seed": args.seed,
+        "fraction": args.fraction,
+        "enough_points": ENOUGH_POINTS,
+        "keep_padding": args.keep_padding,
+        "batch_size": batch_size,
+        "save_distances": args.save_distances,
+        "config": {key: config[key] for key in ("task", "vit", *DATA_KEYS) if key in config},
+        "checkpoint": weights,
+        "checkpoint_sha256": model_hash(model),
+    }
+    partial = PartialProfile(folder, settings, process.rank)
+    capture = plan_share(process, model, samples, set(partial.found), args.memory_gb)
+    clear_other_runs(process, partial, args.save_distances)
+    permutations = block_permutations(args.nsamples, args.seed)
+    found = estimate(capture, permutations, args.fraction, partial, args.save_distances)
+    found = gather_layers(process, found)
+    if not process.is_main:
+        return None
+    layers = {name: found[name] for name in prunable_layers(model)}
+    profile = IDProfile(settings, layers, make_remarks(args.nsamples, layers))
+    profile.write(folder)
+    partial.clear()
+    return profile
+
+
+def estimate_again(folder: Path, fraction: float, seed: int) -> IDProfile:
+    """Other IDs from the distances that an earlier run kept, without the model.
+
+    Args:
+        folder: of that run; its profile is replaced.
+        fraction: of the points, see `estimate_id`.
+        seed: of the blocks.
+
+    Raises:
+        UserError: it kept none, or a later run has begun to replace them.
+    """
+    before = IDProfile.read(folder)
+    if any(profile.settings["save_distances"] for _, profile in partial_profiles(folder)):
+        raise UserError(
+            f"a later run in {folder} has not finished and may have replaced distances: give "
+            "its command again, then -s"
+        )
+    if not before.settings.get("save_distances"):  # any that are there belong to another run
+        raise UserError(f"-s needs a profile measured with --save_distances; {folder} is not")
+    require_writable(folder)
+    n = before.settings["nsamples"]
+    permutations = block_permutations(n, seed)
+    layers = {
+        name: measure_layer(
+            name, layer.features, load_distances(folder, name), fraction, permutations
+        )
+        for name, layer in before.layers.items()
+    }
+    changes = {"fraction": fraction, "block_seed": seed, "enough_points": ENOUGH_POINTS}
+    settings = before.settings | changes
+    profile = replace(before, settings=settings, layers=layers, remarks=make_remarks(n, layers))
+    profile.write(folder)
+    return profile
+
+
+def draw(profile: IDProfile, folder: Path, compare: list[str]) -> list[str]:
+    """Draws the figures of a profile.
+
+    Args:
+        profile: just written.
+        folder: of the files.
+        compare: paths of other profiles, to be drawn into one figure with this one.
+
+    Returns:
+        The names of the files.
+    """
+    figures = {"ID.png": plot_depth(profile), "scale.png": plot_scale(profile)}
+    if compare:
+        own = {name: layer.id for name, layer in profile.layers.items()}
+        others = {path: load_profile(path) for path in compare}
+        figures["compare.png"] = plot_comparison({str(folder): own} | others)
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+    return list(figures)
+
+
+def summary(profile: IDProfile) -> str:
+    """Lines with the mean ID of each modality, and the remarks."""
+    ids: dict[str, list[float]] = {}
+    for name, layer in profile.layers.items():
+        ids.setdefault(modality(name), []).append(layer.id)
+    lines = [f"{k}: {len(v)} layers, mean ID {sum(v) / len(v):.2f}" for k, v in ids.items()]
+    return "\n".join([*lines, *(f"remark: {remark}" for remark in profile.remarks)])
 
 
 def main(args: argparse.Namespace) -> None:
     """Measures or estimates again, then draws."""
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
-    profile = estimate_again(args) if args.skip else measure(args)
+    folder = Path(args.Path)
+    profile = estimate_again(folder, args.fraction, args.seed) if args.skip else measure(args)
     if profile is not None:
-        draw(args, profile)
+        figures = draw(profile, folder, args.compare)
+        print(summary(profile))
+        print(f"wrote to {folder}: profile.json, {', '.join(figures)}")
+        print(f"prune with these IDs: --id_profile {folder}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -285,29 +390,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("-n", "--nsamples", type=int, default=2000, help="samples of the training set")
+    add(
+        "-n",
+        "--nsamples",
+        type=Number(int, FEWEST_POINTS),
+        default=2000,
+        help="samples of the training set (2000)",
+    )
     add("--Path", default="ID/Blip_coco", help="folder for the results")
     device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cpu", action="store_true")
-    device.add_argument("--gpu", type=int, metavar="N", help="which GPU; default: one if present")
+    device.add_argument("--cpu", action="store_true", help="run on the CPU")
+    device.add_argument(
+        "--gpu", type=FROM_ZERO, metavar="N", help="run on GPU N; default: a GPU if there is one"
+    )
     add("-s", "--skip", action="store_true", help="no model: estimate again from kept distances")
     add("--save_distances", action="store_true", help="keep distances for -s, 4 n^2 bytes a layer")
-    add("--fraction", type=float, default=1.0, help="of the points that is fitted, in (0, 1]")
+    add(
+        "--fraction",
+        type=Number(float, 0, 1),
+        default=1.0,
+        help="share of the points that is fitted, in (0, 1]",
+    )
     add("--keep_padding", action="store_true", help="as the original: a batch's padding counts")
-    add("--memory_gb", type=float, help="for activations, states and matrices of each process")
-    add("--compare", nargs="+", default=[], metavar="PROFILE", help="profiles to overlay")
-    add("--batch_size", type=int, help="samples in a forward pass; default: the config's")
-    add("--seed", type=int, default=0, help="of samples and blocks")
+    add(
+        "--memory_gb",
+        type=Number(float, 0),
+        help="for activations, states and matrices of each process",
+    )
+    add("--compare", nargs="+", default=[], metavar="PROFILE", help="draw these profiles, too")
+    add("--batch_size", type=COUNT, help="samples in a forward pass; default: the config's")
+    add("--seed", type=FROM_ZERO, default=0, help="of the choice of samples and blocks")
     add("--config", default="configs/caption_coco.yaml")
     add("--pretrained", help="weights instead of the config's")
     add("--pruned", help="measure pruned weights (a file, or the folder of a pruning run)")
     args = parser.parse_args(argv)
-    if args.nsamples < 3:
-        parser.error("-n: three samples are the least that have an ID, and 2000 are usual")
-    if not 0 < args.fraction <= 1:
-        parser.error("--fraction is a share of the points, in (0, 1]")
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error("--batch_size must be at least 1")
+    if args.fraction == 0:
+        parser.error("argument --fraction: no points are left to fit; 1 takes all")
     return args
 
 

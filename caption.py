@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
+from configs import load_config
 from data.transforms import build_transform
-from engine.run import launch
 from models import build_captioner
 from models.captioner import Captioner
 from models.checkpoint import load_trained
-from utils import UserError, load_config
+from utils import UserError, launch
 
 ROOT = Path(__file__).parent
 EMBEDDED = ROOT / "configs" / "caption_demo.yaml"

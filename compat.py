@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-BOXES_TO_KEEP = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def compiled_operators_load() -> bool:
@@ -33,7 +33,7 @@ def declare_missing_operators() -> bool:
     if compiled_operators_load():
         return False
     for name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{name}", BOXES_TO_KEEP)
+        torch.library.define(f"torchvision::{name}", NMS_SCHEMA)
     return True
 
 

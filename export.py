@@ -20,14 +20,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from engine.run import launch
+from configs import load_config
+from engine.tasks import TASKS
 from evaluation import costs
-from models import build_captioner, build_nlvr, compressed
+from models import compressed
 from models.checkpoint import load_trained, stored_tensors
 from models.huggingface import write_folder
-from utils import UserError, load_config
-
-BUILDERS = {"caption": build_captioner, "nlvr": build_nlvr}
+from utils import UserError, launch
 
 
 @contextmanager
@@ -156,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
     """Exports, then reports."""
     config = load_config(args.config)
     check_flags(args, config)
-    model = BUILDERS[config["task"]](config).eval()
+    model = TASKS[config["task"]].build_model(config).eval()
     print(load_trained(model, args.pruned))
     dtype = getattr(torch, args.dtype)
     if args.to == "compressed":

@@ -16,111 +16,97 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from data import build_caption_datasets
-from engine import loop as training
-from engine import run as launching
-from evaluation import caption_split, contact_sheet, generate_captions, score_results
-from models import build_captioner, load_checkpoint
-from utils import UserError, load_config
-
-
-def evaluate(run: launching.Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
-    """Captions a split over all processes, writes the captions, then scores them.
-
-    Args:
-        run: of `launching.prepare`.
-        model: captioner in eval mode, not wrapped.
-        dataset: the split.
-        split: "val" or "test".
-
-    Returns:
-        `scores` and `left_out` of `evaluation.score_results`; on other processes nothing in them.
-    """
-    loader = launching.eval_loader(run, dataset, run.batch_size)
-    results = results_path(run, split)
-    with run.autocast():
-        caption_split(model, loader, run.config, run.process.device, results)
-    if not run.process.is_main:
-        return {"scores": {}, "left_out": {}}
-    slow = run.args.evaluate  # METEOR takes seconds to start; a validation goes without
-    return score_results(results, ground_truth(run.config, split), run.args.spice, meteor=slow)
-
-
-def results_path(run: launching.Run, split: str) -> Path:
-    """The file of a split's captions."""
-    return run.folder / "results" / f"{split}.json"
-
-
-def ground_truth(config: dict, split: str) -> Path:
-    """The file of a split's references."""
-    return Path(config["coco_gt_root"], f"coco_karpathy_{split}_gt.json")
-
-
-def show(reports: dict[str, dict]) -> None:
-    """Prints the scores by split, and once the tokenizer and what was left out."""
-    for split, report in reports.items():
-        print(f"{split}: {json.dumps(report['scores'])}")
-    print(f"tokens: {report['tokenizer']}")
-    for metric, reason in report["left_out"].items():
-        print(f"{metric} is left out: {reason}")
-
-
-def draw_samples(run: launching.Run, model: nn.Module, dataset: Dataset, split: str) -> None:
-    """Draws a few images of a split with their captions, and with the dense model's beside them.
-
-    Args:
-        run: of `launching.prepare`, on the main process.
-        model: takes the dense weights.
-        dataset: the split, evaluated before.
-        split: "val" or "test".
-    """
-    samples = min(run.args.samples, len(dataset))
-    captions = {"pruned": json.loads(results_path(run, split).read_text())}
-    if run.args.pruned and run.config["pretrained"]:
-        load_checkpoint(model, run.config["pretrained"])
-        drawn = Subset(dataset, [place * len(dataset) // samples for place in range(samples)])
-        with run.autocast():
-            dense = generate_captions(
-                model, DataLoader(drawn, run.batch_size), run.config, run.process.device
-            )
-        captions = {"dense": dense, **captions}
-    sheet = run.folder / "results" / f"{split}_samples.png"
-    contact_sheet(dataset, captions, sheet, samples)
-    print(f"samples: {sheet}", flush=True)
+from configs import FROM_ZERO, load_config
+from engine.flags import add_flags
+from engine.loop import train
+from engine.run import Run, prepare_run
+from engine.tasks import CAPTION, ground_truth, results_path
+from evaluation import contact_sheet, generate_captions, score_results
+from models import load_checkpoint
+from models.weight_files import fetch
+from utils import UserError, launch, main_process_first
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes; with --evaluate or --score_only scores weights or captions."""
     if args.score_only:
-        split = args.score_only.stem
-        if split not in ("val", "test"):
-            raise UserError("--score_only takes the val.json or test.json of an evaluation")
-        references = ground_truth(load_config(args.config, task="caption"), split)
-        show({split: score_results(args.score_only, references, args.spice)})
+        score_again(args)
         return
-    run, model, (train_set, val_set, test_set) = launching.prepare(
-        args, "caption", build_caption_datasets, build_captioner
-    )
-    if args.evaluate:
-        model.eval()
-        splits = {"val": val_set, "test": test_set}
-        reports = {split: evaluate(run, model, data, split) for split, data in splits.items()}
-        if run.process.is_main:
-            show(reports)
-            for split, dataset in splits.items() if args.samples else ():
-                draw_samples(run, model, dataset, split)
+    if not args.evaluate and (args.spice or args.samples):
+        raise UserError("--spice and --samples go with --evaluate")
+    run, model, train_set, splits = prepare_run(args, CAPTION)
+    if not args.evaluate:
+        train(run, model, train_set, splits)
         return
-    training.train(
-        run,
-        model,
-        train_set,
-        validate=lambda: {
-            f"val_{metric}": value
-            for metric, value in evaluate(run, model, val_set, "val")["scores"].items()
-        },
-        best_by="val_CIDEr",
-        model_inputs=lambda batch: batch[:2],  # image, caption; not the image's id
-    )
+    model.eval()
+    dense = find_dense(run) if args.samples else None
+    reports = {split: CAPTION.evaluate(run, model, data, split) for split, data in splits.items()}
+    if run.process.is_main:
+        show(reports)
+        for split, dataset in splits.items() if args.samples else ():
+            draw_samples(run, model, dataset, split, dense)
+        print(f"wrote {run.folder / 'results'}", flush=True)
+
+
+def score_again(args: argparse.Namespace) -> None:
+    """Scores a file of captions that an evaluation wrote.
+
+    Raises:
+        UserError: the file's name does not tell its split.
+    """
+    split = args.score_only.stem
+    if split not in CAPTION.held_out:
+        raise UserError("--score_only takes the val.json or test.json of an evaluation")
+    references = ground_truth(load_config(args.config, task="caption"), split)
+    show({split: score_results(args.score_only, references, args.spice)})
+
+
+def show(reports: dict[str, dict]) -> None:
+    """Prints the scores by split, and once the tokenizer, what was left out, and remarks."""
+    for split, report in reports.items():
+        print(f"{split}: {json.dumps(report['scores'])}")
+    print(f"tokens: {report['tokenizer']}")
+    for metric, reason in report["left_out"].items():
+        print(f"{metric} is left out: {reason}")
+    for remark in report["remarks"]:
+        print(f"note: {remark}")
+
+
+def find_dense(run: Run) -> Path | None:
+    """The dense weights whose captions stand beside the pruned ones', if there are any.
+
+    All processes call it, before the work: a download must not keep the others waiting later.
+    """
+    if not (run.args.pruned and run.config["pretrained"]):
+        return None
+    with main_process_first():
+        return fetch(run.config["pretrained"])
+
+
+def draw_samples(
+    run: Run, model: nn.Module, dataset: Dataset, split: str, dense: Path | None
+) -> None:
+    """Draws a few images of a split with their captions, and with the dense model's beside them.
+
+    Args:
+        run: of `prepare_run`, on the main process.
+        model: takes the dense weights.
+        dataset: the split, evaluated before.
+        split: "val" or "test".
+        dense: weights of `find_dense`.
+    """
+    samples = min(run.args.samples, len(dataset))
+    captions = {"pruned": json.loads(results_path(run, split).read_text())}
+    if dense is not None:
+        load_checkpoint(model, dense)
+        drawn = Subset(dataset, [place * len(dataset) // samples for place in range(samples)])
+        batches = DataLoader(drawn, run.config["eval_batch_size"])
+        with run.autocast():
+            of_dense = generate_captions(model, batches, run.config, run.process.device)
+        captions = {"dense": of_dense, **captions}
+    sheet = run.folder / "results" / f"{split}_samples.png"
+    contact_sheet(dataset, captions, sheet, samples)
+    print(f"samples: {sheet}", flush=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -128,13 +114,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    launching.add_flags(parser, config="configs/caption_coco.yaml", warmups=(1, 1))
-    scores = parser.add_argument_group("scores")
+    scores = add_flags(parser, CAPTION.config, CAPTION.warmups)
     scores.add_argument("--spice", action="store_true", help="also SPICE; downloads its models")
-    scores.add_argument("--samples", type=int, default=0, help="images to draw with their captions")
+    scores.add_argument(
+        "--samples", type=FROM_ZERO, default=0, help="images to draw with their captions"
+    )
     scores.add_argument("--score_only", type=Path, help="score this file of captions again")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    launching.launch(main, parse_args())
+    launch(main, parse_args())

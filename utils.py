@@ -1,123 +1,40 @@
-"""What every script needs: configs, atomic files, seeds, and one or several processes."""
+"""What every script needs: atomic files, seeds, devices, and one or several processes."""
 
+import argparse
 import ctypes
+import errno
 import json
 import os
 import platform
 import random
+import sys
 import tempfile
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from tqdm import tqdm
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-REQUIRED = object()
+# what a file system answers, unlike a network whose answer is being written
+_FILE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
+_FILE_ERRORS |= {errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+ANSWER_SECONDS = 30  # that a download waits for its server
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: flags, config, files, data. The message says the remedy.
 
-    `engine.run.launch` ends a script with this one sentence and exit code 2. Every other exception
+    `launch` ends a script with this one sentence and exit code 2. Every other exception
     is a fault of the program and keeps its traceback.
     """
-
-
-# key -> (accepted types, default). A config may hold these keys and no others.
-_MODEL_KEYS = {
-    "pretrained": (str, ""),
-    "vit": ((str, dict), REQUIRED),
-    "vit_grad_ckpt": (bool, False),
-    "vit_ckpt_layer": (int, 0),
-    "med_config": ((str, dict), "configs/med_config.json"),
-    "tokenizer": (str, "bert-base-uncased"),
-    "image_size": (int, REQUIRED),
-}
-_RUN_KEYS = {
-    "image_root": (str, REQUIRED),
-    "ann_root": (str, REQUIRED),
-    "id_profile": (str, ""),
-    "init_lr": (float, REQUIRED),
-    "min_lr": (float, 0.0),
-    "weight_decay": (float, 0.0),
-    "max_epoch": (int, REQUIRED),
-    "augment": (bool, True),
-    "num_workers": (int, 4),
-}
-CONFIG_KEYS = {
-    "caption": {
-        **_MODEL_KEYS,
-        **_RUN_KEYS,
-        "coco_gt_root": (str, REQUIRED),
-        "batch_size": (int, REQUIRED),
-        "prompt": (str, "a picture of "),
-        "max_words": (int, 30),
-        "max_length": (int, 20),
-        "min_length": (int, 5),
-        "num_beams": (int, 3),
-        "length_normalization": (str, "total"),
-    },
-    "nlvr": {
-        **_MODEL_KEYS,
-        **_RUN_KEYS,
-        "batch_size_train": (int, REQUIRED),
-        "batch_size_test": (int, REQUIRED),
-        "max_words": (int, 40),
-    },
-}
-
-
-def load_config(path: str, overrides: dict | None = None, task: str | None = None) -> dict:
-    """Reads an experiment from YAML and checks its keys.
-
-    Args:
-        path: YAML 1.2 file, so that `1e-5` is a number.
-        overrides: values that replace the file's; None values are passed over.
-        task: "caption" or "nlvr"; None takes the one whose keys the file has.
-
-    Returns:
-        Every key of the task, defaults filled in, plus "task".
-
-    Raises:
-        ValueError: the file is unreadable, or a key is unknown, missing or of the wrong type.
-    """
-    try:
-        raw = YAML(typ="safe", pure=True).load(Path(path).read_text())
-    except (OSError, YAMLError) as error:
-        raise UserError(f"cannot read the config {path}: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"the config {path} must be a mapping of keys to values")
-    if task is None:
-        task = "nlvr" if "batch_size_train" in raw else "caption"
-    raw.update({key: value for key, value in (overrides or {}).items() if value is not None})
-    known = CONFIG_KEYS[task]
-    unknown = sorted(set(raw) - set(known))
-    if unknown:
-        raise UserError(f"{path}: unknown keys {unknown}; a {task} config has {sorted(known)}")
-    missing = sorted(k for k, (_, default) in known.items() if default is REQUIRED and k not in raw)
-    if missing:
-        raise UserError(f"{path}: missing keys {missing}")
-    config = {"task": task}
-    for key, (types, default) in known.items():
-        config[key] = _checked(path, key, raw[key], types) if key in raw else default
-    return config
-
-
-def _checked(path: str, key: str, value, types):
-    """The value as one of the types; whole numbers pass as floats, booleans not as numbers."""
-    if types is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, types) or (types is int and isinstance(value, bool)):
-        names = [t.__name__ for t in (types if isinstance(types, tuple) else (types,))]
-        raise UserError(f"{path}: {key} is {value!r}, but must be of type {' or '.join(names)}")
-    return value
 
 
 @contextmanager
@@ -125,11 +42,15 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
     """Opens a file that appears under its name whole or not at all.
 
     The bytes go to a temporary file beside it, which is synced to disk and then renamed.
+
+    Raises:
+        UserError: the place cannot be written, or the disk is full; what stood there is as before.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, mode) as file:
             yield file
             file.flush()
@@ -138,8 +59,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        # torch.save puts an error of its own on top of the file's
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
+            raise UserError(f"cannot write {path}: {cause.strerror}") from error
         raise
 
 
@@ -171,39 +97,105 @@ class Process:
         return self.rank == 0
 
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SRUN = (
+    "srun --ntasks-per-node=1 python -m torch.distributed.run --nnodes=$SLURM_NNODES "
+    "--nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29505 SCRIPT FLAGS"
+)
+
+
+def launched_processes() -> int:
+    """How many processes torchrun started; 1 under plain `python`.
+
+    Raises:
+        UserError: some of torchrun's variables are set and others not, or they are no numbers; or
+            SLURM started several tasks, which know nothing of each other without torchrun.
+    """
+    values = {name: os.environ.get(name, "") for name in LAUNCHER}
+    missing = [name for name, value in values.items() if not value]
+    if missing == list(LAUNCHER):
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1":
+            raise UserError(
+                f"SLURM started {tasks} tasks, but not through torchrun: each would do it all "
+                f"and write the same files. Start one task on each node: {SRUN}"
+            )
+        return 1
+    set_names = [name for name in LAUNCHER if name not in missing]
+    if missing:
+        raise UserError(
+            f"{', '.join(set_names)} {'is' if len(set_names) == 1 else 'are'} set in the "
+            f"environment, but not {', '.join(missing)}: torchrun sets them all. Unset them, or "
+            "start with python -m torch.distributed.run"
+        )
+    numbers = [name for name in LAUNCHER if name != "MASTER_ADDR" and not values[name].isdigit()]
+    if numbers:
+        raise UserError(f"{numbers[0]} is {values[numbers[0]]!r} in the environment: not a number")
+    return int(values["WORLD_SIZE"])
+
+
+def choose_device(device: str, processes: int) -> torch.device:
+    """The device that a process computes on.
+
+    Args:
+        device: "auto" (an accelerator if there is one), "cpu", or an accelerator's type such as
+            "cuda", "xpu", "mps", with or without an index. Without one, each process takes the
+            device of its local rank.
+        processes: how many there are.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        device = present.type if present else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N, mps or xpu") from None
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if present is None or chosen.type != present.type:
+        there = f"torch sees {present.type}" if present else "torch sees no GPU"
+        raise UserError(f"{device} is asked for, but {there}: take the CPU (--device cpu, --cpu)")
+    if chosen.index is not None and processes > 1:
+        raise UserError(
+            f"{device} is asked for under torchrun, where each process needs a device of its own: "
+            f"say {chosen.type} alone, and choose among devices with CUDA_VISIBLE_DEVICES"
+        )
+    index = int(os.environ.get("LOCAL_RANK") or 0) if chosen.index is None else chosen.index
+    if index >= torch.accelerator.device_count():
+        raise UserError(
+            f"{chosen.type}:{index} is asked for, but there are {torch.accelerator.device_count()} "
+            "such devices: start fewer processes (--nproc_per_node), or name another"
+        )
+    return torch.device(chosen.type, index)
+
+
 def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process:
     """Joins the processes that torchrun started, or stands alone under plain `python`.
 
     Args:
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Under torchrun each
-            process on "cuda" takes the GPU of its local rank.
+        device: see `choose_device`.
         timeout_s: a collective that waits longer for another process ends this one. It covers the
             longest work of one process alone (scoring, a download); a process that dies closes its
             connections, which ends the others at once.
 
     Raises:
-        ValueError: the device is not there.
+        UserError: the device is not there, or the launcher's variables are not whole.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"{device} is asked for, but torch sees no GPU: take --device cpu (ComputeID.py: --cpu)"
-        )
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    chosen = torch.device(device)
-    if chosen.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        index = local_rank if chosen.index is None else chosen.index
-        if index >= torch.cuda.device_count():
-            raise UserError(f"GPU {index} is asked for, but there are {torch.cuda.device_count()}")
-        chosen = torch.device("cuda", index)
-        torch.cuda.set_device(chosen)
+    world_size = launched_processes()
+    chosen = choose_device(device, world_size)
+    if chosen.type != "cpu":
+        torch.accelerator.set_device_index(chosen.index)
     if world_size > 1 and not dist.is_initialized():
-        # host numbers go over gloo, so that exchanging them waits for no GPU
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        # what processes tell each other from the host goes over gloo, so that it waits for no GPU
+        backend = "gloo"
+        if chosen.type != "cpu":
+            own = dist.get_default_backend_for_device(chosen.type)
+            backend = f"cpu:gloo,{chosen.type}:{own}"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return Process(int(os.environ.get("RANK", 0)), world_size, chosen)
+    return Process(int(os.environ["RANK"]) if world_size > 1 else 0, world_size, chosen)
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -230,6 +222,26 @@ def barrier() -> None:
         dist.barrier()
 
 
+def sum_over_processes(values: list[float]) -> list[float]:
+    """Sums host values over all processes, without waiting for a GPU.
+
+    A process that has died is noticed here at once, for its connection is closed.
+    """
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_from_processes(value) -> list:
+    """The values of all processes, in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """Lets the main process run the block (a download, say) before the others do."""
@@ -240,3 +252,42 @@ def main_process_first() -> Iterator[None]:
     finally:
         if is_main():
             barrier()
+
+
+def download(url: str, path: str | Path) -> None:
+    """Downloads a file; `path` appears once it is whole. Long downloads show a progress bar.
+
+    Raises:
+        OSError: there is no answer, the connection breaks, or the file cannot be written.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+            bar = tqdm(total=size or None, unit="B", unit_scale=True, desc=str(path), delay=5.0)
+            with bar, atomic_write(path, "wb") as file:
+                while chunk := answer.read(2**20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                if file.tell() < size:
+                    raise OSError(f"the connection broke after {file.tell()} of {size} bytes")
+    except (OSError, HTTPException) as error:
+        raise OSError(str(error) or type(error).__name__) from error
+
+
+def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Runs a script's `main`; a user's mistake ends it with its sentence instead of a traceback.
+
+    Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError`, whose
+    sentence every process that met it prints; 75 (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT
+    stopped training, and the same command goes on from the newest checkpoint.
+    """
+    try:
+        main(args)
+    except UserError as error:
+        rank = os.environ.get("RANK") or "0"
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Times the pruner on tensors of BLIP-base captioning's sizes, 198 million prunable numbers.
+"""Times the pruner on tensors of BLIP-base captioning's sizes, 198 million parameters.
 
     python -m benchmarks.pruner
 
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     pruner = build_pruner(build_layers())
     plain = Straightforward(pruner)
     rank = int(pruner.numel * (1 - REMAINING))
-    print(f"{len(pruner.parameters)} tensors, {pruner.numel:,} numbers, ", end="")
+    print(f"{len(pruner.parameters)} tensors, {pruner.numel:,} parameters, ", end="")
     print(f"{torch.get_num_threads()} threads")
     print(f"{'':32} {'ours':>9} {'straightforward':>18} {'copy bound':>11}")
 
@@ -139,12 +139,12 @@ def main(argv: list[str] | None = None) -> None:
             f"{what:32} {ours:7.3f} s {compared} {bound:7.3f} s {ours / bound:5.2f} x", flush=True
         )
 
-    def copy() -> None:  # 8 bytes a number: the yardstick
+    def copy() -> None:  # 8 bytes a parameter: the yardstick
         for name, target in plain.ipt.items():
             target.copy_(pruner.score.state["ipt"][name])
 
     def find() -> float:
-        return kth_smallest(pruner.score, pruner.numel, rank)
+        return kth_smallest(pruner.score, pruner.numel, rank)[0]
 
     def find_and_mask() -> None:
         mask_(pruner.score, find())

@@ -27,16 +27,20 @@ from torch import nn
 
 import train_caption
 from benchmarks.pruner import Straightforward
+from data.image_dataset import ImageDataset
 from data.scenes.words import vocabulary
-from engine import loop as training
-from engine import run as launching
+from engine.loop import train_step
+from engine.plan import StepPlan, plan_steps
+from engine.run import Run, start
+from engine.state import build_pruner, build_state
+from engine.tasks import CAPTION
 from models import Captioner, build_captioner
 from utils import keep_freed_memory
 
 DELTA_T = 10
 EVENTS = {"cubic": 1 / DELTA_T, "run": (3 / DELTA_T + 1) / 5}  # share of the steps
 FIRST_STEP = 209  # of 1000, in the cubic phase; 210 is a mask event
-CAPTION = "a picture of a small red circle to the left of a large blue square on a white background"
+TEXT = "a picture of a small red circle to the left of a large blue square on a white background"
 
 Step = Callable[[int], None]
 
@@ -90,11 +94,11 @@ def release_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def straightforward(run: launching.Run, model: Captioner, batch: tuple) -> Step:
+def straightforward(run: Run, model: Captioner, batch: tuple) -> Step:
     """The loop that one would write first."""
     fuse_attention(model, False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
-    pruner = training.build_pruner(run.args, model, plan(run))
+    pruner = build_pruner(run, model, plan(run))
     schedule, numel, plain = pruner.schedule, pruner.numel, Straightforward(pruner)
     del pruner
 
@@ -109,16 +113,16 @@ def straightforward(run: launching.Run, model: Captioner, batch: tuple) -> Step:
     return step
 
 
-def ours(run: launching.Run, model: Captioner, batch: tuple, amp: str) -> Step:
+def ours(run: Run, model: Captioner, batch: tuple, amp: str) -> Step:
     """The trainer's step."""
     run.args.amp = amp
     keep_freed_memory(run.process.device)
     fuse_attention(model, True)
-    state = training.build_state(run, model, samples=1000 * run.samples_per_step)
+    state = build_state(run, model, ImageDataset([{}] * 1000 * run.samples_per_step, ".", None))
     state.progress.step = FIRST_STEP - 2
 
     def step(number: int) -> None:
-        training.train_step(run, state, [batch], [1.0])
+        train_step(run, state, [batch], [1.0])
         assert state.progress.step == number
 
     return step
@@ -130,22 +134,22 @@ def fuse_attention(model: Captioner, fused: bool) -> None:
         block.attn.fused_attn = fused
 
 
-def plan(run: launching.Run) -> training.Plan:
+def plan(run: Run) -> StepPlan:
     """A run of 1000 steps."""
-    return training.plan_steps(run.args, 1000 * run.samples_per_step, run.samples_per_step, 1)
+    return plan_steps(run.args, 1000 * run.samples_per_step, run.samples_per_step, 1)
 
 
-def prepare(args: argparse.Namespace, folder: str) -> tuple[launching.Run, nn.Module, tuple]:
+def build_run(args: argparse.Namespace, folder: str) -> tuple[Run, nn.Module, tuple]:
     """BLIP base with random weights, and a batch of noise with one caption."""
     torch.manual_seed(0)
     Path(folder, "vocab.txt").write_text("\n".join(vocabulary()))
     flags = ["--warmup_steps", "50", "--output_dir", folder, "--batch_size", str(args.batch_size)]
     flags += ["--device", args.device]
-    run = launching.start(train_caption.parse_args(flags), "caption")
+    run = start(train_caption.parse_args(flags), CAPTION)
     sizes = {"vit": args.vit, "image_size": args.image_size, "tokenizer": folder}
     model = build_captioner({**run.config, **sizes}).to(run.process.device).train()
     image = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
-    return run, model, (image.to(run.process.device), [CAPTION] * args.batch_size)
+    return run, model, (image.to(run.process.device), [TEXT] * args.batch_size)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        run, model, batch = prepare(args, folder)
+        run, model, batch = build_run(args, folder)
         columns = "".join(f"{name:>10}" for name in ("ordinary", "event", *EVENTS))
         print(f"{'seconds a step':16}{columns} {'memory':>10}")
         for name, loop in loops.items():

@@ -1,65 +1,56 @@
 """Annotation files: found, or downloaded from where BLIP's authors published them."""
 
-import json
-import shutil
-import urllib.request
 from pathlib import Path
 
-from utils import UserError, atomic_write, barrier, is_main
+import torch
+import torch.distributed as dist
+
+from utils import UserError, download, is_main
 
 PUBLISHED_AT = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
-TIMEOUT = 30  # seconds without an answer
 
 
-def annotation_file(root: str | Path, name: str) -> Path:
-    """Finds an annotation file; the main process downloads it when it is missing.
+def annotation_files(*wanted: tuple[str | Path, str]) -> list[Path]:
+    """Finds annotation files; the main process downloads those that are missing.
 
     Where processes are distributed, all of them must call this.
 
     Args:
-        root: Folder of annotation files; created for a download.
-        name: File name, for instance `coco_karpathy_train.json`.
+        wanted: Of each file the folder, which is created for a download, and the name, for
+            instance `coco_karpathy_train.json`.
 
     Returns:
-        The path of the file, which exists.
+        The paths of the files, which exist.
 
     Raises:
-        UserError: If the file is missing and cannot be downloaded.
+        UserError: Files are missing and cannot be downloaded; names all of them, on every process.
     """
-    path, reason = Path(root) / name, "the main process could not download it"
-    if is_main() and not path.is_file():
-        try:
-            download(f"{PUBLISHED_AT}/{name}", path)
-        except OSError as error:
-            reason = str(error)
-    barrier()
-    if not path.is_file():
+    paths = [Path(root) / name for root, name in wanted]
+    reason = [_download_missing(paths) if is_main() else ""]
+    if dist.is_initialized():
+        dist.broadcast_object_list(reason, device=torch.device("cpu"))
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        files = "".join(f"\n  {PUBLISHED_AT}/{path.name} to {path}" for path in missing)
         raise UserError(
-            f"annotation file {path} is missing and could not be downloaded ({reason}). Download "
-            f"{PUBLISHED_AT}/{name} yourself and put it at {path}; or use a demo config, which "
-            "needs no download: python -m data.scenes makes its data"
+            f"annotation files are missing ({reason[0] or 'the main process has them'}). Put{files}"
+            "\nor use a demo config, which needs none of them: python -m data.scenes makes its data"
         )
-    return path
+    return paths
 
 
-def download(url: str, path: Path) -> None:
-    """Downloads a file; `path` appears only once it is complete."""
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "wb") as file:
-            shutil.copyfileobj(response, file)
-
-
-def read_annotation(root: str | Path, name: str) -> list[dict]:
-    """Reads an annotation file that is a list of records, see `annotation_file`.
-
-    Raises:
-        ValueError: If the file is not JSON.
-    """
-    path = annotation_file(root, name)
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"annotation file {path} is not valid JSON ({error}): delete it to download it again"
-        ) from error
+def _download_missing(paths: list[Path]) -> str:
+    """Downloads until one fails; returns why it failed, or an empty string."""
+    for path in paths:
+        if path.is_file():
+            continue
+        try:
+            download(f"{PUBLISHED_AT}/{path.name}", path)
+            with open(path, "rb") as file:
+                start = file.read(64).lstrip(b"\xef\xbb\xbf \r\n")
+            if not start.startswith((b"[", b"{")):
+                path.unlink()  # a portal's or proxy's page, which this process has just written
+                return f"what {PUBLISHED_AT}/{path.name} answers is not JSON; is it a proxy's page?"
+        except OSError as error:
+            return f"the download failed: {error}"
+    return ""

@@ -1,40 +1,91 @@
 """What caption and statement datasets share: images on disk, their errors, reproducible chance."""
 
-from collections.abc import Callable, Iterator
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data.records import listed
 from data.samplers import derived_seed
 from utils import UserError
 
 
-class BadImageError(ValueError):
+class BadImageError(UserError):
     """An image file that is missing or cannot be decoded."""
 
 
 def open_image(path: str) -> Image.Image:
-    """Decodes an image as RGB.
+    """Decodes an image as RGB with 8 bits.
 
     Raises:
-        BadImageError: If the file is missing or damaged; the message names it.
+        BadImageError: If it cannot be done, for whatever reason; the message names the file.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # PIL reports a damaged PNG as a SyntaxError
-        raise BadImageError(f"cannot read image {path}: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise what they meet in a damaged file
+        raise BadImageError(
+            f"cannot read image {path}: {str(error) or type(error).__name__}. Mend or replace it; "
+            "training goes on without such images under --skip_bad_images"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts as Pillow does, and grey of 16 bits, which Pillow cuts off at 255, by its high byte.
+
+    That is what Pillow makes of colours of 16 bits. (The original code sees 16-bit grey as white.)
+
+    Raises:
+        ValueError: If the pixels are integers of 32 bits or floats, whose range is not known.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels ({image.mode}) are of unknown range: save it with 8 bits")
+    return image.convert("RGB")
+
+
+def missing_files(paths: Iterable[str]) -> list[str]:
+    """Those of the paths that are no files; each folder is listed once."""
+    by_folder = defaultdict(list)
+    for path in paths:
+        folder, name = os.path.split(path)
+        by_folder[folder].append(name)
+    missing = []
+    for folder, names in by_folder.items():
+        present = _files_in(folder)
+        absent = (os.path.join(folder, name) for name in names if name not in present)
+        # a file system that takes a.JPG for a.jpg lists one name only
+        missing += [path for path in absent if not os.path.isfile(path)]
+    return missing
+
+
+def _files_in(folder: str) -> set[str]:
+    """The names of a folder's files; none where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (OSError, ValueError):  # ValueError: no file system has such a name
+        return set()
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Seeds torch's CPU generator from `numbers` inside the block and restores it after."""
+def seeded(*parts: int) -> Iterator[None]:
+    """Seeds torch's CPU generator from `parts` inside the block and restores it after."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed the accelerators, which nobody restores
-        torch.default_generator.manual_seed(derived_seed(*numbers))
+        torch.default_generator.manual_seed(derived_seed(*parts))
         yield
 
 
@@ -52,7 +103,6 @@ class ImageDataset(Dataset):
 
     Attributes:
         skip_bad_images: Whether an unreadable image is replaced by the next sample (for training).
-        bad_images: How often that happened, counted over all loader workers.
     """
 
     def __init__(
@@ -61,64 +111,73 @@ class ImageDataset(Dataset):
         self.records, self.image_root = records, Path(image_root)
         self.transform, self.seed = transform, seed
         self.skip_bad_images = False
-        self.bad_images = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def load(self, index: int) -> tuple:
         """One item; random choices are drawn from torch's global generator."""
         raise NotImplementedError
 
+    def image_names(self, index: int) -> list[str]:
+        """The image files that an item is made of, as the annotation names them."""
+        raise NotImplementedError
+
     def image_paths(self, index: int) -> list[str]:
         """The image files that an item is made of."""
-        raise NotImplementedError
+        return [str(self.image_root / name) for name in self.image_names(index)]
 
     def __len__(self) -> int:
         """Number of records."""
         return len(self.records)
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple:
-        """The item, see the subclass; a plain index stands for epoch 0."""
-        index, epoch = index if isinstance(index, tuple) else (index, 0)
-        for _ in range(len(self)):
+        """The item of `fetch`."""
+        return self.fetch(index)[0]
+
+    def fetch(self, index: int | tuple[int, int]) -> tuple[tuple, int]:
+        """Loads an item, or with `skip_bad_images` the next one whose images can be read.
+
+        Args:
+            index: Of the record, or (index, epoch); a plain index stands for epoch 0.
+
+        Returns:
+            The item, see the subclass, and how many were passed over for it.
+
+        Raises:
+            BadImageError: If an image cannot be read and is not to be skipped.
+            UserError: If no image at all can be read.
+        """
+        first, epoch = index if isinstance(index, tuple) else (index, 0)
+        for skipped in range(len(self)):
+            place = (first + skipped) % len(self)
             try:
-                with seeded(self.seed, epoch, index):
-                    return self.load(index)
+                with seeded(self.seed, epoch, place):
+                    return self.load(place), skipped
             except BadImageError:
                 if not self.skip_bad_images:
                     raise
-                self.bad_images += 1
-                index = (index + 1) % len(self)
         raise UserError(f"no image under {self.image_root} can be read (config key image_root)")
 
     def open(self, path: str) -> torch.Tensor:
         """The transformed image (3, S, S)."""
         return self.transform(open_image(path))
 
-    def check(self, sample: int = 20) -> None:
-        """Reads some images, so that a wrong folder fails before a run and not within it.
+    def check(self) -> None:
+        """Looks whether all image files exist, in the listings of their folders; reads none.
 
-        With `skip_bad_images` no image is read.
-
-        Args:
-            sample: Records to try, evenly spaced.
+        With `skip_bad_images` one that exists is enough.
 
         Raises:
-            UserError: If the image root or one of the images does not exist.
-            ValueError: If there are no records, or an image is damaged.
+            UserError: If the image root or an image does not exist.
         """
-        if not self.records:
-            raise UserError("the annotation file has no records: is config key ann_root right?")
         if not self.image_root.is_dir():
             raise UserError(
                 f"image folder {self.image_root} does not exist: set config key image_root to "
                 "where the images are, or use a demo config (python -m data.scenes makes its data)"
             )
-        if self.skip_bad_images:
-            return
-        for index in range(0, len(self), max(1, len(self) // sample)):
-            for path in self.image_paths(index):
-                if not Path(path).is_file():
-                    raise UserError(
-                        f"image {path} does not exist: it is named by the annotation file, so "
-                        "config keys image_root and ann_root must belong to the same data"
-                    )
-                open_image(path)
+        names = {name for index in range(len(self)) for name in self.image_names(index)}
+        missing = missing_files(os.path.join(self.image_root, name) for name in names)
+        if missing and not (self.skip_bad_images and len(missing) < len(names)):
+            raise UserError(
+                f"{len(missing)} of {len(names)} images do not exist: {listed(sorted(missing))}. "
+                "They are named by the annotation file, so config keys image_root and ann_root "
+                "must belong to the same data"
+            )

@@ -1,16 +1,17 @@
 """NLVR2: is a statement about a pair of images true?"""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from data.annotation import read_annotation
+from data.annotation import annotation_files
 from data.captions import normalize_caption
 from data.image_dataset import ImageDataset
+from data.records import STATEMENTS, read_all, read_records
 from data.transforms import build_transform
 
-LABELS = {"False": 0, "True": 1}
 OTHER_SIDE = {"left": "right", "right": "left"}
 
 
@@ -18,7 +19,7 @@ class NlvrDataset(ImageDataset):
     """Items `(left image (3, S, S), right image (3, S, S), statement, label 0 or 1)`.
 
     Args:
-        records: Dictionaries with `sentence`, `label` ("True" or "False") and two `images`.
+        records: Dictionaries with `sentence`, `label` (0 or 1) and two `images`.
         image_root: See `ImageDataset`.
         transform: See `ImageDataset`.
         max_words: Longest statement.
@@ -39,9 +40,9 @@ class NlvrDataset(ImageDataset):
         super().__init__(records, image_root, transform, seed)
         self.max_words, self.swap = max_words, swap
 
-    def image_paths(self, index: int) -> list[str]:
-        """The left and the right image file, before any swap."""
-        return [str(self.image_root / image) for image in self.records[index]["images"]]
+    def image_names(self, index: int) -> list[str]:
+        """The left and the right image file, below the image root, before any swap."""
+        return self.records[index]["images"]
 
     def load(self, index: int) -> tuple[torch.Tensor, torch.Tensor, str, torch.Tensor]:
         """The item, see the class."""
@@ -50,7 +51,7 @@ class NlvrDataset(ImageDataset):
         sentence = self.text(index)
         if self.swap and torch.rand(()) < 0.5:
             left, right, sentence = right, left, mirror(sentence)
-        return left, right, sentence, torch.tensor(LABELS[record["label"]])
+        return left, right, sentence, torch.tensor(record["label"])
 
     def text(self, index: int) -> str:
         """The item's statement, before any swap."""
@@ -74,16 +75,18 @@ def build_nlvr_datasets(
 
     Returns:
         Training, development and test set.
+
+    Raises:
+        UserError: Files are missing, or records are wrong; all of them are told.
     """
-
-    def dataset(split: str, training: bool) -> NlvrDataset:
-        return NlvrDataset(
-            read_annotation(config["ann_root"], f"nlvr_{split}.json"),
-            config["image_root"],
-            build_transform(config["image_size"], config["augment"] and training),
-            config["max_words"],
-            swap=training,
-            seed=seed,
-        )
-
-    return dataset("train", True), dataset("dev", False), dataset("test", False)
+    root, max_words = config["image_root"], config["max_words"]
+    splits = ("train", "dev", "test")
+    files = annotation_files(*((config["ann_root"], f"nlvr_{split}.json") for split in splits))
+    train, dev, test = read_all(*(partial(read_records, file, STATEMENTS) for file in files))
+    transform = build_transform(config["image_size"], config["augment"])
+    plain = build_transform(config["image_size"], augment=False)
+    return (
+        NlvrDataset(train, root, transform, max_words, swap=True, seed=seed),
+        NlvrDataset(dev, root, plain, max_words, swap=False),
+        NlvrDataset(test, root, plain, max_words, swap=False),
+    )

@@ -9,9 +9,9 @@ from torch.utils.data import Sampler
 from utils import UserError
 
 
-def derived_seed(*numbers: int) -> int:
+def derived_seed(*parts: int) -> int:
     """A 64-bit seed from non-negative integers, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
 class TrainBatchSampler(Sampler):

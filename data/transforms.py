@@ -49,7 +49,12 @@ def build_transform(image_size: int, augment: bool) -> Callable:
 
 
 def random_operation() -> Callable:
-    """One of ten operations of RandAugment (Cubuk et al., 2020), with probability 0.5.
+    """One of the ten operations, with probability 0.5."""
+    return v2.RandomApply([v2.RandomChoice(list(operations().values()))], p=0.5)
+
+
+def operations() -> dict[str, Callable]:
+    """The ten operations of RandAugment (Cubuk et al., 2020) that BLIP takes, by name.
 
     At this level the factor of brightness and sharpness is 1, which changes nothing: so it was in
     BLIP, whose proportions of changed and unchanged images this keeps.
@@ -57,25 +62,18 @@ def random_operation() -> Callable:
     factor = 0.1 + 1.8 * LEVEL
     shear, shift, angle = 0.3 * LEVEL, round(10 * LEVEL), 30 * LEVEL  # slope, pixels, degrees
     slope = torch.rad2deg(torch.atan(torch.tensor(shear))).item()
-    return v2.RandomApply(
-        [
-            v2.RandomChoice(
-                [
-                    v2.Identity(),
-                    v2.RandomAutocontrast(p=1.0),
-                    v2.ColorJitter(brightness=(factor, factor)),
-                    v2.RandomAdjustSharpness(factor, p=1.0),
-                    v2.RandomEqualize(p=1.0),
-                    either_sign(lambda sign: affine(shear=[sign * slope, 0.0], center=[0, 0])),
-                    either_sign(lambda sign: affine(shear=[0.0, sign * slope], center=[0, 0])),
-                    either_sign(lambda sign: affine(translate=[sign * shift, 0])),
-                    either_sign(lambda sign: affine(translate=[0, sign * shift])),
-                    either_sign(lambda sign: affine(angle=sign * angle)),
-                ]
-            )
-        ],
-        p=0.5,
-    )
+    return {
+        "identity": v2.Identity(),
+        "autocontrast": v2.RandomAutocontrast(p=1.0),
+        "brightness": v2.ColorJitter(brightness=(factor, factor)),
+        "sharpness": v2.RandomAdjustSharpness(factor, p=1.0),
+        "equalize": v2.RandomEqualize(p=1.0),
+        "shear x": either_sign(lambda sign: affine(shear=[sign * slope, 0.0], center=[0, 0])),
+        "shear y": either_sign(lambda sign: affine(shear=[0.0, sign * slope], center=[0, 0])),
+        "translate x": either_sign(lambda sign: affine(translate=[sign * shift, 0])),
+        "translate y": either_sign(lambda sign: affine(translate=[0, sign * shift])),
+        "rotate": either_sign(lambda sign: affine(angle=sign * angle)),
+    }
 
 
 def either_sign(operation: Callable[[int], Callable]) -> Callable:

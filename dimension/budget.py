@@ -2,9 +2,9 @@
 
 A stage (`models.stages.Stage`) is run over all samples; its layers' outputs are kept, turned into
 distances and dropped. Where they do not fit together, the stage runs in several passes; all but
-the last of them stop at the last output they keep. A layer that does not fit alone is cut by
-tokens into pieces of whole segments. Segments do not depend on the budget, and so neither do the
-sums over them.
+the last of them stop at the last output they keep. What a pass keeps are segments: runs of a
+layer's tokens, over which its squared distances add up. Segments do not depend on the budget, and
+so neither do the sums.
 """
 
 import re
@@ -16,7 +16,8 @@ from models.stages import Stage
 from utils import UserError
 
 FLOAT32 = 4  # bytes
-SEGMENT_NUMBERS = 2**26  # of all samples, whose distances are computed at a time: 256 MB
+ALIGNMENT = 16  # elements: 64 bytes, at which every segment starts; see `Segment.room`
+SEGMENT_ELEMENTS = 2**26  # of all samples: 256 MB
 WORKSPACE = 2**27  # bytes for chunks of features and their products
 MATRICES = 4  # (n, n) in float64: a layer's sum, a segment's term, and what the estimate needs
 BATCH_OUTPUTS = 4  # of the widest layer, alive at a time within a stage
@@ -28,14 +29,19 @@ class LayerShape(NamedTuple):
     Attributes:
         name: of the module.
         tokens: L of its output (B, L, width).
-        width: numbers of a token.
-        flops: of one sample, from the stage's start to this output.
+        width: elements of a token.
+        flops: floating-point operations for one sample, from the stage's start to this output.
     """
 
     name: str
     tokens: int
     width: int
     flops: int
+
+    @property
+    def features(self) -> int:
+        """Elements in the representation of one sample."""
+        return self.tokens * self.width
 
 
 class StageShape(NamedTuple):
@@ -45,7 +51,7 @@ class StageShape(NamedTuple):
         stage: which.
         layers: to be captured, in the order in which it calls them.
         state: shape of one sample's new state.
-        flops: of one sample.
+        flops: floating-point operations for one sample.
     """
 
     stage: Stage
@@ -54,7 +60,7 @@ class StageShape(NamedTuple):
     flops: int
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """Tokens `start` to `stop` of a layer's output."""
 
     layer: LayerShape
@@ -62,9 +68,18 @@ class Piece(NamedTuple):
     stop: int
 
     @property
-    def numbers(self) -> int:
-        """Of one sample."""
+    def elements(self) -> int:
+        """Elements in the segment of one sample."""
         return (self.stop - self.start) * self.layer.width
+
+    @property
+    def room(self) -> int:
+        """The elements rounded up, so that the next segment in a buffer is aligned, too.
+
+        A product's last bits may depend on the alignment of its factors, and what a pass keeps
+        beside a segment depends on the budget and on what other processes do.
+        """
+        return -(-self.elements // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass
@@ -74,35 +89,35 @@ class StagePlan:
     Attributes:
         shape: the stage.
         carried: bytes of all states that are alive while it runs.
-        passes: what each keeps; empty passes only move the states on.
+        passes: what each keeps; an empty pass only moves the state on.
         advances: whether a later stage needs its state, so that the last pass runs to the end.
     """
 
     shape: StageShape
     carried: int
-    passes: list[list[Piece]]
+    passes: list[list[Segment]]
     advances: bool
 
     def captured(self) -> int:
-        """Numbers of one sample kept in the largest pass."""
-        return max(sum(piece.numbers for piece in kept) for kept in self.passes)
+        """Elements of one sample kept in the largest pass."""
+        return max(sum(segment.room for segment in kept) for kept in self.passes)
 
     def pass_flops(self) -> list[int]:
-        """Of one sample, for each pass."""
+        """Floating-point operations for one sample, of each pass."""
         flops = [kept[-1].layer.flops if kept else 0 for kept in self.passes]
         return [*flops[:-1], self.shape.flops] if self.advances else flops
 
 
 @dataclass
-class Plan:
-    """All that is to be done for some layers.
+class CapturePlan:
+    """All that is to be done for the distances of some layers.
 
     Attributes:
         n: samples.
         budget: bytes.
-        plain_flops: of one sample in one forward of the model.
+        plain_flops: floating-point operations for one sample in a plain forward of the model.
         fixed: bytes for matrices, work space and the outputs of one batch.
-        stages: those up to the last one with a layer of interest.
+        stages: those up to the last one with a wanted layer.
     """
 
     n: int
@@ -127,12 +142,12 @@ class Plan:
 
     @property
     def product_flops(self) -> int:
-        """Of all distances."""
-        pieces = [piece for stage in self.stages for kept in stage.passes for piece in kept]
-        return self.n * (self.n + 1) * sum(piece.numbers for piece in pieces)
+        """Floating-point operations of the products behind all distances."""
+        segments = [x for stage in self.stages for kept in stage.passes for x in kept]
+        return self.n * (self.n + 1) * sum(segment.elements for segment in segments)
 
     def __str__(self) -> str:
-        """A table; stages that differ in a number of their name only, share a row."""
+        """A table; neighbouring stages whose names differ in a number only share a row."""
         rows = [
             (re.sub(r"\d+", "*", s.shape.stage.name), len(s.passes), round(self.held(s) / 1e9, 2))
             for s in self.stages
@@ -148,14 +163,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
+def plan_capture(
     shapes: list[StageShape],
     layers: set[str],
     inputs: dict[str, int],
     n: int,
     batch_size: int,
     budget: int,
-) -> Plan:
+) -> CapturePlan:
     """Plans the capture of some layers.
 
     Args:
@@ -167,7 +182,7 @@ def make_plan(
         budget: bytes for activations, states and matrices together.
 
     Raises:
-        ValueError: the budget is too small for one segment of a layer.
+        UserError: the budget is too small for one segment of a layer.
     """
     wanted = [
         shape._replace(layers=tuple(layer for layer in shape.layers if layer.name in layers))
@@ -176,28 +191,31 @@ def make_plan(
     plain_flops = sum(shape.flops for shape in shapes)
     while wanted and not wanted[-1].layers:
         wanted.pop()
-    widest = max((x.tokens * x.width for shape in wanted for x in shape.layers), default=0)
+    widest = max((x.features for shape in wanted for x in shape.layers), default=0)
     outputs = BATCH_OUTPUTS * min(batch_size, n) * widest * FLOAT32
     fixed = MATRICES * n * n * 8 + WORKSPACE + outputs
     stages = []
     for index, shape in enumerate(wanted):
         carried = n * _carried(wanted, index, inputs)
         room = (budget - fixed - carried) // ((n + 1) * FLOAT32)  # samples and their centre
-        needed = max((segment_tokens(x, n) * x.width for x in shape.layers), default=0)
+        segments = [segment for layer in shape.layers for segment in _segments(layer, n)]
+        needed = max((segment.room for segment in segments), default=0)
         if needed > room:
             least = (fixed + carried + needed * (n + 1) * FLOAT32) / 1e9
             raise UserError(
                 f"--memory_gb {budget / 1e9:g} is too little: {shape.stage.name} needs "
                 f"{least:.2f} GB for {n} samples; allow that, or take fewer samples"
             )
-        passes = _fill(shape.layers, n, room)
+        passes = _fill(segments, room)
         stages.append(StagePlan(shape, carried, passes, advances=index + 1 < len(wanted)))
-    return Plan(n, budget, plain_flops, fixed, stages)
+    return CapturePlan(n, budget, plain_flops, fixed, stages)
 
 
-def segment_tokens(layer: LayerShape, n: int) -> int:
-    """Tokens of a layer whose distances are computed at a time."""
-    return min(layer.tokens, max(1, SEGMENT_NUMBERS // (n * layer.width)))
+def _segments(layer: LayerShape, n: int) -> list[Segment]:
+    """A layer's output in segments of `SEGMENT_ELEMENTS` elements of n samples, or of one token."""
+    step = max(1, SEGMENT_ELEMENTS // (n * layer.width))
+    starts = range(0, layer.tokens, step)
+    return [Segment(layer, start, min(start + step, layer.tokens)) for start in starts]
 
 
 def _carried(shapes: list[StageShape], index: int, inputs: dict[str, int]) -> int:
@@ -220,37 +238,34 @@ def live_states(stages: list[Stage], index: int) -> set[str]:
     return alive
 
 
-def _fill(layers: tuple[LayerShape, ...], n: int, room: int) -> list[list[Piece]]:
-    """Puts layers, or runs of their segments, into passes in order; one empty pass if none."""
-    passes: list[list[Piece]] = [[]]
-    free = room  # numbers of one sample
-    for layer in layers:
-        step, start = segment_tokens(layer, n), 0
-        while start < layer.tokens:
-            segments = free // (step * layer.width)
-            rest = (layer.tokens - start) * layer.width
-            if segments == 0 and rest > free:
-                passes.append([])
-                free = room
-                continue
-            stop = layer.tokens if rest <= free else start + segments * step
-            piece = Piece(layer, start, stop)
-            passes[-1].append(piece)
-            free -= piece.numbers
-            start = stop
+def _fill(segments: list[Segment], room: int) -> list[list[Segment]]:
+    """Puts segments into passes in order; one empty pass if there are none.
+
+    Args:
+        segments: of a stage.
+        room: elements of one sample that a pass can keep, no fewer than any segment needs.
+    """
+    passes: list[list[Segment]] = [[]]
+    free = room
+    for segment in segments:
+        if segment.room > free:
+            passes.append([])
+            free = room
+        passes[-1].append(segment)
+        free -= segment.room
     return passes
 
 
 def share_layers(shapes: list[StageShape], layers: set[str], processes: int) -> list[set[str]]:
-    """Divides layers among processes, each in turn to the one with the fewest numbers so far.
+    """Divides layers among processes: each goes to the one with the fewest elements so far.
 
-    Every process runs all stages; passes beyond each stage's first, distances and estimates are
-    what is divided.
+    Every process runs all stages; divided are the passes beyond each stage's first, the distances
+    and the estimates.
     """
     shares: list[set[str]] = [set() for _ in range(processes)]
     loads = [0] * processes
     for layer in (layer for shape in shapes for layer in shape.layers if layer.name in layers):
         least = loads.index(min(loads))
         shares[least].add(layer.name)
-        loads[least] += layer.tokens * layer.width
+        loads[least] += layer.features
     return shares

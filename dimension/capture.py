@@ -2,8 +2,12 @@
 
 The model runs as a chain of stages (`models.stages`): the states of all samples are carried from
 stage to stage, and the outputs of a stage's layers live only until their distances are known.
-Nothing goes to disk. What is kept of an output is its difference from the first batch's mean:
-no distance changes, and products of the differences keep their digits.
+Nothing goes to disk. What is kept of an output is its difference from the first batch's mean: that
+changes no distance, and products of the differences keep their digits.
+
+The same batches give the same bits, whatever the budget and however the layers are shared among
+processes that have the same number of threads: every operation is on the same segment, whose size
+and alignment do not depend on them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,15 +24,14 @@ from tqdm import tqdm
 
 from dimension.budget import (
     FLOAT32,
+    CapturePlan,
     LayerShape,
-    Piece,
-    Plan,
+    Segment,
     StagePlan,
     StageShape,
     live_states,
-    segment_tokens,
 )
-from dimension.twonn import squared_distances
+from dimension.twonn import roots_, squared_distances
 from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
@@ -88,11 +91,11 @@ def trace_stages(
 ) -> list[StageShape]:
     """Runs one sample through the stages to learn what they compute.
 
-    A layer that several stages call (one vision encoder on two images), belongs to the first.
+    A layer that several stages call (one vision encoder on two images) belongs to the first.
 
     Args:
         stages: of a model in eval mode.
-        layers: name to module of those of interest.
+        layers: name to module of those that are wanted.
         samples: of which the first is run.
         device: the model's.
     """
@@ -122,25 +125,25 @@ def trace_stages(
     return shapes
 
 
-class _Captured(Exception):
-    """A pass has what it wants; the rest of the stage need not run."""
+class _LastOutputKept(Exception):
+    """Leaves a stage early: this pass keeps no output after the present one."""
 
 
 class Capture:
-    """Runs a plan. Iterate over it for `(layer, distances (n, n) float64)`, each layer once."""
+    """Carries out a plan: iterating yields each layer once, with its distances (n, n) float64."""
 
     def __init__(
         self,
-        plan: Plan,
+        plan: CapturePlan,
         layers: dict[str, nn.Module],
         samples: Samples,
         device: torch.device,
         progress: bool = True,
     ):
-        """Prepares.
+        """Holds what the plan needs; the model first runs when iteration begins.
 
         Args:
-            plan: of `make_plan`, for these samples.
+            plan: of `plan_capture`, for these samples.
             layers: name to module, in a model in eval mode.
             samples: what the model sees.
             device: the model's; states, activations and matrices live there too.
@@ -152,7 +155,7 @@ class Capture:
             for name, values in samples.tensors.items()
         }
         self.counted = samples.counted.to(device)
-        self.arena = torch.empty(0, device=device)
+        self.buffer = torch.empty(0, dtype=torch.float32, device=device)
         self.sums: dict[str, Tensor] = {}
         forward = sum(sum(stage.pass_flops()) for stage in plan.stages) * plan.n
         self.bar = tqdm(
@@ -171,73 +174,80 @@ class Capture:
                 self.bar.set_description(planned.shape.stage.name)
                 self._make_room(planned)
                 flops = planned.pass_flops()
-                for number, pieces in enumerate(planned.passes):
+                for number, segments in enumerate(planned.passes):
                     last = number + 1 == len(planned.passes)
-                    held = self._views(pieces)
+                    held = self._views(segments)
                     self._forward(planned, held, flops[number], planned.advances and last)
-                    for piece, numbers in held:
-                        yield from self._add(piece, numbers)
+                    for segment, values in held:
+                        yield from self._add(segment, values)
                 alive = live_states(chain, index + 1)
                 self.states = {k: v for k, v in self.states.items() if k in alive}
 
     def _make_room(self, planned: StagePlan) -> None:
-        """Sizes the one buffer of all captured outputs; kept from stage to stage if it fits.
+        """Sizes the buffer of all captured outputs; one that is large enough stays as it is.
 
-        Memory is slow when it is touched first, so a new one is already large enough for all
+        Memory is slow when it is touched first, so a new buffer is made large enough for all
         stages, as far as the plan's peak allows.
         """
-        plan, numbers = self.plan, self.plan.n + 1
-        needed = planned.captured() * numbers
-        most = max(stage.captured() for stage in plan.stages) * numbers
+        plan, rows = self.plan, self.plan.n + 1
+        needed = planned.captured() * rows
+        most = max(stage.captured() for stage in plan.stages) * rows
         allowed = (plan.peak - plan.fixed - planned.carried) // FLOAT32
-        if not needed <= self.arena.numel() <= allowed:
-            self.arena = torch.empty(0, device=self.device)  # frees the old one first
-            self.arena = torch.empty(min(most, allowed), device=self.device)
+        if not needed <= self.buffer.numel() <= allowed:
+            self.buffer = self.buffer.new_empty(0)  # frees the old one first
+            self.buffer = self.buffer.new_empty(min(most, allowed))
 
-    def _views(self, pieces: list[Piece]) -> list[tuple[Piece, Tensor]]:
-        """A part (n + 1, tokens, width) of the buffer for each piece; the last row: the centre."""
+    def _views(self, segments: list[Segment]) -> list[tuple[Segment, Tensor]]:
+        """A view (n + 1, tokens, width) of the buffer for each segment; the last row: centre."""
         held, start = [], 0
         rows = self.plan.n + 1
-        for piece in pieces:
-            stop = start + piece.numbers * rows
-            shape = (rows, piece.stop - piece.start, piece.layer.width)
-            held.append((piece, self.arena[start:stop].view(shape)))
-            start = stop
+        for segment in segments:
+            shape = (rows, segment.stop - segment.start, segment.layer.width)
+            view = self.buffer[start : start + rows * segment.elements].view(shape)
+            held.append((segment, view))
+            start += rows * segment.room
         return held
 
     @torch.no_grad()
     def _forward(
-        self, planned: StagePlan, held: list[tuple[Piece, Tensor]], flops: int, advance: bool
+        self, planned: StagePlan, held: list[tuple[Segment, Tensor]], flops: int, advance: bool
     ) -> None:
-        """One pass of a stage over all samples: fills the held pieces, and moves the state on."""
+        """One pass of a stage over all samples.
+
+        Args:
+            planned: the stage.
+            held: views of the buffer, which are filled.
+            flops: floating-point operations for one sample, for the bar.
+            advance: whether to move the stage's state on.
+        """
         if not held and not advance:
             return
         stage = planned.shape.stage
         written = self.states.setdefault(stage.writes, [])
         rows = slice(0, 0)
 
-        def keep(piece: Piece, numbers: Tensor, final: bool, module, args, output: Tensor) -> None:
-            output = output[:, piece.start : piece.stop]
-            if not sees_image(piece.layer.name):
-                padding = ~self.counted[rows, piece.start : piece.stop, None]
+        def keep(segment: Segment, values: Tensor, final: bool, module, args, output: Tensor):
+            output = output[:, segment.start : segment.stop]
+            if not sees_image(segment.layer.name):
+                padding = ~self.counted[rows, segment.start : segment.stop, None]
                 output = output.masked_fill(padding, 0)
-            centre = numbers[-1]
-            if rows.start == 0:
-                torch.mean(output, 0, out=centre)  # of the first batch: near enough
-            torch.sub(output, centre, out=numbers[rows])
+            centre = values[-1]
+            if rows.start == 0:  # the first batch's mean is near enough to that of all samples
+                torch.mean(output, 0, out=centre)
+            torch.sub(output, centre, out=values[rows])
             if final:
-                raise _Captured
+                raise _LastOutputKept
 
         with ExitStack() as hooks:
-            for number, (piece, numbers) in enumerate(held):
+            for number, (segment, values) in enumerate(held):
                 final = not advance and number + 1 == len(held)
-                module = self.layers[piece.layer.name]
-                hook = partial(keep, piece, numbers, final)
+                module = self.layers[segment.layer.name]
+                hook = partial(keep, segment, values, final)
                 hooks.enter_context(module.register_forward_hook(hook))
             batches = zip(*(self._batches(name) for name in stage.reads), strict=True)
             for number, batch in enumerate(batches):
                 rows = slice(rows.stop, rows.stop + len(batch[0]))
-                with suppress(_Captured):
+                with suppress(_LastOutputKept):
                     written[number : number + 1] = [stage.run(*batch)]
                 self.bar.update(flops * len(batch[0]))
 
@@ -249,18 +259,17 @@ class Capture:
         else:
             yield from self.states[name]
 
-    def _add(self, piece: Piece, numbers: Tensor) -> Iterator[tuple[LayerShape, Tensor]]:
-        """Adds a piece's squared distances; yields the layer when it is complete."""
-        layer = piece.layer
-        for segment in numbers[:-1].split(segment_tokens(layer, self.plan.n), dim=1):
-            try:
-                squared = squared_distances(segment.flatten(1), centred=True)
-            except ValueError as error:
-                raise UserError(f"layer {layer.name}: {error}") from error
-            if layer.name in self.sums:
-                self.sums[layer.name] += squared
-            else:
-                self.sums[layer.name] = squared
-            self.bar.update(self.plan.n * (self.plan.n + 1) * segment[0].numel())
-        if piece.stop == layer.tokens:
-            yield layer, self.sums.pop(layer.name).sqrt_()
+    def _add(self, segment: Segment, values: Tensor) -> Iterator[tuple[LayerShape, Tensor]]:
+        """Adds a segment's squared distances; yields the layer when it is complete."""
+        layer = segment.layer
+        try:
+            squared = squared_distances(values[:-1].flatten(1), centred=True)
+        except UserError as error:
+            raise UserError(f"layer {layer.name}: {error}") from error
+        if layer.name in self.sums:
+            self.sums[layer.name] += squared
+        else:
+            self.sums[layer.name] = squared
+        self.bar.update(self.plan.n * (self.plan.n + 1) * segment.elements)
+        if segment.stop == layer.tokens:
+            yield layer, roots_(self.sums.pop(layer.name))

@@ -1,13 +1,15 @@
-"""Figures of ID profiles."""
+"""Figures of ID profiles. The functions return them; `save_figure` writes a file."""
 
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from dimension.profile import IDProfile
 from models.layers import modality, sees_image
+from utils import atomic_write
 
-KINDS = {  # of layers: colour, and marker with its filling
+KINDS = {  # of layers: colour, marker, and the marker's filling
     "vision": ("tab:blue", "o", "full"),
     "language": ("tab:orange", "o", "none"),
     "cross-attention key, value": ("tab:red", "^", "full"),
@@ -21,13 +23,19 @@ def layer_kind(name: str) -> str:
     return modality(name)
 
 
-def plot_depth(profile: IDProfile, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG."""
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def plot_depth(profile: IDProfile) -> Figure:
     """ID of each layer with its error bar, against its position in the model."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for kind, (colour, marker, fill) in KINDS.items():
         layers = [
-            (position, layer.id, layer.error)
+            (position, layer.id, math.nan if layer.error is None else layer.error)
             for position, (name, layer) in enumerate(profile.layers.items())
             if layer_kind(name) == kind
         ]
@@ -38,15 +46,14 @@ def plot_depth(profile: IDProfile, path: str | Path) -> None:
     axes.set(xlabel="layer", ylabel="intrinsic dimension")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
-def plot_comparison(profiles: dict[str, dict[str, float]], path: str | Path) -> None:
+def plot_comparison(profiles: dict[str, dict[str, float]]) -> Figure:
     """IDs of several models against relative depth, overlaid as in the paper's figure.
 
     Args:
         profiles: label to a mapping from layer name to ID, layers in forward order.
-        path: of the image file.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
@@ -63,10 +70,10 @@ def plot_comparison(profiles: dict[str, dict[str, float]], path: str | Path) -> 
     axes.set(xlabel="relative depth", ylabel="intrinsic dimension")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
-def plot_scale(profile: IDProfile, path: str | Path) -> None:
+def plot_scale(profile: IDProfile) -> Figure:
     """ID against the number of points in a block, one line a layer.
 
     Where a line is level, the ID does not depend on the scale at which the data is seen.
@@ -76,7 +83,7 @@ def plot_scale(profile: IDProfile, path: str | Path) -> None:
     labelled = set()
     for name, layer in profile.layers.items():
         sizes = [profile.settings["nsamples"] // b for b in range(1, len(layer.block_means) + 1)]
-        means = [float("nan") if mean is None else mean for mean in layer.block_means]
+        means = [math.nan if mean is None else mean for mean in layer.block_means]
         kind = layer_kind(name)
         label = None if kind in labelled else kind
         labelled.add(kind)
@@ -84,4 +91,4 @@ def plot_scale(profile: IDProfile, path: str | Path) -> None:
     axes.set(xlabel="points in a block", ylabel="mean intrinsic dimension", xscale="log")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure

@@ -9,28 +9,32 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dimension.twonn import BlockAnalysis, block_analysis
+from dimension.twonn import BLOCK_COUNTS, ENOUGH_POINTS, block_analysis
 from utils import UserError, atomic_write, write_json
 
 PROFILE = "profile.json"
 DISTANCES = "distances"
+# A layer with a larger share of duplicates is remarked on. COCO has five captions an image, so that
+# the layers that see the image have some 30 duplicates among 2000 samples of its 566,747.
+MANY_DUPLICATES = 0.1
 
 
 @dataclass
 class LayerID:
-    """What is known of a layer.
+    """What was measured of a layer.
 
     Attributes:
         id: intrinsic dimension.
-        error: error bar, the standard deviation over 20 blocks.
+        error: error bar, the standard deviation over 20 blocks, or over as many as had enough
+            points; None if not even two had.
         block_means: mean dimension at 1, 2, ..., 20 blocks; None where blocks are too small.
         points: samples used.
         duplicates: samples dropped because another has the same representation.
-        features: numbers in the representation of a sample.
+        features: elements in the representation of a sample.
     """
 
     id: float
-    error: float
+    error: float | None
     block_means: list[float | None]
     points: int
     duplicates: int
@@ -39,24 +43,31 @@ class LayerID:
 
 @dataclass
 class IDProfile:
-    """IDs of a model's layers, in forward order, and how they were measured."""
+    """IDs of a model's layers, in forward order.
+
+    Attributes:
+        settings: how they were measured.
+        layers: name to what was measured.
+        remarks: sentences on what a reader of the IDs should know; see `make_remarks`.
+    """
 
     settings: dict
     layers: dict[str, LayerID] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: str | Path) -> "IDProfile":
         """Reads the JSON of `write`, or a folder that holds it.
 
         Raises:
-            ValueError: there is no such file, or it is no profile of ours.
+            UserError: there is no such file, or it is no profile of ours.
         """
         path = Path(path)
         path = path / PROFILE if path.is_dir() else path
         content = _read_json(path)
         try:
             layers = {name: LayerID(**values) for name, values in content["layers"].items()}
-            return cls(content["settings"], layers)
+            return cls(content["settings"], layers, content.get("remarks", []))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no profile that ComputeID.py wrote: {error}") from error
 
@@ -64,11 +75,14 @@ class IDProfile:
         """Writes the JSON and the original's four text files, one line a layer."""
         folder = Path(folder)
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
-        write_json(folder / PROFILE, {"settings": self.settings, "layers": layers})
+        content = {"settings": self.settings, "remarks": self.remarks, "layers": layers}
+        write_json(folder / PROFILE, content)
         columns = {
             "ID.txt": list(self.layers),
             "result_id.txt": [layer.id for layer in self.layers.values()],
-            "result_bar.txt": [layer.error for layer in self.layers.values()],
+            "result_bar.txt": [
+                math.nan if layer.error is None else layer.error for layer in self.layers.values()
+            ],
             "dim.txt": [layer.features for layer in self.layers.values()],
         }
         for name, values in columns.items():
@@ -80,7 +94,7 @@ def load_profile(path: str | Path) -> dict[str, float]:
     """Layer name to ID, of a published profile (`{name: ID}`) or of one that ComputeID.py wrote.
 
     Raises:
-        ValueError: the file cannot be read or holds something else.
+        UserError: the file cannot be read or holds something else.
     """
     path = Path(path)
     path = path / PROFILE if path.is_dir() else path
@@ -105,28 +119,59 @@ def _read_json(path: Path) -> dict:
 def measure_layer(
     name: str, features: int, distances: Tensor, fraction: float, permutations: Tensor
 ) -> LayerID:
-    """Block analysis of a layer.
+    """Block analysis of a layer, over the levels whose blocks have `ENOUGH_POINTS` points.
+
+    The original averages over all levels. With its 2000 samples, and with 400 or more, so does
+    this: the numbers are the same.
 
     Args:
         name: of the layer, for messages.
-        features: numbers in the representation of a sample.
+        features: elements in the representation of a sample.
         distances: (n, n).
         fraction: of the points, see `twonn.estimate_id`.
         permutations: (20, n).
 
     Raises:
-        ValueError: too few different samples for any estimate.
+        UserError: too few different samples for any estimate.
     """
-    analysis: BlockAnalysis = block_analysis(distances, fraction, permutations)
+    analysis = block_analysis(distances, fraction, permutations, fewest=ENOUGH_POINTS)
     if math.isnan(analysis.id):
         raise UserError(
             f"layer {name}: {analysis.points} of {len(distances)} samples have two neighbours at "
             "different distances, and three are needed; take more samples (-n)"
         )
+    error = None if math.isnan(analysis.error) else analysis.error
     means = [None if math.isnan(mean) else mean for mean in analysis.mean.tolist()]
-    return LayerID(
-        analysis.id, analysis.error, means, analysis.points, analysis.duplicates, features
-    )
+    return LayerID(analysis.id, error, means, analysis.points, analysis.duplicates, features)
+
+
+def make_remarks(n: int, layers: dict[str, LayerID]) -> list[str]:
+    """Sentences on IDs that a reader should not take as they stand.
+
+    Args:
+        n: samples.
+        layers: name to what was measured.
+    """
+    remarks = []
+    most = BLOCK_COUNTS[-1]
+    used = min(max(1, n // ENOUGH_POINTS), most)
+    if used < most:
+        bars = " and have no error bars" if used == 1 else ""
+        remarks.append(
+            f"{n} samples are few: blocks of fewer than {ENOUGH_POINTS} have no reliable dimension,"
+            f" so the IDs average over {used} of {most} levels{bars}; "
+            f"-n {most * ENOUGH_POINTS} is enough for all levels, and 2000 are usual"
+        )
+    repeated = {name: x.duplicates for name, x in layers.items()}
+    many = [name for name, count in repeated.items() if count > MANY_DUPLICATES * n]
+    if many:
+        worst = max(many, key=repeated.get)
+        remarks.append(
+            f"in {len(many)} of {len(layers)} layers many samples have the same representation as "
+            f"another (most in {worst}: {repeated[worst]} of {n}) and are left out, so these IDs "
+            "are unreliable; see whether the training annotation lists images or captions twice"
+        )
+    return remarks
 
 
 def model_hash(model: nn.Module) -> str:
@@ -139,14 +184,14 @@ def model_hash(model: nn.Module) -> str:
 
 
 def partial_profiles(folder: str | Path) -> list[tuple[Path, IDProfile]]:
-    """The files of `PartialProfile` in a folder, of whatever settings: a run that was stopped."""
+    """The files that `PartialProfile` left in a folder, whatever their settings."""
     return [(path, IDProfile.read(path)) for path in sorted(Path(folder).glob("partial_*.json"))]
 
 
 class PartialProfile:
-    """The layers that a running profile has finished, kept so that it can go on where it stopped.
+    """The finished layers of a run that is under way, so that it can go on if it is stopped.
 
-    Every process keeps a file of its own; all read them all.
+    Every process writes a file of its own, and reads those of all.
     """
 
     def __init__(self, folder: str | Path, settings: dict, rank: int = 0):
@@ -165,7 +210,7 @@ class PartialProfile:
                 self.found |= profile.layers
 
     def add(self, name: str, layer: LayerID) -> None:
-        """Keeps a finished layer, and what was found with it in one file."""
+        """Writes a finished layer, with those found at the start, to this process's file."""
         self.mine[name] = layer
         layers = {name: asdict(layer) for name, layer in (self.found | self.mine).items()}
         path = self.folder / f"partial_{self.rank}.json"
@@ -184,7 +229,7 @@ def clear_distances(folder: str | Path) -> None:
 
 
 def save_distances(folder: str | Path, name: str, distances: Tensor) -> None:
-    """Keeps a layer's distances (n, n) as the float64 numbers above the diagonal."""
+    """Keeps what is above the diagonal of a layer's distances (n, n), in float64."""
     n = len(distances)
     above = torch.ones(n, n, dtype=torch.bool, device=distances.device).triu_(1)
     with atomic_write(Path(folder, DISTANCES, f"{name}.pt"), "wb") as file:
@@ -192,10 +237,10 @@ def save_distances(folder: str | Path, name: str, distances: Tensor) -> None:
 
 
 def load_distances(folder: str | Path, name: str) -> Tensor:
-    """Distances (n, n) of `save_distances`.
+    """Distances (n, n) of `save_distances`, to the bit.
 
     Raises:
-        ValueError: they were not kept.
+        UserError: they were not kept.
     """
     path = Path(folder, DISTANCES, f"{name}.pt")
     try:

@@ -16,15 +16,19 @@ from utils import UserError
 
 BLOCK_COUNTS = range(1, 21)  # the points are cut into 1, 2, ..., 20 blocks
 FEWEST_POINTS = 3  # the last two ratios are dropped, so a fit needs three
+# A fit to few points is too high and scatters. With exponential log ratios, which TwoNN assumes, it
+# gives on average 1.03 of the true dimension (scatter 0.11) in blocks of 100 points, 1.10 (0.28) of
+# 20, 1.21 (0.50) of 10, 1.64 (1.6) of 5; of 3, where a single ratio is left, there is no average.
+ENOUGH_POINTS = 20
 
 DIRECT_FEATURES = 64  # up to here differences cost no more than a matrix product
 PRODUCT_FEATURES = 8192  # summed in float32 before float64 takes over; narrower points: float64
 RECOMPUTED_FEATURES = 1024  # of all close pairs of a point at a time
-CHUNK_NUMBERS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
-CENTRING_POINTS = 16  # whose mean is near enough to that of all points, and quicker to take
-STRIP = {"cpu": 192, "cuda": 1024}  # most columns of a product, which starts at the diagonal
+CHUNK_ELEMENTS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
+CENTRING_POINTS = 16  # their mean is near enough to that of all points, and quicker to take
+STRIP_ON_CPU, STRIP_ON_GPU = 192, 1024  # most columns of a product, which starts at the diagonal
 CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
-NEIGHBOURS = 64  # kept of each point; in blocks of a 20th one in six needs more and is looked up
+NEIGHBOURS = 64  # in each point's list; in blocks of a 20th one point in six needs more
 
 
 def pairwise_distances(points: Tensor) -> Tensor:
@@ -34,32 +38,46 @@ def pairwise_distances(points: Tensor) -> Tensor:
         points: (n, D), of any floating type.
 
     Returns:
-        (n, n) float64 with a zero diagonal; exact zeros between duplicates.
+        (n, n) float64, symmetric to the bit, with a zero diagonal; exact zeros between duplicates.
 
     Raises:
-        ValueError: a value is NaN, infinite, or too large for its square in float32.
+        UserError: a value is NaN, infinite, or too large for its square in float32.
     """
-    return squared_distances(points).sqrt_()
+    return roots_(squared_distances(points))
+
+
+def roots_(squared: Tensor) -> Tensor:
+    """Turns squared distances (n, n) into distances, in place, symmetric to the bit.
+
+    Returns:
+        The same tensor.
+    """
+    return _mirror_(squared.sqrt_())  # a vectorised root's last bit may depend on the place
 
 
 def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
-    """Squared distances, as `pairwise_distances`; those of feature chunks may be added up.
+    """Squared distances, as `pairwise_distances`; those over several sets of features add up.
 
     They are |x|^2 + |y|^2 - 2xy of centred points: products in float32 over `PRODUCT_FEATURES`
     features, sums of those in float64. Pairs much closer than their norms are subtracted directly.
-    Beside the result, memory is needed for a chunk of the features and a mask of the pairs.
+    Only the pairs below the diagonal are computed; those above are their copies, for a product
+    may sum the two in different orders. Beside the result, memory is needed for a chunk of the
+    features and a mask of the pairs.
 
     Args:
         points: (n, D), of any floating type.
         centred: whether about the mean of the points is subtracted already. No shift changes a
             distance, but products lose digits to what all points have in common.
+
+    Returns:
+        (n, n) float64, symmetric to the bit.
     """
     n, width = points.shape
     if width <= DIRECT_FEATURES:
         exact = points.double()
         result = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square_()
         _require_finite(result)
-        return result
+        return _mirror_(result)
     result = torch.zeros(n, n, dtype=torch.float64, device=points.device)
     with full_float32():
         for chunk in _chunks(points, centred):
@@ -71,8 +89,8 @@ def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
     return result
 
 
-def _require_finite(numbers: Tensor) -> None:
-    if not numbers.isfinite().all():
+def _require_finite(values: Tensor) -> None:
+    if not values.isfinite().all():
         raise UserError("values are NaN, infinite, or too large for their squares in float32")
 
 
@@ -80,7 +98,7 @@ def _chunks(points: Tensor, centred: bool) -> Iterator[Tensor]:
     """Chunks of the features, centred if they are not yet; in float64 if there are few."""
     n, width = points.shape
     dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
-    size = PRODUCT_FEATURES * max(1, CHUNK_NUMBERS // (n * PRODUCT_FEATURES))
+    size = PRODUCT_FEATURES * max(1, CHUNK_ELEMENTS // (n * PRODUCT_FEATURES))
     chunks = points.split(size, dim=1)
     if centred:
         yield from (features.to(dtype) for features in chunks)
@@ -103,7 +121,7 @@ def full_float32() -> Iterator[None]:
 
 
 def add_products_(gram: Tensor, chunk: Tensor) -> None:
-    """Adds chunk @ chunk.T to `gram` (n, n), for each strip of columns from the diagonal down."""
+    """Adds chunk @ chunk.T to `gram` (n, n): in each strip, whose rows begin at the diagonal."""
     for down, columns in strips(gram):
         target = gram[down, columns]
         product = torch.empty(target.shape, dtype=chunk.dtype, device=chunk.device)
@@ -112,21 +130,35 @@ def add_products_(gram: Tensor, chunk: Tensor) -> None:
 
 
 def strips(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of strips that cover a symmetric matrix (n, n); two at least, to gain by it.
+    """Rows and columns of strips that cover the lower half of a symmetric matrix (n, n).
 
-    A strip has all rows from the diagonal down.
+    A strip is a few neighbouring columns, in the rows from where they meet the diagonal down to
+    the last. There are two strips at least, so that half a matrix is not computed as a whole one.
     """
     n = len(matrix)
-    width = min(STRIP[matrix.device.type], -(-n // 2))
+    width = min(STRIP_ON_CPU if matrix.device.type == "cpu" else STRIP_ON_GPU, -(-n // 2))
     for left in range(0, n, width):
         yield slice(left, n), slice(left, left + width)
 
 
-def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
-    """Turns the lower block triangle of products into the full matrix of squared distances.
+def _mirror_(matrix: Tensor) -> Tensor:
+    """Copies all that is below the diagonal to its place above, and zeroes the diagonal, in place.
 
     Returns:
-        (n, n) bool: the pairs above the diagonal that are suspiciously close.
+        The same tensor.
+    """
+    for down, columns in strips(matrix):
+        square = matrix[columns, columns].tril_(-1)  # at the strip's upper end
+        square += square.T.clone()
+        matrix[columns, down] = matrix[down, columns].T.clone()
+    return matrix
+
+
+def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
+    """Turns products, of which the strips are filled, into the full matrix of squared distances.
+
+    Returns:
+        (n, n) bool, true above the diagonal only: the pairs too close for a product.
     """
     close = torch.zeros_like(gram, dtype=torch.bool)
     for down, columns in strips(gram):
@@ -134,8 +166,8 @@ def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
         squared = gram[down, columns]
         squared.mul_(-2).add_(both)
         torch.lt(squared, both.mul_(CLOSE), out=close[down, columns])
-        gram[columns, down] = squared.T.clone()
-    gram.clamp_(min=0).fill_diagonal_(0)
+        squared.clamp_(min=0)
+    _mirror_(gram)
     return close.tril_(-1).T
 
 
@@ -159,8 +191,9 @@ def _recompute_(squared: Tensor, points: Tensor, close: Tensor) -> None:
 class BlockAnalysis(NamedTuple):
     """The dimension at several scales: b blocks of n / b points, b = 1, ..., 20.
 
-    A block without three usable points has no dimension and is left out; a level without any
-    block left is NaN. All points equal are a single point: dimension 0.
+    A level is the analysis at one number of blocks. A block without three usable points has no
+    dimension and is left out; a level without any block left is NaN. All points equal are a single
+    point: dimension 0.
 
     Attributes:
         mean: (20,) float64, mean dimension of the b blocks.
@@ -181,9 +214,14 @@ class BlockAnalysis(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The error bar: the standard deviation at 20 blocks, or at the most that there are."""
-        levels = self.std[~self.std.isnan()]
-        return levels[-1].item() if len(levels) else math.nan
+        """The error bar: the standard deviation at 20 blocks, or at the most that there are.
+
+        NaN if there are never two blocks to differ, except that a single point is certain.
+        """
+        levels = (~self.std.isnan()).nonzero().flatten().tolist()
+        if not levels or (levels[-1] == 0 and self.id > 0):
+            return math.nan
+        return self.std[levels[-1]].item()
 
 
 def estimate_id(distances: Tensor, fraction: float = 1.0) -> float:
@@ -212,11 +250,12 @@ def block_analysis(
     fraction: float = 1.0,
     permutations: Tensor | None = None,
     generator: torch.Generator | None = None,
+    fewest: int = FEWEST_POINTS,
 ) -> BlockAnalysis:
     """Dimension of all points, of random halves, thirds, ..., twentieths.
 
-    Every point keeps a list of its nearest neighbours; its first two inside its own block are
-    looked up there, so that no block's distances are gathered or sorted.
+    Every point has a list of its nearest neighbours, in which its first two inside its own block
+    are looked up, so that no block's distances are gathered or sorted.
 
     Args:
         distances: (n, n).
@@ -224,6 +263,8 @@ def block_analysis(
         permutations: (20, n); the first b * (n // b) entries of row b - 1 are cut into b blocks.
             Drawn at random if not given.
         generator: for that draw, on the CPU.
+        fewest: points of a block; a level with smaller blocks is left out. All points together
+            are never left out. The default is the original's rule: whatever can be fitted.
     """
     n = len(distances)
     if permutations is None:
@@ -233,7 +274,7 @@ def block_analysis(
     mean, std = torch.full((2, len(BLOCK_COUNTS)), math.nan, dtype=torch.float64)
     for level, count in enumerate(BLOCK_COUNTS):
         size = n // count
-        if size < FEWEST_POINTS:
+        if size < (fewest if level else FEWEST_POINTS):
             break
         blocks = permutations[level, : count * size].view(count, size)
         nearest = _nearest_in_block(distances, values, indices, blocks)
@@ -282,7 +323,7 @@ def _slope(nearest: Tensor, fraction: float) -> Tensor:
     """Slopes (...) of -log(1 - F) against log(r2 / r1), given r1 and r2 of m points (..., m, 2)."""
     r1, r2 = nearest.unbind(-1)
     usable = (r1 > 0) & (r2 > r1)
-    x = torch.where(usable, (r2 / r1).log(), math.inf).sort().values
+    x = torch.where(usable, r2 / r1, math.inf).sort().values.log()
     count = usable.sum(-1, keepdim=True)
     rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     fitted = rank <= torch.minimum(count - 2, (count * fraction).floor())

@@ -12,6 +12,11 @@ from torch import nn
 from utils import UserError, atomic_write
 
 _STEP_FILE = re.compile(r"^step_(\d{8})\.pt$")
+_ENTRIES = {"model", "optimizer", "pruner", "progress", "identity", "rng"}
+_ONLY_WEIGHTS = (
+    "no checkpoint of a training run, which is a step_*.pt in its checkpoints/. Weights go to "
+    "--pretrained (to train from them) or to --pruned (to evaluate them)"
+)
 
 
 def step_files(folder: Path) -> list[Path]:
@@ -19,14 +24,20 @@ def step_files(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*.pt") if _STEP_FILE.match(p.name)), reverse=True)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Writes `step_XXXXXXXX.pt` atomically, then deletes all but the newest.
+def step_of(path: Path) -> int:
+    """The optimizer steps that a checkpoint's name tells."""
+    return int(_STEP_FILE.match(path.name).group(1))
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: list[Path]) -> Path:
+    """Writes `step_XXXXXXXX.pt` atomically, then deletes all but the run's newest.
 
     Args:
         folder: of the run's checkpoints; one process writes to it.
         step: optimizer steps that were taken.
         state: tensors and plain values only, so that it can be read with weights_only=True.
-        keep: how many checkpoints stay, this one included.
+        keep: how many checkpoints of the run stay, this one included.
+        replaced: files of a run that this one takes the place of; they go, and the list is emptied.
 
     Returns:
         The file.
@@ -34,9 +45,22 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
     path = folder / f"step_{step:08d}.pt"
     with atomic_write(path, "wb") as file:
         torch.save(state, file)
+    for old in replaced:
+        if old != path:
+            old.unlink(missing_ok=True)
+    replaced.clear()
     for old in step_files(folder)[keep:]:
         old.unlink()
     return path
+
+
+def later_than(folder: Path, step: int) -> list[Path]:
+    """The checkpoints of later steps than the one at which a run starts.
+
+    They are of a run that it takes the place of (of any, where it starts at step 0): ranked by
+    step, they would pass for its newest.
+    """
+    return [path for path in step_files(folder) if step_of(path) > step]
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -49,12 +73,17 @@ def read_checkpoint(path: Path) -> dict:
     """Reads one checkpoint; its tensors are mapped from the file until they are copied.
 
     Raises:
-        ValueError: the file is not there or not whole.
+        UserError: the file is not there, not whole, or holds no state of a training run.
     """
+    if path.is_file() and path.suffix == ".safetensors":
+        raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the checkpoint {path} is not whole: {error}") from error
+    if not isinstance(content, dict) or not _ENTRIES <= content.keys():
+        raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
+    return content
 
 
 def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
@@ -65,13 +94,13 @@ def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
         folder holds no checkpoint.
 
     Raises:
-        ValueError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, but none is whole.
     """
     broken = []
     for path in step_files(folder):
         try:
             return read_checkpoint(path), path, broken
-        except ValueError as error:
+        except UserError as error:
             broken.append(str(error).splitlines()[0])
     if broken:
         raise UserError(
@@ -96,41 +125,45 @@ def save_weights(model: nn.Module, path: Path) -> None:
         file.write(safetensors.torch.save(weights))
 
 
-def check_disk_space(folder: Path, model: nn.Module, pruner_numbers: int, keep: int) -> None:
-    """Checks that the run's files will fit on the disk.
+def check_disk_space(folder: Path, model: nn.Module, pruner_elements: int, keep: int) -> None:
+    """Checks that the run's files will fit on the disk; what it replaces counts as room.
 
     Args:
         folder: of the run's results.
         model: whose weights and AdamW averages (two a parameter) go into a checkpoint.
-        pruner_numbers: float32 numbers that the pruner saves besides.
+        pruner_elements: float32 elements that the pruner saves besides.
         keep: checkpoints that stay; one more is there while a new one is written.
 
     Raises:
-        ValueError: with the space needed and the space free.
+        UserError: with the space needed and the space free.
     """
     parameters = sum(p.numel() for p in model.parameters())
-    checkpoint = 4 * (3 * parameters + pruner_numbers)
-    needed = (keep + 1) * checkpoint + 2 * 4 * parameters
-    reusable = sum(path.stat().st_size for path in step_files(folder / "checkpoints"))
-    free = shutil.disk_usage(folder).free + reusable
+    checkpoint = 4 * (3 * parameters + pruner_elements)
+    needed = (keep + 1) * checkpoint + 3 * 4 * parameters
+    own = [*step_files(folder / "checkpoints"), *folder.glob("*.safetensors")]
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in own)
     if free < needed:
         raise UserError(
             f"the run needs {needed / 1e9:.1f} GB in {folder} ({keep + 1} checkpoints of "
-            f"{checkpoint / 1e9:.1f} GB and the weights), but {free / 1e9:.1f} GB are free: make "
-            "room, lower --keep_checkpoints, or choose another --output_dir"
+            f"{checkpoint / 1e9:.1f} GB and three files of weights), but {free / 1e9:.1f} GB are "
+            "free: make room, lower --keep_checkpoints, or choose another --output_dir"
         )
 
 
-def rng_state() -> dict[str, torch.Tensor]:
-    """State of this process's generators that a training step draws from: torch's."""
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of the generators that this process's training steps draw from.
+
+    Args:
+        device: that it computes on.
+    """
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Restores what `rng_state` returned."""
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restores what `rng_state` returned; on another kind of device, what both have."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], device)

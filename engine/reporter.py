@@ -4,25 +4,27 @@ Only the main process speaks and writes.
 """
 
 import json
-import resource
 import time
 
+import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation.figures import plot_sparsity
 from utils import atomic_write, write_json
 
+LOG_FILE = "log.txt"
+
 
 class Reporter:
     """Reports of one run of a training script."""
 
     def __init__(self, run, state):
-        """Starts the clock.
+        """Starts the clock; a run that begins at step 0 begins a new log.txt.
 
         Args:
-            run: `launching.Run`.
-            state: `training.TrainState`, where a resumed run starts.
+            run: `run.Run`.
+            state: `state.TrainState`, where the run starts.
         """
         self.run, self.state = run, state
         self.started = self.last_line = time.monotonic()
@@ -31,6 +33,8 @@ class Reporter:
         if run.process.is_main:
             folder = str(run.folder / "tensorboard")
             self.board = SummaryWriter(folder, purge_step=self.first_step + 1)
+            if self.first_step == 0:
+                (run.folder / LOG_FILE).unlink(missing_ok=True)
 
     def is_due(self, seconds: float) -> bool:
         """Whether the main process has been silent for that long."""
@@ -49,7 +53,7 @@ class Reporter:
         at, total = self.state.progress, self.state.plan.total_steps
         rate = (at.step - self.first_step) / (self.last_line - self.started)  # steps a second
         samples = rate * self.run.samples_per_step
-        memory = peak_memory(self.run.process.device)
+        memory = used_memory(self.run.process.device)
         self.run.say(
             f"epoch {at.epoch}  step {at.step}/{total}  loss {loss:.4f}  lr {lr:.2e}  "
             f"remaining {at.remaining_ratio:.3f}  {samples:.1f} samples/s  "
@@ -76,7 +80,7 @@ class Reporter:
         """Rewrites log.txt, one JSON line an epoch, so that an epoch done again has one line."""
         if self.board is None:
             return
-        with atomic_write(self.run.folder / "log.txt") as file:
+        with atomic_write(self.run.folder / LOG_FILE) as file:
             file.writelines(json.dumps(record) + "\n" for record in history)
         record = history[-1]
         self.run.say(json.dumps(record))
@@ -87,7 +91,7 @@ class Reporter:
         self.last_line = time.monotonic()
 
     def close(self) -> None:
-        """Closes TensorBoard's file."""
+        """Closes TensorBoard's file, with what was not yet written."""
         if self.board is not None:
             self.board.close()
 
@@ -98,8 +102,8 @@ def hours(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process so far, in GB: of the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def used_memory(device: torch.device) -> float:
+    """Memory of this process in GB: the accelerator's peak, or what is resident now on the CPU."""
+    if device.type == "cpu":
+        return psutil.Process().memory_info().rss / 1e9
+    return torch.get_device_module(device).max_memory_allocated(device) / 1e9

@@ -1,20 +1,25 @@
 """Figures of results: where sparsity went, and pictures with their captions."""
 
 import re
-import textwrap
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image
 
-from data.caption_dataset import CaptionEvalDataset, coco_id
+from data.caption_dataset import CaptionEvalDataset
+from data.image_dataset import open_image
 from dimension.figures import KINDS, layer_kind
 from models import modality
 
 COLUMNS = 4
-SIDE, TEXT = 3.0, 0.5  # inches of a picture, and of the room below it for each caption
-LINE = 48  # characters
+SIDE, MARGIN = 3.0, 0.1  # inches of a picture, and between pictures
+FONT = FontProperties(size=8)
+LINE = 1.2 * 8 / 72  # inches
+DPI = 120
 
 
 def contact_sheet(
@@ -32,28 +37,77 @@ def contact_sheet(
         name: {result["image_id"]: result["caption"] for result in results}
         for name, results in captions.items()
     }
-    files = [dataset.image_paths(index)[0] for index in range(len(dataset))]
-    files = [
-        file for file in files if all(coco_id(file) in of_image for of_image in by_id.values())
+    indices = [
+        index
+        for index, record in enumerate(dataset.records)
+        if all(record["image_id"] in of_image for of_image in by_id.values())
     ]
-    samples = min(samples, len(files))
-    rows = -(-samples // COLUMNS)
-    text = TEXT * len(captions)
-    figure = Figure(figsize=(SIDE * COLUMNS, (SIDE + text) * rows))
-    figure.subplots_adjust(0.01, text / (SIDE + text) / rows, 0.99, 0.99, 0.05, text / SIDE)
-    for place in range(samples):
-        file = files[place * len(files) // samples]
-        axes = figure.add_subplot(rows, COLUMNS, place + 1)
-        with Image.open(file) as image:
-            axes.imshow(image.convert("RGB"))
-        axes.axis("off")
-        lines = [
-            textwrap.fill(f"{name}: {of_image[coco_id(file)]}", LINE)
-            for name, of_image in by_id.items()
-        ]
-        axes.set_title("\n".join(lines), x=0, y=-0.03, va="top", ha="left", fontsize=8)
+    samples = min(samples, len(indices))
+    shown = [indices[place * len(indices) // samples] for place in range(samples)]
+    pictures = [dataset.image_paths(index)[0] for index in shown]
+    ids = [dataset.records[index]["image_id"] for index in shown]
+    texts = [{name: of_image[i] for name, of_image in by_id.items()} for i in ids]
+    figure = draw_sheet(list(map(open_image, pictures)), texts)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
+
+
+def draw_sheet(pictures: list[Image.Image], texts: list[dict[str, str]]) -> Figure:
+    """Draws pictures in columns, with texts below each that stay within its column.
+
+    Args:
+        pictures: RGB.
+        texts: of each picture, by name.
+    """
+    figure = Figure(dpi=DPI)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+
+    def fits(line: str) -> bool:
+        return renderer.get_text_width_height_descent(line, FONT, ismath=False)[0] <= SIDE * DPI
+
+    blocks = [
+        [line for name, text in of.items() for line in wrap(f"{name}: {text}", fits)]
+        for of in texts
+    ]
+    height = SIDE + MARGIN + LINE * max(map(len, blocks), default=0) + MARGIN  # of a row
+    rows = -(-len(pictures) // COLUMNS)
+    width, total = COLUMNS * (SIDE + MARGIN) + MARGIN, max(rows * height, SIDE)
+    figure.set_size_inches(width, total)
+    for place, (picture, lines) in enumerate(zip(pictures, blocks, strict=True)):
+        row, column = divmod(place, COLUMNS)
+        left, top = MARGIN + column * (SIDE + MARGIN), total - row * height
+        bottom = top - MARGIN - SIDE
+        axes = figure.add_axes(
+            (left / width, bottom / total, SIDE / width, SIDE / total), anchor="SW"
+        )
+        axes.imshow(picture)
+        axes.axis("off")
+        figure.text(
+            left / width,
+            (bottom - MARGIN / 2) / total,
+            "\n".join(lines),
+            va="top",
+            linespacing=1.2,
+            parse_math=False,  # "$5" is money
+            fontproperties=FONT,
+        )
+    return figure
+
+
+def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Breaks a text between words, and a word that does not fit on a line within it."""
+    lines, line = [], ""
+    for word in text.split():
+        if fits(joined := f"{line} {word}".strip()):
+            line = joined
+            continue
+        lines.append(line)
+        while not fits(word) and len(word) > 1:
+            end = next((end for end in range(len(word) - 1, 1, -1) if fits(word[:end])), 1)
+            lines.append(word[:end])
+            word = word[end:]
+        line = word
+    return [line for line in [*lines, line] if line]
 
 
 def plot_sparsity(reports: dict[str, dict], path: str | Path) -> None:

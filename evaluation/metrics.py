@@ -11,17 +11,27 @@ import os
 import sys
 import traceback
 
+LAST = "lastsentence"  # one token
+
 
 def tokenize(references: dict, captions: dict) -> list[dict]:
-    """Tokenizes both with Stanford's tokenizer, which needs Java."""
+    """Tokenizes both with Stanford's tokenizer, which needs Java.
+
+    Each sentence must be one line. A last one that is known shows whether as many lines came back:
+    a line more or less would give every sentence after it to the one before or after.
+
+    Raises:
+        RuntimeError: Java gives back more or fewer lines than it got.
+    """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     tokenized = []
     for sentences in (references, captions):
         coco = {image: [{"caption": line} for line in lines] for image, lines in sentences.items()}
-        tokenized.append(PTBTokenizer().tokenize(coco))
-        if list(map(len, tokenized[-1].values())) != list(map(len, sentences.values())):
-            raise RuntimeError("Java gave back fewer sentences than it got")
+        tokens = PTBTokenizer().tokenize(coco | {LAST: [{"caption": LAST}]})
+        if tokens.pop(LAST, None) != [LAST]:
+            raise RuntimeError("Java gave back more or fewer sentences than it got")
+        tokenized.append(tokens)
     return tokenized
 
 

@@ -15,14 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from data.records import RESULTS, listed, read_records, read_references
 from evaluation import metrics
 from evaluation.ptb import ptb_tokenize
 from utils import UserError, write_json
 
 IN_PYTHON = ["BLEU", "ROUGE_L", "CIDEr"]
-# Measured on 3000 English sentences of software documentation, five references each; of the 18,000,
-# 126 were tokenized differently.
-PYTHON_TOKENS = " (CIDEr 4.1824 for 4.1827 on 3000 captions)"
+# What Stanford's tokenizer, METEOR or Python takes for the end of a line.
+LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 NO_JAVA = "needs Java, which is not on PATH"
 
 
@@ -35,7 +35,7 @@ def score_results(
 ) -> dict:
     """Scores a results file and writes what it finds beside it. For the main process only.
 
-    `NAME.json` gives `NAME_scores.json` (`scores`, `left_out`, `tokenizer`) and
+    `NAME.json` gives `NAME_scores.json` (`scores`, `left_out`, `tokenizer`, `remarks`) and
     `NAME_images.json` (caption, CIDEr and references of each image, for reading).
 
     Args:
@@ -46,13 +46,14 @@ def score_results(
         timeout_s: see `score_captions`.
 
     Returns:
-        `scores`, `left_out` and `tokenizer` of `score_captions`.
+        `scores`, `left_out`, `tokenizer` and `remarks` of `score_captions`.
 
     Raises:
-        ValueError: a file is missing or unreadable, or the two are not of the same images.
+        UserError: a file is missing or unreadable, or the two are not of the same images.
     """
     results_path = Path(results_path)
-    report = score_captions(_read_json(results_path), gt_path, spice, meteor, timeout_s)
+    results = read_records(results_path, RESULTS)
+    report = score_captions(results, gt_path, spice, meteor, timeout_s)
     write_json(results_path.with_name(f"{results_path.stem}_images.json"), report.pop("images"))
     write_json(results_path.with_name(f"{results_path.stem}_scores.json"), report)
     return report
@@ -77,15 +78,14 @@ def score_captions(
             side by side.
 
     Returns:
-        `scores` {metric: float}, `left_out` {metric: why}, `tokenizer` (a sentence) and `images`,
-        a list of `{"image_id", "caption", "CIDEr", "references"}`.
+        `scores` {metric: float}, `left_out` {metric: why}, `tokenizer` (a sentence), `remarks` (a
+        list of sentences on what the scores do not tell) and `images`, a list of
+        `{"image_id", "caption", "CIDEr", "references"}`.
 
     Raises:
-        ValueError: the references cannot be read or are not of the same images.
+        UserError: the references cannot be read or are not of the same images.
     """
-    references = {}
-    for annotation in _read_json(gt_path)["annotations"]:
-        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    references = read_references(gt_path)
     captions = {result["image_id"]: [result["caption"]] for result in results}
     if captions.keys() != references.keys() or len(captions) < len(results):
         raise UserError(
@@ -105,6 +105,7 @@ def score_captions(
         "scores": {k: v for output in outputs.values() for k, v in output["scores"].items()},
         "left_out": left_out,
         "tokenizer": tokenizer,
+        "remarks": _remarks(tokenized[1]),
         "images": [
             {
                 "image_id": image,
@@ -117,17 +118,33 @@ def score_captions(
     }
 
 
-def _read_json(path: str | Path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+def _remarks(captions: dict[str, list[str]]) -> list[str]:
+    """What a reader of the scores must know of these tokenized captions."""
+    remarks = []
+    if len(captions) == 1:
+        remarks.append(
+            "CIDEr is 0 for a single image: it weighs words by how few images' references have them"
+        )
+    empty = [image for image, (caption,) in captions.items() if not caption]
+    if empty:
+        remarks.append(
+            f"{len(empty)} of {len(captions)} captions have no word (images: {listed(empty)})"
+        )
+    return remarks
 
 
 def _tokenize(
     references: dict, captions: dict, java: bool, timeout_s: float
 ) -> tuple[dict, dict, str]:
-    """References and captions in tokens, and a sentence that says by which tokenizer."""
+    """References and captions in tokens, and a sentence that says by which tokenizer.
+
+    Every sentence is first made one line, for tokens come back by line: one line end inside a
+    sentence would give all tokens after it to other images.
+    """
+    references, captions = (
+        {image: [sentence.translate(LINE_ENDS) for sentence in of_image] for image, of_image in g}
+        for g in (references.items(), captions.items())
+    )
     why = NO_JAVA
     if java:
         outputs, failures = _run(["tokenize"], references, captions, timeout_s)
@@ -141,7 +158,7 @@ def _tokenize(
         }
         for g in (references, captions)
     )
-    return *tokenized, f"PTB rules in Python{PYTHON_TOKENS}; Stanford's tokenizer {why}"
+    return *tokenized, f"PTB rules in Python; Stanford's tokenizer {why}"
 
 
 def _run(

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from utils import UserError
+from utils import UserError, launch
 
 CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
 
@@ -18,7 +18,7 @@ def read_run(folder: Path) -> dict[str, str]:
     """A row of the table: column to formatted value.
 
     Raises:
-        ValueError: the run was not evaluated.
+        UserError: the folder holds no run, or one that was not evaluated.
     """
     results = folder / "results"
     try:
@@ -29,7 +29,7 @@ def read_run(folder: Path) -> dict[str, str]:
         else:
             found = json.loads((results / "test_scores.json").read_text())["scores"]
             scores = {column: f"{found[name]:.3f}" for column, name in CAPTION_SCORES.items()}
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{folder} holds no evaluated run ({error}): run --evaluate") from error
     return {
         "run": folder.name,
@@ -50,18 +50,23 @@ def markdown(rows: list[dict[str, str]]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prints the table of the runs named on the command line, and where their figures are."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="the runs' --output_dir")
     parser.add_argument("runs", nargs="+", help="their --model_dir")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the table of the runs named on the command line, and where their figures are."""
     print(markdown([read_run(args.folder / run) for run in args.runs]))
-    figures = sorted(args.folder.glob("*/*.png"))
-    print("figures:", *figures, sep="\n  ")
+    figures = [figure for run in args.runs for figure in sorted((args.folder / run).glob("*.png"))]
+    if figures:
+        print("figures:", *figures, sep="\n  ")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, parse_args())

@@ -114,10 +114,6 @@ class Captioner(nn.Module):
             *text_stages(self.text_decoder.bert, images=("tokens",), causal=True),
         ]
 
-    def loss_terms(self, image: torch.Tensor, captions: list[str]) -> int:
-        """Number of predicted tokens, over which the loss of `forward` is a mean."""
-        return self.prepare(image, captions)[1]
-
     @torch.no_grad()
     def generate_ids(
         self,
@@ -183,5 +179,20 @@ def build_captioner(config: dict) -> Captioner:
     chosen = ("prompt", "length_normalization", "max_tokens")
     options = {key: config[key] for key in chosen if key in config}
     model = Captioner(visual_encoder, BlipTextLMHeadModel(text), tokenizer, **options)
+    check_lengths(config, model.prompt_length)
     check_max_tokens(model.max_tokens, model.prompt_length + 2, text.max_position_embeddings)
     return model
+
+
+def check_lengths(config: dict, prompt_length: int) -> None:
+    """Checks that a caption has room after the prompt.
+
+    Raises:
+        UserError: min_length or max_length of the config leave none.
+    """
+    for key in ("min_length", "max_length"):
+        if key in config and config[key] <= prompt_length:
+            raise UserError(
+                f"{key} {config[key]} must be above the length of the prompt, which it counts: "
+                f"{prompt_length} tokens"
+            )

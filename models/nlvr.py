@@ -150,12 +150,6 @@ class NlvrClassifier(nn.Module):
         logits = self.logits_from_ids(image0, image1, input_ids, attention_mask)
         return F.cross_entropy(logits, targets)
 
-    def loss_terms(
-        self, image0: Tensor, image1: Tensor, sentences: list[str], targets: Tensor
-    ) -> int:
-        """How many terms `forward` averages over: one a statement."""
-        return len(sentences)
-
     def logits(self, image0: Tensor, image1: Tensor, sentences: list[str]) -> Tensor:
         """(B, 2) logits of "false" and "true"; arguments as `prepare`."""
         text = (tensor.to(image0.device) for tensor in self.tokenize(sentences))

@@ -67,12 +67,13 @@ def text_stages(text: nn.Module, images: tuple[str, ...], causal: bool) -> Itera
     """
     yield Stage("text: embedding", text.embeddings, ("input_ids",), "text")
     for index, layer in enumerate(text.encoder.layer):
-        attend = _self_attention(layer, causal)
-        yield Stage(f"text: layer {index}, attention", attend, ("text", "attention_mask"), "text")
-        look = _cross_attention(layer)
-        yield Stage(f"text: layer {index}, cross-attention", look, ("text", *images), "text")
-        think = layer.feed_forward_chunk
-        yield Stage(f"text: layer {index}, mlp", think, ("text",), "text")
+        branches = (
+            ("attention", _self_attention(layer, causal), ("attention_mask",)),
+            ("cross-attention", _cross_attention(layer), images),
+            ("mlp", layer.feed_forward_chunk, ()),
+        )
+        for name, branch, others in branches:
+            yield Stage(f"text: layer {index}, {name}", branch, ("text", *others), "text")
 
 
 def _self_attention(layer: nn.Module, causal: bool) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,11 +1,15 @@
-"""The passes over all prunable numbers: averaging, folding, finding, masking.
+"""The fast form of the pruner's equations: compiled loops for float32 on a CPU.
 
-Memory traffic bounds this work. A chain of tensor operations goes through memory, or at least the
-cache, once for each of them; a loop that Numba compiles goes through once for all. Every kernel
-has both forms: the loop for float32 on the CPU, tensor operations for all else.
+The equations stand in score.py, mask.py and threshold.py as lines of tensor operations. Memory
+traffic bounds them: each tensor operation goes through memory, or at least the cache, while a loop
+that Numba compiles goes through it once for a whole equation. `on_pieces` takes the loop where all
+tensors are float32 on a CPU, and the tensor lines everywhere else.
+
+Work is done piece by piece. A piece is the same stretch of a few tensors of one shape, as flat
+views, followed by the scalars of the equation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -14,56 +18,69 @@ import torch
 from numba import njit
 from torch import Tensor
 
-GROUP = 32  # scores that are looked at together; about one group in seven has one in the bracket
+PIECE_ON_CPU = 9 << 15  # elements: few enough to stay in the cache and to share among threads
+PIECE_ON_ACCELERATOR = 9 << 18  # elements: BLIP base's largest matrix, for each call costs a launch
+VECTOR = 32  # neighbouring scores that are compared without a branch; 1 in 7 holds one inside
 
 # Without the GIL, so that threads run side by side. a + b * c may be rounded once, as in torch.
 compiled = njit(nogil=True, fastmath={"contract"})
 
 
-class Kernel:
-    """A pass over pieces of memory.
+def cut(*tensors: Tensor, stride: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts tensors of one shape into pieces.
 
     Args:
-        loop: compiled, of flat arrays and numbers.
-        operations: the same, of flat tensors and numbers.
+        tensors: contiguous, of the same shape.
+        stride: takes every stride-th element.
+
+    Yields:
+        Flat views of one piece, one of each tensor. All pieces are nearly equally long.
     """
-
-    def __init__(self, loop: Callable, operations: Callable):
-        self.loop, self.operations = loop, operations
-
-    def __call__(self, pieces: list[tuple]) -> list:
-        """Works on all pieces, and returns a result for each.
-
-        Args:
-            pieces: arguments of the loop or of the operations; numbers become float32.
-        """
-        if fit_loops(pieces):
-            return self._on_threads(pieces)
-        return [self.operations(*piece) for piece in pieces]
-
-    def _on_threads(self, pieces: list[tuple]) -> list:
-        """Runs the loop on as many threads as torch uses."""
-        results = [None] * len(pieces)
-        left = iter(range(len(pieces)))  # a thread takes the next: none waits for another
-
-        def work(_: int) -> None:
-            for i in left:
-                results[i] = self.loop(*map(_argument, pieces[i]))
-
-        threads = torch.get_num_threads()
-        for _ in _pool(threads).map(work, range(threads)):
-            pass  # raises here what was raised there
-        return results
+    flat = [tensor.detach().view(-1)[::stride] for tensor in tensors]
+    longest = PIECE_ON_CPU if flat[0].device.type == "cpu" else PIECE_ON_ACCELERATOR
+    count = -(-flat[0].numel() // longest)
+    return zip(*(tensor.chunk(count) for tensor in flat), strict=True)
 
 
-def fit_loops(pieces: list[tuple]) -> bool:
-    """Whether all tensors are float32 in the CPU's memory."""
+def on_pieces(equation: Callable, loop: Callable, pieces: list[tuple]) -> list:
+    """Calls an equation, or the loop that is its fast form, on each piece.
+
+    Args:
+        equation: tensor lines, a function of a piece's tensors and scalars.
+        loop: compiled, of the same arguments, with arrays for tensors and floats for scalars.
+        pieces: the arguments of each call.
+
+    Returns:
+        The result of each call.
+    """
+    if all_float32_on_cpu(pieces):
+        return _on_threads(loop, pieces)
+    return [equation(*piece) for piece in pieces]
+
+
+def all_float32_on_cpu(pieces: list[tuple]) -> bool:
+    """Whether every tensor of the pieces is float32 and in the CPU's memory."""
     tensors = (value for piece in pieces for value in piece if isinstance(value, Tensor))
     return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
-def _argument(value: Tensor | float):
-    return value.numpy() if isinstance(value, Tensor) else np.float32(value)
+def _on_threads(loop: Callable, pieces: list[tuple]) -> list:
+    """Runs the loop on as many threads as torch uses."""
+    results = [None] * len(pieces)
+    left = iter(range(len(pieces)))  # each thread takes the next piece, so that none waits
+
+    def work(_: int) -> None:
+        for i in left:
+            results[i] = loop(*map(_argument, pieces[i]))
+
+    threads = torch.get_num_threads()
+    for _ in _pool(threads).map(work, range(threads)):
+        pass  # raises here what a thread raised
+    return results
+
+
+def _argument(value: Tensor | float) -> np.ndarray | float:
+    return value.numpy() if isinstance(value, Tensor) else float(value)
 
 
 @lru_cache
@@ -71,96 +88,69 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
+# Scalars arrive in double precision. Each loop rounds them to float32 first, as torch does.
+
+
 @compiled
-def _average_loop(p, grad, ipt, weight):
+def average_loop(ipt, p, grad, position):
+    """The fast form of `score.average_`."""
+    weight = np.float32(1 / (position + 1))
     for i in range(len(p)):
         ipt[i] += weight * (abs(p[i] * grad[i]) - ipt[i])
 
 
-def _average_operations(p: Tensor, grad: Tensor, ipt: Tensor, weight: float) -> None:
-    ipt.lerp_(scores_of(p, grad), weight)
-
-
 @compiled
-def _fold_loop(p, grad, ipt, avg, unc, weight1, weight2):
+def fold_loop(ipt, avg, unc, p, grad, beta1, beta2):
+    """The fast form of `score.fold_`."""
+    weight1, weight2 = np.float32(1 - beta1), np.float32(1 - beta2)
     for i in range(len(p)):
         avg[i] += weight1 * (ipt[i] - avg[i])
         unc[i] += weight2 * (abs(ipt[i] - avg[i]) - unc[i])
         ipt[i] = abs(p[i] * grad[i])
 
 
-def _fold_operations(
-    p: Tensor, grad: Tensor, ipt: Tensor, avg: Tensor, unc: Tensor, weight1: float, weight2: float
-) -> None:
-    avg.lerp_(ipt, weight1)
-    unc.lerp_((ipt - avg).abs_(), weight2)
-    ipt.copy_(scores_of(p, grad))
-
-
 @compiled
-def _mask_loop(p, a, b, weight, threshold):
+def zero_below_loop(p, a, b, dimension, threshold):
+    """The fast form of `mask.zero_below_`."""
+    dimension, threshold = np.float32(dimension), np.float32(threshold)
     for i in range(len(p)):
-        p[i] *= np.float32(abs(a[i] * b[i]) * weight >= threshold)
-
-
-def _mask_operations(p: Tensor, a: Tensor, b: Tensor, weight: float, threshold: float) -> None:
-    p.mul_(scores_of(a, b, weight) >= threshold)
+        p[i] *= np.float32(abs(a[i] * b[i]) * dimension >= threshold)
 
 
 @compiled
-def _between_loop(a, b, weight, lower, upper):
+def between_loop(a, b, dimension, lower, upper):
+    """The fast form of `threshold.between`.
+
+    Most neighbours lie all below or all above: counting them needs no branch and is vectorised.
+    """
+    dimension, lower, upper = np.float32(dimension), np.float32(lower), np.float32(upper)
     found = np.empty_like(a)
     below = size = 0
-    whole = len(a) - len(a) % GROUP
-    for first in range(0, whole, GROUP):
+    whole = len(a) - len(a) % VECTOR
+    for first in range(0, whole, VECTOR):
         under = over = np.int32(0)
-        for i in range(GROUP):  # a constant, and no branch inside: vectorised
-            score = abs(a[first + i] * b[first + i]) * weight
+        for i in range(VECTOR):
+            score = abs(a[first + i] * b[first + i]) * dimension
             under += np.int32(score <= lower)
             over += np.int32(score >= upper)
         below += under
-        if under + over < GROUP:
-            group = slice(first, first + GROUP)
-            _, size = _pick(a[group], b[group], weight, lower, upper, found, size)
-    under, size = _pick(a[whole:], b[whole:], weight, lower, upper, found, size)
+        if under + over < VECTOR:
+            here = slice(first, first + VECTOR)
+            _, size = _pick(a[here], b[here], dimension, lower, upper, found, size)
+    under, size = _pick(a[whole:], b[whole:], dimension, lower, upper, found, size)
     return below + under, found[:size].copy()
 
 
 @compiled
-def _pick(a, b, weight, lower, upper, found, size):
-    """Appends scores to the first `size` in `found`; returns how many lie below, and the size."""
+def _pick(a, b, dimension, lower, upper, found, size):
+    """Writes scores that lie between behind the first `size` of `found`.
+
+    Returns how many scores lie below, and how many `found` holds now.
+    """
     below = 0
     for i in range(len(a)):
-        score = abs(a[i] * b[i]) * weight
+        score = abs(a[i] * b[i]) * dimension
         below += score <= lower
         found[size] = score
         size += not (score <= lower or score >= upper)
     return below, size
-
-
-def _between_operations(
-    a: Tensor, b: Tensor, weight: float, lower: float, upper: float
-) -> tuple[Tensor, Tensor]:
-    scores = scores_of(a, b, weight)
-    under = scores <= lower
-    return under.sum(), scores[~(under | (scores >= upper))]
-
-
-def scores_of(a: Tensor, b: Tensor, weight: float = 1.0) -> Tensor:
-    """Scores |a * b| * weight in float32."""
-    return (a.float() * b.float()).abs_().mul_(weight)
-
-
-# (p, grad, ipt, weight): moves `ipt` by a share of the way to |p * grad|.
-average = Kernel(_average_loop, _average_operations)
-
-# (p, grad, ipt, avg, unc, weight1, weight2): moves `avg` towards `ipt`, `unc` towards the
-# distance of `ipt` from the new `avg`, and begins `ipt` anew with |p * grad|.
-fold = Kernel(_fold_loop, _fold_operations)
-
-# (p, a, b, weight, threshold): zeroes the numbers of `p` whose scores are below the threshold.
-mask = Kernel(_mask_loop, _mask_operations)
-
-# (a, b, weight, lower, upper): how many scores lie up to `lower`, and those strictly between the
-# bounds; NaN lies between.
-between = Kernel(_between_loop, _between_operations)

@@ -1,47 +1,51 @@
-"""Zeroing the weights of low score, and proof that all processes zeroed the same."""
+"""Zeroing the parameters of low score, and proof that all processes zeroed the same."""
 
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pruners import kernels
-from pruners.score import Score
+from pruners.score import Score, scores
 
-BLOCK = 9 << 15  # numbers of a checksum that stay in the cache
+
+def zero_below_(p: Tensor, a: Tensor, b: Tensor, dimension: float, threshold: float) -> None:
+    """Zeroes p where S < threshold, with S of `score.scores`."""
+    p.mul_(scores(a, b, dimension) >= threshold)
 
 
 def mask_(score: Score, threshold: float) -> None:
-    """Zeroes, in place, every number whose score is strictly below a threshold.
-
-    One pass over the parameters and the factors of their scores.
-    """
-    kernels.mask([(*piece, threshold) for piece in score.pieces()])
+    """Zeroes, in place, every parameter whose score is strictly below a threshold."""
+    pieces = [(*piece, threshold) for piece in score.pieces()]
+    kernels.on_pieces(zero_below_, kernels.zero_below_loop, pieces)
 
 
-def mask_checksums(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
-    """One number a tensor that tells where its zeros are.
+def mask_checksums(parameters: Iterable[Tensor]) -> Tensor:
+    """A number for each tensor that tells where its zeros are.
 
-    Every position of a block has a small random weight; the checksum adds up those of the zeros.
+    Every position within a piece has a small random weight. The checksum adds up the weights of
+    the zeros, times 1 in the first piece, 2 in the second, and so on.
 
     Returns:
-        (tensors,) float64, integers.
+        (tensors,) int64.
     """
     parameters = list(parameters)
-    device = parameters[0].device
+    device, length = parameters[0].device, kernels.PIECE_ON_CPU
+    heaviest = (1 << 24) // length  # so that float32 holds a piece's sum exactly
     generator = torch.Generator().manual_seed(0)
-    # Integers up to 28, so that the sum over a block is below 2^24 and exact in float32.
-    weights = torch.randint(1, 29, (BLOCK,), generator=generator).to(device, torch.float32)
-    buffer = torch.empty(BLOCK, device=device)
-    checksums = torch.zeros(len(parameters), dtype=torch.float64, device=device)
+    weights = torch.randint(1, heaviest + 1, (length,), generator=generator)
+    weights = weights.to(device, torch.float32)
+    buffer = torch.empty(length, device=device)
+    checksums = torch.zeros(len(parameters), dtype=torch.int64, device=device)
     for checksum, parameter in zip(checksums, parameters, strict=True):
-        for i, block in enumerate(parameter.detach().view(-1).split(BLOCK)):
-            zeros = torch.eq(block, 0, out=buffer[: block.numel()])
-            checksum.add_(zeros.dot(weights[: block.numel()]), alpha=i + 1)
+        for i, piece in enumerate(parameter.detach().view(-1).split(length)):
+            zeros = torch.eq(piece, 0, out=buffer[: piece.numel()])
+            checksum.add_(zeros.dot(weights[: piece.numel()]).long(), alpha=i + 1)
     return checksums
 
 
-def check_masks_equal(parameters: dict[str, torch.Tensor]) -> None:
+def check_masks_equal(parameters: dict[str, Tensor]) -> None:
     """Stops every process if their masks differ. All processes must call it.
 
     Raises:

@@ -8,12 +8,14 @@ from torch import nn
 from models import prunable_layers
 from pruners.mask import check_masks_equal, mask_
 from pruners.schedule import CubicSchedule
-from pruners.score import Magnitude, Platon, Taylor
+from pruners.score import METHODS
 from pruners.sparsity import sparsity_report
 from pruners.threshold import kth_smallest
 from utils import UserError
 
-METHODS = ("PLATON", "Taylor", "Magnitude")
+
+class NonFiniteScores(FloatingPointError):
+    """A score is NaN: weights or gradients became infinite or NaN. The message names where."""
 
 
 class Pruner:
@@ -27,7 +29,7 @@ class Pruner:
         method: score by "PLATON", "Taylor" or "Magnitude".
         total_steps: optimizer steps of the run.
         delta_t: steps in PLATON's window, and between mask events.
-        beta1: decay of PLATON's importance, in [0, 1).
+        beta1: decay of PLATON's importance, in (0, 1).
         beta2: decay of PLATON's uncertainty, in [0, 1).
         initial_threshold: share that remains at first, in (0, 1].
         final_threshold: share that remains at last, in (0, initial_threshold].
@@ -38,7 +40,8 @@ class Pruner:
         layer_id: intrinsic dimension by layer name, to weight scores with; None weights none.
 
     Raises:
-        ValueError: an argument is out of range, or `layer_id` is not of these layers.
+        UserError: an argument is out of range, `layer_id` is not of these layers, or the run would
+            not end at the final threshold.
 
     Source: PLATON (Zhang et al., ICML 2022), and the ID weighting of Wang et al. (ICML 2024).
     Unlike the original code, all averages last for the whole run, and IDs go by layer name.
@@ -62,6 +65,9 @@ class Pruner:
         steps_per_epoch: int | None = None,
         layer_id: dict[str, float] | None = None,
     ):
+        if method not in METHODS:
+            raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+        self.method = method
         model = getattr(model, "module", model)
         if layers is None:
             self.layers = prunable_layers(model)
@@ -78,6 +84,7 @@ class Pruner:
             warmup_steps,
             delta_t,
             steps_per_epoch,
+            METHODS[method].first_scored(delta_t),
         )
         self.parameters = {
             f"{layer}.{kind}": parameter
@@ -85,16 +92,9 @@ class Pruner:
             for kind, parameter in module.named_parameters()
         }
         self.numel = sum(parameter.numel() for parameter in self.parameters.values())
-        self.method = method
-        if method == "PLATON":
-            self.score = Platon(self.parameters, layer_id, delta_t, beta1, beta2)
-        elif method in METHODS:
-            self.score = {"Taylor": Taylor, "Magnitude": Magnitude}[method](
-                self.parameters, layer_id
-            )
-        else:
-            raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-        self._found: tuple[int, float] | None = None  # rank and threshold of the present scores
+        self.score = METHODS[method](self.parameters, layer_id, delta_t, beta1, beta2)
+        self.tied = 0  # scores equal to the threshold of the last mask event
+        self._found: tuple[int, tuple[float, int]] | None = None  # rank, threshold of these scores
 
     def step(self, global_step: int) -> tuple[float, float | None]:
         """Updates the scores and, where the schedule says so, masks the parameters in place.
@@ -103,11 +103,12 @@ class Pruner:
             global_step: from 1. The optimizer has stepped; the gradients are still in place.
 
         Returns:
-            The share of the numbers that should remain, and the score below which numbers were
-            zeroed, None where none were to be.
+            The share of the parameters that should remain, and the score below which parameters
+            were zeroed, None where none were to be.
 
         Raises:
-            ValueError: a gradient is missing or a score is NaN; names the parameter.
+            ValueError: a gradient is missing; names the parameter.
+            NonFiniteScores: a score is NaN.
             RuntimeError: the masks of the processes differ.
         """
         if self.score.update_(global_step):
@@ -116,27 +117,29 @@ class Pruner:
         rank = int(self.numel * (1 - ratio))
         if rank < 1 or not self.schedule.masks_at(global_step):
             return ratio, None
-        threshold = self.threshold(rank)
+        threshold, self.tied = self.threshold(rank)
         mask_(self.score, threshold)
         if self.schedule.in_cubic_phase(global_step):
             self.check_masks_equal()
         return ratio, threshold
 
-    def threshold(self, rank: int) -> float:
-        """The rank-th smallest score, from 1; known already if no score changed since.
+    def threshold(self, rank: int) -> tuple[float, int]:
+        """The rank-th smallest score, from 1, and how many scores equal it.
+
+        Between changes of the scores it is found once.
 
         Raises:
-            ValueError: a score is NaN; names the parameter.
+            NonFiniteScores: a score is NaN.
         """
         if self._found is None or self._found[0] != rank:
-            value = kth_smallest(self.score, self.numel, rank)
-            if math.isnan(value):
-                raise UserError(
+            found = kth_smallest(self.score, self.numel, rank)
+            if math.isnan(found[0]):
+                raise NonFiniteScores(
                     f"the scores of {self.score.first_nan()} are not numbers: its weights or "
                     "gradients became infinite or NaN. Resume from an earlier checkpoint with a "
-                    "lower learning rate"
+                    "lower learning rate (--init_lr)"
                 )
-            self._found = rank, value
+            self._found = rank, found
         return self._found[1]
 
     def check_masks_equal(self) -> None:
@@ -155,19 +158,19 @@ class Pruner:
         return sparsity_report(self.layers)
 
     def state_dict(self) -> dict:
-        """All that later steps depend on: the method's name and its averages, not copied."""
-        return {"method": self.method, "score": self.score.state}
+        """All that the rest of the run depends on; the averages are not copied."""
+        return {"method": self.method, "score": self.score.state, "tied": self.tied}
 
     def load_state_dict(self, state: dict) -> None:
         """Continues from a state, copied to the parameters' devices.
 
         Raises:
-            ValueError: the state is of another method or of other parameters.
+            UserError: the state is of another method or of other parameters.
         """
         if state["method"] != self.method:
             raise UserError(
                 f"the state is of pruner {state['method']}, this is {self.method}: "
-                "resume with the pruner that began the run"
+                "resume with the --pruner_name that began the run"
             )
         for kind, own in self.score.state.items():
             saved = state["score"][kind]
@@ -178,6 +181,7 @@ class Pruner:
                 )
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
+        self.tied = state.get("tied", 0)  # not in states of earlier versions
         self._found = None
 
 
@@ -185,7 +189,7 @@ def check_layer_id(layer_id: dict[str, float], layers: dict[str, nn.Linear]) -> 
     """Checks that an ID profile is of these layers.
 
     Raises:
-        ValueError: names layers that are missing, unknown, or without a positive number.
+        UserError: names layers that are missing, unknown, or whose ID is not positive.
     """
     problems = {
         "missing": [name for name in layers if name not in layer_id],

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from utils import UserError
 
+LONGER = "train longer (--max_steps, --max_epoch)"
+
 
 @dataclass(frozen=True)
 class CubicSchedule:
-    """The share of the prunable numbers that remains after each optimizer step.
+    """The share of the prunable parameters that remains after each optimizer step.
 
     Steps count from 1 to `total_steps`. Up to `initial_warmup * warmup_steps` nothing is masked.
     During the last `final_warmup * warmup_steps` steps the share is final and every step masks.
@@ -16,15 +18,18 @@ class CubicSchedule:
     Args:
         total_steps: optimizer steps of the whole run.
         initial_threshold: share that remains at first, in (0, 1].
-        final_threshold: share that remains at the end, in (0, initial_threshold].
+        final_threshold: share that remains at the end, in (0, initial_threshold]; 1 prunes nothing
+            and fits into a run of any length.
         initial_warmup: length of the initial phase, in units of `warmup_steps`.
         final_warmup: length of the final phase, in units of `warmup_steps`.
         warmup_steps: optimizer steps in a unit.
         delta_t: optimizer steps between mask events of the cubic phase.
         steps_per_epoch: the cubic phase also masks after the last step of an epoch; None does not.
+        first_scored: the first step at whose end there are scores to prune by.
 
     Raises:
-        ValueError: an argument is out of its range, or the warm-ups are longer than the run.
+        UserError: an argument is out of its range, or the run would not end at `final_threshold`.
+            The message names the trainers' flags.
 
     The ramp is that of Zhu and Gupta (arXiv 1710.01878), equation 1, with the phases of PLATON
     (Zhang et al., ICML 2022).
@@ -38,23 +43,49 @@ class CubicSchedule:
     warmup_steps: int
     delta_t: int = 10
     steps_per_epoch: int | None = None
+    first_scored: int = 1
 
     def __post_init__(self):
-        """Checks the ranges."""
+        """Checks the ranges, and that the run ends at the final threshold."""
         if not 0 < self.final_threshold <= self.initial_threshold <= 1:
             raise UserError(
-                f"the thresholds are shares that remain: choose 0 < final_threshold "
-                f"({self.final_threshold}) <= initial_threshold ({self.initial_threshold}) <= 1"
+                "thresholds are fractions that remain, 0 < final <= initial <= 1; got "
+                f"--final_threshold {self.final_threshold} "
+                f"--initial_threshold {self.initial_threshold}"
             )
-        if min(self.initial_warmup, self.final_warmup, self.warmup_steps) < 0:
-            raise UserError("initial_warmup, final_warmup and warmup_steps must not be negative")
-        if self.delta_t < 1 or (self.steps_per_epoch or 1) < 1:
-            raise UserError("delta_t and steps_per_epoch must be at least 1")
-        if self.ramp_start > self.ramp_end:
+        least = {
+            "--initial_warmup": (self.initial_warmup, 0),
+            "--final_warmup": (self.final_warmup, 0),
+            "--warmup_steps": (self.warmup_steps, 0),
+            "--deltaT": (self.delta_t, 1),
+        }
+        for flag, (value, bound) in least.items():
+            if value < bound:
+                raise UserError(f"{flag} must be at least {bound}, got {value}")
+        if self.final_threshold < 1:
+            self._check_reaches_the_end()
+
+    def _check_reaches_the_end(self) -> None:
+        warmups = (self.initial_warmup + self.final_warmup) * self.warmup_steps
+        if warmups >= self.total_steps:
             raise UserError(
-                f"the schedule is longer than the run: ({self.initial_warmup} + "
-                f"{self.final_warmup}) x {self.warmup_steps} warm-up steps, but {self.total_steps} "
-                "steps in all. Lower warmup_steps or train longer"
+                f"the pruning schedule is longer than the run: ({self.initial_warmup} initial + "
+                f"{self.final_warmup} final) x {self.warmup_steps} warm-up steps = {warmups}, but "
+                f"the run has {self.total_steps} steps, and some must lie between for the share "
+                f"that remains to fall: lower --warmup_steps or {LONGER}"
+            )
+        if self.total_steps < self.first_scored:
+            raise UserError(
+                f"nothing would be pruned: all scores are zero until step {self.first_scored}, "
+                f"where the first window of --deltaT {self.delta_t} steps ends, but the run has "
+                f"{self.total_steps} steps: lower --deltaT or {LONGER}"
+            )
+        if not self.masks_at(self.total_steps):
+            raise UserError(
+                f"the run would end above --final_threshold {self.final_threshold}: without a "
+                f"final phase, its last step {self.total_steps} masks only if it is a multiple of "
+                f"--deltaT {self.delta_t} or ends an epoch: choose --final_warmup and "
+                "--warmup_steps of at least 1, or such a number of --max_steps"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""How sparse the layers are: the share of zeros by layer and by modality."""
+"""How sparse the layers are: the share of zeros by layer and by modality, and whether as asked."""
 
 from collections import defaultdict
 
@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from models import modality
+
+UNTOLD = 1e-3  # a difference from the asked-for share that is not worth a sentence
 
 
 def sparsity_report(layers: dict[str, nn.Linear]) -> dict:
@@ -15,9 +17,9 @@ def sparsity_report(layers: dict[str, nn.Linear]) -> dict:
         layers: by name, as `models.prunable_layers` gives them.
 
     Returns:
-        `overall`, `by_modality` and `by_layer`: shares of zeros, in [0, 1]; `pruned` of `prunable`:
-        numbers; `vision_share_of_pruned`: share of all zeros that lie in vision layers, 0 without
-        zeros. Fit for JSON.
+        `overall`, `by_modality` and `by_layer`: shares of zeros, in [0, 1]; `pruned`: zeros among
+        the `prunable` parameters; `vision_share_of_pruned`: share of all zeros that lie in vision
+        layers, 0 without zeros. Fit for JSON.
     """
     nonzero = torch.stack(
         [sum(p.count_nonzero() for p in layer.parameters()) for layer in layers.values()]
@@ -40,3 +42,30 @@ def sparsity_report(layers: dict[str, nn.Linear]) -> dict:
         "prunable": sum(numel.values()),
         "by_layer": {name: share([name]) for name in layers},
     }
+
+
+def off_target(report: dict, final_threshold: float, tied: int) -> str | None:
+    """What to say at the end of a run whose share of zeros is not the one asked for.
+
+    A mask event zeroes the scores strictly below the k-th smallest. The k-th itself stays, and so
+    do all scores equal to it.
+
+    Args:
+        report: of `sparsity_report`, after the last step.
+        final_threshold: share that should remain, in (0, 1].
+        tied: scores equal to the last threshold (`Pruner.tied`).
+
+    Returns:
+        A sentence; None if as many remain as should, to UNTOLD of all or to the k-th parameter.
+    """
+    prunable, zeros = report["prunable"], report["pruned"]
+    missing = int(prunable * (1 - final_threshold)) - zeros
+    if abs(missing) <= max(1, UNTOLD * prunable):
+        return None
+    what = f"asked for {final_threshold:.4g} remaining, but {1 - zeros / prunable:.4g} remain"
+    if 0 < missing <= tied:
+        return f"{what}, because {tied:,} scores tie at the threshold and none of them is pruned"
+    return (
+        f"{what}; ties at the threshold (scores: {tied:,}) do not explain it: parameters were zero "
+        "without the pruner, or changed after its last step"
+    )

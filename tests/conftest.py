@@ -19,11 +19,11 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["loops", "operations"])
+@pytest.fixture(params=["loops", "equations"])
 def kernel_form(request, monkeypatch):
-    """Runs a test with compiled loops, and with the tensor operations that GPUs get."""
-    if request.param == "operations":
-        monkeypatch.setattr(kernels, "fit_loops", lambda pieces: False)
+    """Runs a test with compiled loops, and with the equations' tensor lines that GPUs get."""
+    if request.param == "equations":
+        monkeypatch.setattr(kernels, "all_float32_on_cpu", lambda pieces: False)
 
 
 @pytest.fixture(scope="session")

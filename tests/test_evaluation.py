@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from data import EvalSampler
 from data.caption_dataset import CaptionEvalDataset
 from evaluation import caption_split, contact_sheet
+from evaluation.figures import draw_sheet
 from models import build_captioner
 
 IMAGES, BATCH = 101, 8
@@ -59,7 +60,8 @@ def test_contact_sheet_shows_captioned_images(tmp_path):
     red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     for number, colour in enumerate((red, green, blue)):
         Image.new("RGB", (8, 6), colour).save(tmp_path / f"{number}.png")
-    split = CaptionEvalDataset([{"image": f"{n}.png"} for n in range(3)], tmp_path, transform=None)
+    records = [{"image": f"{n}.png", "image_id": n} for n in range(3)]
+    split = CaptionEvalDataset(records, tmp_path, transform=None)
     dense = [{"image_id": n, "caption": f"picture {n}"} for n in range(3)]
     sheet = tmp_path / "sheets" / "test.png"
 
@@ -73,7 +75,7 @@ def test_contact_sheet_shows_captioned_images(tmp_path):
 
 def test_contact_sheet_shows_the_captions(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "4.png")
-    split = CaptionEvalDataset([{"image": "4.png"}], tmp_path, transform=None)
+    split = CaptionEvalDataset([{"image": "4.png", "image_id": 4}], tmp_path, transform=None)
     ink = []
     for words in ("a", "a dog and a cat", "a dog and a cat on a bed"):
         contact_sheet(
@@ -82,3 +84,28 @@ def test_contact_sheet_shows_the_captions(tmp_path):
         grey = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
         ink.append(int((grey < 128).sum()))
     assert ink[0] < ink[1] < ink[2]
+
+
+def test_captions_stay_in_their_column_and_row_and_lose_no_character():
+    long, wide = "a dog on a bed " * 9, "W" * 150
+    captions = [long, wide, "a $5 and a $10 note", f"{long} {wide}", "", "x"]
+    sizes = [(40, 60), (10, 90), (90, 10), (30, 30), (60, 40), (5, 90)]
+    pictures = [Image.new("RGB", size) for size in sizes]
+    texts = [{"dense": caption, "pruned": caption[::-1]} for caption in captions]
+    figure = draw_sheet(pictures, texts)
+    figure.canvas.draw()
+
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.texts]
+    images = [axes.images[0].get_window_extent(renderer) for axes in figure.axes]
+    for n, (box, image) in enumerate(zip(boxes, images, strict=True)):
+        assert box.x0 >= image.x0 - 1 and box.y1 <= image.y0 and box.y0 >= 0  # pixels
+        if n + 1 < len(boxes) and n % 4 < 3:
+            assert box.x1 <= boxes[n + 1].x0 and box.x1 <= images[n + 1].x0
+        if n + 4 < len(boxes):
+            assert box.y0 >= images[n + 4].y1
+        assert box.x1 <= figure.bbox.x1
+    for text, caption in zip(figure.texts, captions, strict=True):
+        shown = f"dense: {caption} pruned: {caption[::-1]}"
+        assert "".join(text.get_text().split()) == "".join(shown.split())
+        assert not text.get_parse_math()

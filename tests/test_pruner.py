@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from evaluation.figures import plot_sparsity
-from pruners import Pruner, sparsity_report
-from pruners.score import BLOCK
+from pruners import NonFiniteScores, Pruner, kernels, off_target, sparsity_report
+from utils import UserError
 
 GOLDEN_RUN = dict(
     total_steps=120,
@@ -108,14 +107,14 @@ def test_resumes_bit_by_bit(golden_run, golden_dir, saved_at, tmp_path):
 
 def pruner_of(shapes, final_threshold=0.25, layer_id=None, method="Magnitude", **arguments):
     """A pruner that masks at each of 4 steps, down to the final threshold at once."""
-    run = dict(total_steps=4, initial_warmup=0, final_warmup=4, warmup_steps=1)
+    run = dict(total_steps=4, initial_warmup=0, final_warmup=3, warmup_steps=1, delta_t=1)
     model = build_model(shapes)
     run |= dict(final_threshold=final_threshold, layer_id=layer_id, method=method) | arguments
     return Pruner(model, list(shapes), **run)
 
 
-def test_zeroes_the_exact_number_across_blocks():
-    pruner = pruner_of({"a.0.wide": (3, BLOCK["cpu"] - 1), "b.0.small": (5, 7)})
+def test_zeroes_the_exact_number_across_pieces():
+    pruner = pruner_of({"a.0.wide": (3, kernels.PIECE_ON_CPU - 1), "b.0.small": (5, 7)})
     ratio, threshold = pruner.step(1)
     scores = torch.cat([p.detach().abs().view(-1) for p in pruner.parameters.values()])
     assert ratio == 0.25
@@ -146,17 +145,53 @@ def test_pruned_weight_may_revive():
     assert weight.view(-1)[dead] == 9.0
 
 
+def test_each_layers_bias_is_pruned_by_its_own_score():
+    pruner = pruner_of({"a.0.x": (4, 4)}, 0.5)
+    layer = pruner.layers["a.0.x"]
+    nn.init.uniform_(layer.weight, 1.0, 2.0)
+    layer.bias.data = torch.tensor([0.1, 3.0, 0.2, 4.0])
+    pruner.step(1)
+    assert pruner.numel == 20
+    assert layer.bias.tolist() == [0.0, 3.0, 0.0, 4.0]
+    assert int((layer.weight == 0).sum()) == 10 - 1 - 2
+
+
 @pytest.mark.parametrize("method", ["PLATON", "Taylor"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_a_number_names_its_parameter(method, value):
-    pruner = pruner_of({"a.0.x": (2, 4), "a.1.y": (2, 4)}, method=method, delta_t=1)
+def test_not_a_number_names_its_parameter(method, value, kernel_form):
+    pruner = pruner_of({"a.0.x": (2, 4), "a.1.y": (2, 4)}, method=method)
     for parameter in pruner.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     bias = pruner.parameters["a.1.y.bias"]
     bias.grad[1], bias.data[1] = value, 0.0  # infinity times zero
-    with pytest.raises(ValueError, match=r"a\.1\.y\.bias are not numbers"):
+    with pytest.raises(NonFiniteScores, match=r"a\.1\.y\.bias are not numbers.*--init_lr"):
         for step in range(1, 4):
             pruner.step(step)
+    assert issubclass(NonFiniteScores, FloatingPointError)
+
+
+@pytest.mark.parametrize("method", ["PLATON", "Taylor", "Magnitude"])
+def test_a_threshold_is_found_again_when_scores_changed(method):
+    """PLATON's scores stand still between folds, the others' change at each step."""
+    pruner = pruner_of({"a.0.x": (8, 8)}, method=method, total_steps=6, delta_t=3)
+    thresholds = []
+    for step in range(1, 7):
+        for parameter in pruner.parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+            parameter.data = torch.randn_like(parameter)
+        thresholds.append(pruner.step(step)[1])
+    found = [threshold for threshold in thresholds if threshold]
+    assert len(set(found)) == (2 if method == "PLATON" else 4)  # masks at 3, 4, 5, 6; folds at 3, 6
+    assert thresholds[:2] == [None, None] and len(found) == 4
+
+
+def test_processes_masks_are_compared_in_the_cubic_phase(monkeypatch):
+    pruner = pruner_of({"a.0.x": (4, 4)}, total_steps=6, final_warmup=2)
+    compared = []
+    monkeypatch.setattr(pruner, "check_masks_equal", lambda: compared.append(step))
+    for step in range(1, 7):
+        pruner.step(step)
+    assert compared == [1, 2, 3, 4]
 
 
 def test_missing_gradient_names_its_parameter():
@@ -174,34 +209,68 @@ def test_missing_gradient_names_its_parameter():
     ],
 )
 def test_profile_of_other_layers_is_an_error(layer_id, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         pruner_of({"a.0.x": (2, 4), "a.0.y": (2, 4)}, layer_id=layer_id)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [({"method": "OBD"}, "PLATON, Taylor, Magnitude"), ({"beta2": 2.0}, "beta2")],
+    [
+        ({"method": "OBD"}, "PLATON, Taylor, Magnitude"),
+        ({"beta1": 0.0}, "0 < --beta1 < 1, got 0.0.*all scores are zero"),
+        ({"beta1": 1.0}, "0 < --beta1 < 1, got 1.0"),
+        ({"beta2": 2.0}, "0 <= --beta2 < 1, got 2.0"),
+        ({"delta_t": 5}, "nothing would be pruned.* zero until step 5.*has 4 steps.*--deltaT"),
+        ({"total_steps": 1, "final_warmup": 0}, "zero until step 2.*has 1 steps"),
+        ({"final_warmup": 4}, "longer than the run"),
+    ],
 )
 def test_bad_arguments_are_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         pruner_of({"a.0.x": (2, 4)}, **({"method": "PLATON"} | arguments))
+
+
+def test_arguments_arrive():
+    run = dict(total_steps=50, final_threshold=0.3, initial_threshold=0.8, initial_warmup=2)
+    run |= dict(final_warmup=3, warmup_steps=4, delta_t=5, steps_per_epoch=11)
+    ids = {"a.0.x": 3.0}
+    pruner = pruner_of(
+        {"a.0.x": (2, 4)}, layer_id=ids, method="PLATON", beta1=0.6, beta2=0.7, **run
+    )
+    assert vars(pruner.schedule) == run | {"first_scored": 5}
+    score = pruner.score
+    assert (score.delta_t, score.beta1, score.beta2, score.layer_id) == (5, 0.6, 0.7, ids)
+
+
+@pytest.mark.parametrize("delta_t", [1, 2, 3, 4, 7])
+def test_the_shortest_run_that_platon_allows_prunes(delta_t):
+    shortest = max(delta_t, 2)
+    pruner = pruner_of(
+        {"a.0.x": (8, 8)}, method="PLATON", total_steps=shortest, final_warmup=1, delta_t=delta_t
+    )
+    for step in range(1, shortest + 1):
+        for parameter in pruner.parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        pruner.step(step)
+    assert pruner.report()["pruned"] == int(0.75 * 72) - 1
+    pruner_of({"a.0.x": (2, 4)}, method="Taylor", delta_t=5)  # has scores from the first step
 
 
 def test_state_of_another_run_is_an_error():
     pruner = pruner_of({"a.0.x": (2, 4)}, method="PLATON")
     other = pruner_of({"a.0.z": (2, 4)}, method="PLATON")
-    with pytest.raises(ValueError, match=r"a\.0\.[xz]"):
+    with pytest.raises(UserError, match=r"a\.0\.[xz]"):
         pruner.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match="pruner PLATON, this is Magnitude"):
+    with pytest.raises(UserError, match="pruner PLATON, this is Magnitude"):
         pruner_of({"a.0.x": (2, 4)}).load_state_dict(pruner.state_dict())
 
 
-def test_report_counts_zeros_by_layer_and_modality(tmp_path):
+def test_report_counts_zeros_by_layer_and_modality():
     model = build_model(
         {
-            "visual_encoder.blocks.0.attn.qkv": (4, 4),  # 20 numbers
+            "visual_encoder.blocks.0.attn.qkv": (4, 4),  # 20 parameters
             "visual_encoder.blocks.1.attn.qkv": (4, 4),
-            "text_decoder.bert.encoder.layer.0.crossattention.self.key": (2, 4),  # 10 numbers
+            "text_decoder.bert.encoder.layer.0.crossattention.self.key": (2, 4),  # 10 parameters
         }
     )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -217,5 +286,43 @@ def test_report_counts_zeros_by_layer_and_modality(tmp_path):
     assert list(report["by_layer"].values()) == [0.8, 0.1, 0.4]
     assert report["vision_share_of_pruned"] == 18 / 22
     assert json.loads(json.dumps(report)) == report
-    plot_sparsity({"one": report, "two": report}, tmp_path / "sparsity.png")
-    assert (tmp_path / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tied_scores_are_counted_and_told(kernel_form):
+    """30 of 60 weights share one magnitude, which is the threshold for any share above a half."""
+    pruner = pruner_of({"a.0.x": (6, 9)}, 0.2)
+    values = torch.cat([torch.linspace(0.1, 0.4, 30), torch.full((30,), 0.5)])
+    pruner.parameters["a.0.x.weight"].data = values[:54].view(6, 9)
+    pruner.parameters["a.0.x.bias"].data = values[54:]
+    pruner.step(1)
+    assert pruner.tied == 30
+    again = pruner_of({"a.0.x": (6, 9)}, 0.2)
+    again.load_state_dict(pruner.state_dict())
+    assert again.tied == 30
+    again.load_state_dict({"method": "Magnitude", "score": {}})  # of an earlier version
+    report = pruner.report()
+    assert report["pruned"] == 30
+    assert off_target(report, 0.2, pruner.tied) == (
+        "asked for 0.2 remaining, but 0.5 remain, because 30 scores tie at the threshold and none "
+        "of them is pruned"
+    )
+
+
+@pytest.mark.parametrize(
+    "pruned, tied, told",
+    [
+        (79_999, 1, None),  # the k-th smallest stays
+        (79_900, 101, None),  # a tenth of a percentage point
+        (79_899, 101, "asked for 0.2 remaining, but 0.201 remain, because 101 scores tie"),
+        (79_800, 199, "but 0.202 remain; ties at the threshold (scores: 199) do not explain it"),
+        (0, 1, "but 1 remain; ties at the threshold (scores: 1) do not explain it"),
+        (
+            90_000,
+            20_000,
+            "but 0.1 remain; ties at the threshold (scores: 20,000) do not explain it",
+        ),
+    ],
+)
+def test_a_run_that_misses_its_target_says_so(pruned, tied, told):
+    sentence = off_target({"prunable": 100_000, "pruned": pruned}, 0.2, tied)
+    assert sentence is None if told is None else told in sentence

@@ -6,10 +6,11 @@ import signal
 import pytest
 
 import train_caption
-from engine import loop as training
-from tests.kill_and_resume import (
+from engine import loop
+from engine.stopping import EXIT_STOPPED
+from tests.kill_and_resume import kill_and_resume
+from tests.runs import (
     finish,
-    kill_and_resume,
     make_scenes,
     result,
     same,
@@ -37,14 +38,14 @@ def train(flags: list[str], name: str, *more: str) -> None:
 
 def interrupt_after(step: int, monkeypatch, action) -> None:
     """Calls `action` at the end of a step."""
-    train_step = training.train_step
+    train_step = loop.train_step
 
     def interrupted(run, state, parts, weights):
         train_step(run, state, parts, weights)
         if state.progress.step == step:
             action()
 
-    monkeypatch.setattr(training, "train_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -55,7 +56,7 @@ def test_signal_finishes_the_step_saves_and_exits(setup, monkeypatch, number):
         interrupt_after(12, patch, lambda: signal.raise_signal(number))
         with pytest.raises(SystemExit) as stopped:
             train(flags, name)
-    assert stopped.value.code == training.EXIT_STOPPED == 75
+    assert stopped.value.code == EXIT_STOPPED == 75
     assert saved_steps(folder / name)[-1] == 13  # the step in which the signal is noticed
     train(flags, name)
     assert same(result(folder / name), result(folder / "whole"))
@@ -69,10 +70,10 @@ def test_signal_at_the_end_of_an_epoch_exits(setup, monkeypatch, when):
         if when == "last step":
             interrupt_after(24, patch, lambda: signal.raise_signal(signal.SIGINT))
         else:
-            patch.setattr(training, "finish_epoch", lambda *_: signal.raise_signal(signal.SIGTERM))
+            patch.setattr(loop, "finish_epoch", lambda *_: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as stopped:
             train(flags, when)
-    assert stopped.value.code == training.EXIT_STOPPED
+    assert stopped.value.code == EXIT_STOPPED
     assert saved_steps(folder / when)[-1] == 24
     train(flags, when)
     assert same(result(folder / when), result(folder / "whole"))
@@ -91,7 +92,7 @@ def test_signal_to_all_processes_of_a_run(tmp_path):
         wait_for_step(stopped, started[0], 14)
         for process in started:
             os.killpg(process.pid, number)
-        assert finish(started) == [training.EXIT_STOPPED] * 2
+        assert finish(started) == [EXIT_STOPPED] * 2
         assert saved_steps(stopped)[-1] < 36
         assert finish(start([*argv, "--model_dir", stopped.name], 2)) == [0, 0]
         assert same(result(stopped), result(tmp_path / "whole"))

@@ -104,7 +104,7 @@ def test_datasets_read_it(root):
         "max_words": 40,
     }
     for dataset in (*build_caption_datasets(config), *build_nlvr_datasets(config)):
-        dataset.check(10)
+        dataset.check()
         assert dataset[0][0].shape == (3, 64, 64)
     assert build_caption_datasets(config)[1][7][1] == 1_000_007
 

@@ -1,6 +1,7 @@
 import pytest
 
 from pruners.schedule import CubicSchedule
+from utils import UserError
 
 
 def schedule(**changes) -> CubicSchedule:
@@ -53,13 +54,49 @@ def test_without_warmups_the_whole_run_is_the_ramp():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"warmup_steps": 21}, "longer than the run"),
-        ({"final_threshold": 0.0}, "final_threshold"),
-        ({"initial_threshold": 0.1}, "initial_threshold"),
-        ({"delta_t": 0}, "delta_t"),
-        ({"final_warmup": -1}, "negative"),
+        ({"final_threshold": 0.0}, "fractions that remain.*--final_threshold 0.0"),
+        ({"final_threshold": 80.0}, "fractions that remain.*--final_threshold 80.0"),
+        ({"final_threshold": float("nan")}, "fractions that remain.*--final_threshold nan"),
+        ({"initial_threshold": 1.5}, "fractions that remain.*--initial_threshold 1.5"),
+        ({"initial_threshold": 0.1}, "final <= initial.*--initial_threshold 0.1"),
+        ({"delta_t": 0}, "--deltaT must be at least 1, got 0"),
+        ({"initial_warmup": -1}, "--initial_warmup must be at least 0, got -1"),
+        ({"final_warmup": -1}, "--final_warmup must be at least 0, got -1"),
+        ({"warmup_steps": -1}, "--warmup_steps must be at least 0, got -1"),
+        (
+            {"warmup_steps": 20},
+            r"longer than the run: \(2 initial \+ 3 final\) x 20 warm-up steps = 100, but the run "
+            "has 100 steps.*lower --warmup_steps or train longer",
+        ),
+        ({"first_scored": 101}, "all scores are zero until step 101.*lower --deltaT"),
+        ({"final_warmup": 0, "delta_t": 30}, "above --final_threshold 0.2.*step 100.*--deltaT 30"),
+        ({"final_warmup": 0, "delta_t": 30, "steps_per_epoch": 40}, "above --final_threshold 0.2"),
     ],
 )
 def test_bad_schedules_are_errors(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         schedule(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"warmup_steps": 19},
+        {"total_steps": 51},
+        {"first_scored": 100},
+        {"final_warmup": 0},
+        {"final_warmup": 0, "delta_t": 30, "steps_per_epoch": 50},
+        {"warmup_steps": 0},
+    ],
+)
+def test_schedules_that_just_fit_end_at_the_final_threshold(changes):
+    ramp = schedule(**changes)
+    assert ramp.masks_at(ramp.total_steps)
+    assert ramp.remaining_ratio(ramp.total_steps) == 0.2
+
+
+def test_a_schedule_that_prunes_nothing_fits_into_any_run():
+    ramp = schedule(final_threshold=1.0, total_steps=2, first_scored=10)
+    assert ramp.remaining_ratio(2) == 1.0
+    with pytest.raises(UserError, match="fractions that remain"):
+        schedule(final_threshold=1.0, initial_threshold=0.5)

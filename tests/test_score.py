@@ -4,8 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pruners import score as score_module
-from pruners.score import Magnitude, Platon, Taylor
+from pruners import kernels, score
+from pruners.score import METHODS, Platon
+
+PIECE = 1000
+# Longer than a piece, odd sizes, a whole piece, and small ones.
+SHAPES = [(3,), (PIECE + 1,), (5, 7), (2, PIECE // 2), (1,)]
 
 
 def parameters(*shapes) -> dict[str, nn.Parameter]:
@@ -16,8 +20,22 @@ def parameters(*shapes) -> dict[str, nn.Parameter]:
     return named
 
 
+def test_equations_on_numbers_worked_out_by_hand():
+    p, grad = torch.tensor([-2.0, 0.5]), torch.tensor([3.0, 4.0])
+    assert score.sensitivity(p, grad).tolist() == [6.0, 2.0]
+    ipt = torch.tensor([2.0, 6.0])
+    score.average_(ipt, p, grad, 3)  # (2 * 3 + 6) / 4, (6 * 3 + 2) / 4
+    assert ipt.tolist() == [3.0, 5.0]
+    avg, unc = torch.tensor([1.0, 1.0]), torch.tensor([8.0, 4.0])
+    score.fold_(ipt, avg, unc, p, grad, 0.5, 0.75)
+    assert avg.tolist() == [2.0, 3.0]  # 0.5 * 1 + 0.5 * 3, 0.5 * 1 + 0.5 * 5
+    assert unc.tolist() == [6.25, 3.5]  # 0.75 * 8 + 0.25 * |3 - 2|, 0.75 * 4 + 0.25 * |5 - 3|
+    assert ipt.tolist() == [6.0, 2.0]
+    assert score.scores(avg, -unc, 10.0).tolist() == [125.0, 105.0]
+
+
 def platon_by_definition(sensitivities: list, delta_t: int, beta1: float, beta2: float) -> tuple:
-    """ipt, avg, unc after steps 1, 2, ..., one number, as the method is written down."""
+    """ipt, avg, unc after steps 1, 2, ..., of one parameter, as the method is written down."""
     ipt = avg = unc = 0.0
     for step, sensitivity in enumerate(sensitivities, start=1):
         position = step % delta_t
@@ -34,62 +52,55 @@ def platon_by_definition(sensitivities: list, delta_t: int, beta1: float, beta2:
 @given(
     st.lists(st.floats(0, 100, width=32), min_size=1, max_size=30),
     st.integers(1, 9),
-    st.floats(0, 0.99),
+    st.floats(0.01, 0.99),
     st.floats(0, 0.99),
 )
 def test_platon_averages_follow_the_definition(sensitivities, delta_t, beta1, beta2):
     named = parameters((2, 3))
     (weight,) = named.values()
-    score = Platon(named, None, delta_t, beta1, beta2)
+    platon = Platon(named, None, delta_t, beta1, beta2)
     for step, sensitivity in enumerate(sensitivities, start=1):
         weight.data.fill_(-0.5)
         weight.grad.fill_(2 * sensitivity)
-        assert score.update_(step) == (step % delta_t == 0)
+        assert platon.update_(step) == (step % delta_t == 0)
     expected = platon_by_definition(sensitivities, delta_t, beta1, beta2)
+    # 30 steps of at most 10 roundings (both forms, see test_kernels), each of a value up to 100
+    bound = 30 * 10 * 100 * 2.0**-24
     for kind, value in zip(("ipt", "avg", "unc"), expected, strict=True):
-        state = score.state[kind]["layer0.weight"]
-        torch.testing.assert_close(state, torch.full((2, 3), value), rtol=1e-4, atol=1e-5)
+        state = platon.state[kind]["layer0.weight"]
+        torch.testing.assert_close(state, torch.full((2, 3), value), rtol=0, atol=bound)
 
 
-BLOCK = 1000
-# Larger than a block, odd sizes, a whole block, and small ones.
-SHAPES = [(3,), (BLOCK + 1,), (5, 7), (2, BLOCK // 2), (1,)]
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(score_module, "BLOCK", {"cpu": BLOCK})
-
-
-@pytest.mark.parametrize("kind", [Magnitude, Taylor, Platon])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("stride", "count"), [(1, 6), (101, 5)])
-def test_blocks_stream_every_score_once(kind, weighted, stride, count, small_blocks):
+def test_pieces_hold_every_score_once(method, weighted, stride, count, monkeypatch):
+    monkeypatch.setattr(kernels, "PIECE_ON_CPU", PIECE)
     named = parameters(*SHAPES)
     ids = {f"layer{i}": i + 1.5 for i in range(len(SHAPES))} if weighted else None
-    if kind is Platon:
-        score = Platon(named, ids, 1, 0.85, 0.95)
-        score.update_(1)
-        score.update_(2)
-        one_by_one = [score.state["avg"][name] * score.state["unc"][name] for name in named]
-        assert all(bool((scores > 0).any()) for scores in one_by_one)
+    scores = METHODS[method](named, ids, 1, 0.85, 0.95)
+    if method == "PLATON":
+        scores.update_(1)
+        scores.update_(2)
+        one_by_one = [scores.state["avg"][name] * scores.state["unc"][name] for name in named]
+        assert all(bool((s > 0).any()) for s in one_by_one)
     else:
-        score = kind(named, ids)
-        factors = [p if kind is Magnitude else p * p.grad for p in named.values()]
+        factors = [p if method == "Magnitude" else p * p.grad for p in named.values()]
         one_by_one = [factor.detach().abs() for factor in factors]
     if weighted:
         one_by_one = [s * dimension for s, dimension in zip(one_by_one, ids.values(), strict=True)]
-    blocks = list(score.blocks(stride))
-    assert len(blocks) == count
-    assert max(map(len, blocks)) <= BLOCK
-    expected = torch.cat([scores.view(-1)[::stride] for scores in one_by_one])
-    assert torch.equal(torch.cat(blocks), expected)
+    pieces = list(scores.stream(stride))
+    assert len(pieces) == count
+    assert max(map(len, pieces)) <= PIECE
+    expected = torch.cat([s.view(-1)[::stride] for s in one_by_one])
+    assert torch.equal(torch.cat(pieces), expected)
 
 
 def test_parameters_of_lower_precision_have_float32_scores():
     named = {"layer0.weight": nn.Parameter(torch.tensor([1.0, -3.0], dtype=torch.bfloat16))}
     named["layer0.weight"].grad = torch.tensor([1 / 3, 1.0], dtype=torch.bfloat16)
-    score = Platon(named, None, 1, 0.0, 0.0)
-    score.update_(1)
-    assert score.state["ipt"]["layer0.weight"].dtype == torch.float32
-    assert score.state["ipt"]["layer0.weight"].tolist() == pytest.approx([1 / 3, 3.0], rel=1e-2)
+    platon = Platon(named, None, 1, 0.5, 0.0)
+    platon.update_(1)
+    ipt = platon.state["ipt"]["layer0.weight"]
+    assert ipt.dtype == torch.float32
+    assert ipt.tolist() == [named["layer0.weight"].grad[0].item(), 3.0]

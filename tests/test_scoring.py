@@ -13,9 +13,10 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from evaluation import scoring
+from evaluation import metrics, scoring
 from evaluation.ptb import ptb_tokenize
 from evaluation.scoring import score_captions, score_results
+from utils import UserError
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java on PATH")
 
@@ -119,7 +120,7 @@ def test_without_java_all_but_meteor_is_scored(gt_path, without_java):
         0 < report["scores"]["Bleu_4"] < report["scores"]["Bleu_1"] < 1 < report["scores"]["CIDEr"]
     )
     assert report["left_out"] == dict.fromkeys(["METEOR", "SPICE"], scoring.NO_JAVA)
-    assert report["tokenizer"].startswith("PTB rules in Python")
+    assert report["tokenizer"] == f"PTB rules in Python; Stanford's tokenizer {scoring.NO_JAVA}"
     assert [image["image_id"] for image in report["images"]] == list(CAPTIONS)
     for image in report["images"]:
         assert image["caption"] == CAPTIONS[image["image_id"]]
@@ -155,7 +156,7 @@ def test_java_that_fails_leaves_the_other_scores(gt_path, tmp_path, monkeypatch)
     assert report["scores"] == pytest.approx(expected_scores(*python_tokens())[0], rel=1e-9)
     assert report["left_out"].keys() == {"METEOR"}
     assert report["left_out"]["METEOR"].startswith("failed: ")
-    assert "failed: RuntimeError: Java gave back fewer sentences" in report["tokenizer"]
+    assert "failed: RuntimeError: Java gave back more or fewer sentences" in report["tokenizer"]
 
 
 def test_java_that_hangs_is_ended_at_the_time_limit(tmp_path, monkeypatch):
@@ -192,3 +193,98 @@ def test_captions_of_other_images_are_an_error(gt_path, captions):
 def test_an_unreadable_results_file_is_an_error_that_names_it(gt_path, tmp_path):
     with pytest.raises(ValueError, match="cannot read .*absent.json"):
         score_results(tmp_path / "absent.json", gt_path)
+
+
+# --- sentences that are not one line
+
+
+SPLITTERS = ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+
+
+def test_whatever_ends_a_line_in_python_is_a_space_to_the_tokenizers():
+    ends = [chr(code) for code in range(0x110000) if len(f"a{chr(code)}b".splitlines()) > 1]
+    assert set(ends) == set("".join(SPLITTERS))
+    assert "".join(ends).translate(scoring.LINE_ENDS) == " " * len(ends)
+
+
+def broken_lines(gt_path, splitter: str) -> list[dict]:
+    """Captions, and references in `gt_path`, that have a line end in place of a space."""
+    content = json.loads(gt_path.read_text())
+    for annotation in content["annotations"]:
+        annotation["caption"] = annotation["caption"].replace(" ", splitter, 1)
+    gt_path.write_text(json.dumps(content))
+    return [
+        {"image_id": result["image_id"], "caption": result["caption"].replace(" ", splitter, 1)}
+        for result in results()
+    ]
+
+
+@pytest.mark.parametrize("splitter", SPLITTERS)
+def test_line_ends_inside_sentences_change_no_token_of_the_python_tokenizer(splitter, gt_path):
+    captions = {
+        result["image_id"]: [result["caption"]] for result in broken_lines(gt_path, splitter)
+    }
+    *tokenized, _ = scoring._tokenize(captions, captions, java=False, timeout_s=1.0)
+    assert tokenized == [python_tokens()[1]] * 2
+
+
+@needs_java
+@pytest.mark.parametrize("splitter", ["\r\n", "\u2028", "\x85"])
+def test_line_ends_inside_sentences_do_not_change_scores(splitter, gt_path):
+    expected = score_captions(results(), gt_path, meteor=False)
+    report = score_captions(broken_lines(gt_path, splitter), gt_path, meteor=False)
+    assert report["tokenizer"] == "Stanford's PTB tokenizer (Java)"
+    assert report["scores"] == expected["scores"]
+    assert report["images"][0]["caption"] == CAPTIONS[3].replace(" ", splitter, 1)  # as written
+
+
+# Javas that print a line too much, in front or in the middle, or too few.
+@pytest.mark.parametrize(
+    "script",
+    ['echo; cat "$last"', 'sed "2s/ /\\n/" "$last"', 'sed 1d "$last"', "sed '$d' \"$last\""],
+)
+def test_more_or_fewer_lines_than_sentences_are_noticed(script, tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, f"for last; do :; done; {script}")
+    captions = {"1": ["a dog"], "2": ["a cat"], "3": ["a bird"]}
+    with pytest.raises(RuntimeError, match="more or fewer"):
+        metrics.tokenize(captions, captions)
+
+
+def test_as_many_lines_as_sentences_are_taken(tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, 'for last; do :; done; cat "$last"')
+    references, captions = {"1": ["a dog", ""], "2": ["a cat"]}, {"1": [""], "2": ["cats"]}
+    assert metrics.tokenize(references, captions) == [references, captions]
+
+
+# --- remarks, and files by other hands
+
+
+def test_a_single_image_and_empty_captions_are_remarked_upon(tmp_path, without_java):
+    path = tmp_path / "gt.json"
+    path.write_text(json.dumps({"annotations": [{"image_id": "7", "id": 0, "caption": "a dog"}]}))
+    one = score_captions([{"image_id": 7, "caption": "a dog"}], path, meteor=False)
+    assert one["scores"]["CIDEr"] == 0 and one["scores"]["Bleu_1"] == pytest.approx(1)
+    (remark,) = one["remarks"]
+    assert remark.startswith("CIDEr is 0 for a single image")
+    remarks = score_captions([{"image_id": 7, "caption": "..."}], path, meteor=False)["remarks"]
+    assert remarks[1] == "1 of 1 captions have no word (images: 7)"
+
+
+def test_of_ordinary_captions_there_is_nothing_to_remark(gt_path, without_java):
+    full = [result | {"caption": result["caption"] or "a"} for result in results()]
+    assert score_captions(full, gt_path, meteor=False)["remarks"] == []
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([{"image_id": 3}], "record 0: caption is missing"),
+        ([{"image_id": "x", "caption": "a"}], 'record 0: image_id is "x"'),
+        ([{"image_id": 3, "caption": ["a"]}], "record 0: caption is a list of 1"),
+        ({"scores": {}}, "has no records"),
+    ],
+)
+def test_a_results_file_of_another_kind_is_told(content, message, gt_path, tmp_path):
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"val.json.* {message}"):
+        score_results(tmp_path / "val.json", gt_path)

@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import namedtuple
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,11 +18,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_caption
-from engine import loop as training
-from engine import run as launching
+from configs import load_config
+from engine import loop
+from engine.loop import BEST_FILE, PRUNED_FILE
 from models import build_captioner, prunable_layers
-from tests.kill_and_resume import free_port, make_scenes, write_config
-from utils import UserError, load_config
+from tests.runs import free_port, make_scenes, write_config
+from utils import UserError, launch
 
 PRUNE = ["--warmup_steps", "3", "--deltaT", "2"]
 
@@ -68,7 +72,7 @@ def zeros(path, config: str) -> tuple[int, int]:
 
 
 def test_training_prunes_to_the_final_threshold(trained, config):
-    pruned, prunable = zeros(trained / training.PRUNED_FILE, config)
+    pruned, prunable = zeros(trained / PRUNED_FILE, config)
     assert pruned == below_threshold(prunable, 0.2)
     assert json.loads((trained / "sparsity.json").read_text())["pruned"] == pruned
     assert (trained / "sparsity.png").stat().st_size > 0
@@ -99,7 +103,7 @@ def test_tensorboard_has_the_sparsity_by_modality(trained):
 
 
 def test_best_weights_are_those_of_an_epoch_at_the_final_ratio(trained):
-    best, last = (load_file(trained / name) for name in (training.BEST_FILE, training.PRUNED_FILE))
+    best, last = (load_file(trained / name) for name in (BEST_FILE, PRUNED_FILE))
     assert all(torch.equal(best[name], last[name]) for name in last)
 
 
@@ -116,7 +120,7 @@ def test_evaluate_writes_captions_and_scores(trained, config, capsys):
     said = capsys.readouterr().out
     assert "val: {" in said and "test: {" in said
     assert said.count("METEOR is left out: needs Java") == 1
-    assert said.count("tokens: PTB rules in Python (CIDEr 4.1824 for 4.1827") == 1
+    assert said.count("tokens: PTB rules in Python; Stanford's tokenizer needs Java") == 1
 
     edited = [{**caption, "caption": "a"} for caption in captions]
     (results / "test.json").write_text(json.dumps(edited))
@@ -135,17 +139,97 @@ def test_papers_commands_under_torchrun(config, tmp_path):
     done = subprocess.run([*command, *flags], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"epoch": 0') == 1
-    pruned, prunable = zeros(tmp_path / "coco/PLATON80" / training.PRUNED_FILE, config)
+    pruned, prunable = zeros(tmp_path / "coco/PLATON80" / PRUNED_FILE, config)
     assert pruned == below_threshold(prunable, 0.2)
+
+
+def test_samples_on_two_processes_where_the_weights_are_an_address(trained, scenes, tmp_path):
+    """One process downloads, once; later only the main one draws samples, and waits for none."""
+    asked = []
+
+    class Server(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=trained)
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    with ThreadingHTTPServer(("localhost", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://localhost:{server.server_port}/{PRUNED_FILE}"
+        config = write_config(tmp_path / "c.yaml", scenes, pretrained=address)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command += [f"--master_port={free_port()}", "train_caption.py", "--config", config]
+        command += ["--evaluate", "--pruned", str(trained), "--samples", "2"]
+        command += ["--output_dir", str(tmp_path), "--model_dir", "two"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(tmp_path)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert asked == [f"/{PRUNED_FILE}"]
+    assert done.stdout.count("samples: ") == 2
+    assert len(json.loads((tmp_path / "two/results/val.json").read_text())) == 6
+
+
+def test_a_stop_under_torchrun_saves_and_can_go_on(config, tmp_path):
+    """torchrun hands the signal on; its own exit code is its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1"]
+    command += [f"--master_port={free_port()}", "train_caption.py", "--config", config]
+    command += ["--output_dir", str(tmp_path), "--model_dir", "stopped", "--eval_epochs", "0"]
+    command += ["--max_epoch", "50", "--warmup_steps", "3", "--checkpoint_steps", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as started:
+        while not list((tmp_path / "stopped/checkpoints").glob("step_*.pt")):
+            assert started.poll() is None
+            time.sleep(0.05)
+        started.terminate()
+        said = started.communicate(timeout=60)[0]
+    assert "stopped by a signal after step" in said and started.returncode not in (0, 75)
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "stopped"]
+    with pytest.raises(UserError, match="total_steps was 1200, is 48"):
+        run([*argv, "--warmup_steps", "3"])
+
+
+def test_an_image_that_breaks_in_mid_run_ends_it_with_its_name(scenes, tmp_path, capsys):
+    """Loaded by a process of its own, whose traceback nobody needs."""
+    copy = tmp_path / "scenes"
+    shutil.copytree(scenes, copy)
+    victim = next((copy / "images/train").iterdir())
+    victim.write_bytes(victim.read_bytes()[:100])
+    config = write_config(tmp_path / "c.yaml", copy, num_workers=1)
+    argv = ["--config", config, "--output_dir", str(tmp_path), *PRUNE]
+    with pytest.raises(SystemExit) as stop:
+        launch(train_caption.main, train_caption.parse_args(argv))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: cannot read image {victim}: ") and said.count("\n") == 1
+    assert "--skip_bad_images" in said
+
+
+def test_a_disk_that_is_full_in_mid_run_is_a_sentence(config, tmp_path):
+    """The system's limit on the size of a file stands for the disk's end."""
+    script = (
+        "import resource, sys, train_caption\nfrom utils import launch\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "launch(train_caption.main, train_caption.parse_args(sys.argv[1:]))"
+    )
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "full"]
+    command = [sys.executable, "-c", script, *argv, *PRUNE, "--checkpoint_steps", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"error: cannot write {tmp_path}/full/checkpoints/step_00000005.pt: ")
+    assert list((tmp_path / "full/checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("amp", ["bf16", "off"])
 def test_pruning_keeps_float32_weights(config, tmp_path, amp):
     argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", amp, "--amp", amp]
     run([*argv, *PRUNE, "--max_steps", "9", "--eval_epochs", "0", "--pruner_name", "Taylor"])
-    weights = load_file(tmp_path / amp / training.PRUNED_FILE)
+    weights = load_file(tmp_path / amp / PRUNED_FILE)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    pruned, prunable = zeros(tmp_path / amp / training.PRUNED_FILE, config)
+    pruned, prunable = zeros(tmp_path / amp / PRUNED_FILE, config)
     assert pruned == below_threshold(prunable, 0.2)
 
 
@@ -171,15 +255,12 @@ MISTAKES = {
         ["--max_steps", "48"], {}, r"\(1 initial \+ 1 final\) x 24 .* has 48 steps"
     ),
     "batch": Mistake(["--batch_size", "49"], {}, "takes 49 samples .* training set has 48"),
-    "accumulation": Mistake(
-        ["--gradient_accumulation_steps", "0"], {}, "--gradient_acc.* must be at least 1, got 0"
+    "type": Mistake(
+        [],
+        {"image_size": "32"},
+        "image_size is '32', but must be a whole number from 1 to 4096",
     ),
-    "deltaT": Mistake(["--deltaT", "0"], {}, "--deltaT must be at least 1, got 0"),
-    "learning rate": Mistake(["--init_lr", "-1"], {}, "--init_lr must be at least 0, got -1"),
-    "type": Mistake([], {"image_size": "32"}, "image_size is '32', but must be of type int"),
     "device": Mistake(["--device", "cuda:99"], {}, "no GPU|GPU 99 is asked for"),
-    "thresholds": Mistake(["--final_threshold", "80"], {}, "fractions that remain.*80.0"),
-    "beta2": Mistake(["--beta2", "2"], {}, "beta2 is the decay of an average"),
     "no profile": Mistake(["--useID"], {}, "names no id_profile"),
     "wrong profile": Mistake(
         ["--id_profile", "configs/id/blip_nlvr.json"],
@@ -190,26 +271,76 @@ MISTAKES = {
     "weights": Mistake(["--pretrained", "Makefile"], {}, "Makefile is no file of weights"),
     "absent weights": Mistake(["--pretrained", "no.pth"], {}, "there is no checkpoint no.pth"),
     "checkpoint": Mistake(["--resume", "Makefile"], {}, "the checkpoint Makefile is not whole"),
-    "tokenizer": Mistake([], {"tokenizer": "/nowhere"}, "cannot load '/nowhere'. Offline, set"),
+    "tokenizer": Mistake(
+        [],
+        {"tokenizer": "/nowhere"},
+        "cannot load '/nowhere' .there is no such folder.. Set `token",
+    ),
+    "prompt": Mistake([], {"min_length": 4}, "min_length 4 must be above .* prompt.* 4 tokens"),
+    "no room": Mistake([], {"max_length": 4, "min_length": 1}, "_length . must be above .* 4 tok"),
     "no weights": Mistake(["--evaluate"], {}, "nothing to evaluate: give --pruned"),
     "pruned": Mistake(["--pruned", "x"], {}, "goes with --evaluate; training starts from --pretr"),
     "vit": Mistake([], {"image_size": 40}, "40 is no multiple of patch_size 16"),
-    "output": Mistake(["--output_dir", "Makefile"], {}, "cannot make Makefile.*--output_dir"),
+    "output": Mistake(["--output_dir", "Makefile"], {}, "cannot write to Makefile.*--output_dir"),
     "captions": Mistake(["--score_only", "train.json"], {}, "takes the val.json or test.json"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistake_is_told_before_the_first_step(mistake, scenes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "train_step", None)
+    monkeypatch.setattr(loop, "train_step", None)
     config = write_config(tmp_path / "c.yaml", scenes, max_epoch=3, **mistake.changes)
     argv = ["--config", config, "--output_dir", str(tmp_path), *mistake.flags]
     with pytest.raises(UserError, match=mistake.message):
         run(argv)
     with pytest.raises(SystemExit) as stop:
-        launching.launch(train_caption.main, train_caption.parse_args(argv))
+        launch(train_caption.main, train_caption.parse_args(argv))
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+FLAGS = {
+    "--gradient_accumulation_steps 0": "must be a whole number from 1 to 1000000000, got '0'",
+    "--deltaT 0": "must be a whole number from 1 to 1000000000, got '0'",
+    "--deltaT 2.5": "must be a whole number from 1 to 1000000000, got '2.5'",
+    "--init_lr -1": "must be a number from 0 to 10, got '-1'",
+    "--init_lr nan": "must be a number from 0 to 10, got 'nan'",
+    "--final_threshold 80": "must be a number from 0 to 1, got '80'",
+    "--beta2 2": "must be a number from 0 to 1, got '2'",
+    "--keep_checkpoints 0": "must be a whole number from 1 to 1000000000, got '0'",
+    "--samples -1": "must be a whole number from 0 to 1000000000, got '-1'",
+    "--seed -1": "must be a whole number from 0 to 1000000000, got '-1'",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flag_out_of_range(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_caption.parse_args(flag.replace(" ", "=").split())
+    assert stop.value.code == 2
+    assert f"argument {flag.split()[0]}: {FLAGS[flag]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--spice", "--samples 2", "--pruned x", "--evaluate --eval_test", "--evaluate --check"],
+)
+def test_flag_that_would_be_ignored(flags):
+    with pytest.raises(UserError, match="go(es)? with"):
+        run(flags.split())
+
+
+def test_captions_that_are_cut_are_counted(scenes, tmp_path, capsys):
+    config = write_config(tmp_path / "c.yaml", scenes, max_tokens=18)
+    run(["--config", config, "--output_dir", str(tmp_path), *PRUNE, "--check"])
+    tokens = [
+        len(record["caption"].split()) + 5  # with [DEC] a picture of, and [SEP]
+        for record in json.loads((scenes / "annotation/coco_karpathy_train.json").read_text())
+    ]
+    cut = sum(length > 18 for length in tokens)
+    assert 0 < cut < 48
+    said = f"{cut} of 48 training texts are longer than max_tokens 18 and are cut"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_full_disk(config, tmp_path, monkeypatch):
@@ -233,11 +364,11 @@ def damaged(scenes, tmp_path):
 def test_damaged_image_is_named(damaged, tmp_path):
     data, truncated, missing = damaged
     config = write_config(tmp_path / "c.yaml", data)
-    with pytest.raises(ValueError, match=truncated.name):
+    with pytest.raises(UserError, match=f"1 of 48 images do not exist: .*{missing.name}"):
         run(["--config", config, "--output_dir", str(tmp_path)])
-    Image.new("RGB", (32, 32)).save(truncated)
-    with pytest.raises(UserError, match=missing.name):
-        run(["--config", config, "--output_dir", str(tmp_path)])
+    Image.new("RGB", (32, 32)).save(missing)
+    with pytest.raises(UserError, match=f"{truncated.name}.*--skip_bad_images"):
+        run(["--config", config, "--output_dir", str(tmp_path), *PRUNE])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -254,5 +385,5 @@ def test_bad_images_are_counted_and_skipped(damaged, tmp_path, workers):
 def test_annotation_missing_offline(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError))
     config = write_config(tmp_path / "c.yaml", scenes, ann_root=str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="coco_karpathy_train.json yourself and put it at"):
+    with pytest.raises(UserError, match="coco_karpathy_train.json to .*/empty/coco_karpathy_train"):
         run(["--config", config, "--output_dir", str(tmp_path)])

@@ -8,13 +8,14 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 import train_nlvr
+from configs import load_config
 from data import build_nlvr_datasets
 from data.scenes import __main__ as scenes
-from engine import loop as training
-from engine import run as launching
+from engine.loop import PRUNED_FILE
+from engine.plan import plan_steps
 from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
-from tests.kill_and_resume import TINY_TEXT, TINY_VIT, finish, start
-from utils import load_config
+from tests.runs import TINY_TEXT, TINY_VIT, finish, start
+from utils import launch
 
 DEV_STATEMENTS = 11  # 11 and 6 do not divide by 2 processes and batches of 4
 TEST_STATEMENTS = 6
@@ -77,7 +78,7 @@ def log(folder):
 
 
 def zeros(folder, model):
-    weights = load_file(folder / training.PRUNED_FILE)
+    weights = load_file(folder / PRUNED_FILE)
     prunable = [
         f"{layer}.{kind}" for layer in prunable_layers(model) for kind in ("weight", "bias")
     ]
@@ -140,7 +141,7 @@ def test_training_starts_from_a_captioner_but_evaluation_refuses(run, config, tm
     folder = run(
         "started", *start_flags, "--final_threshold", "1", "--max_epoch", "1", "--init_lr", "0"
     )
-    weights = load_file(folder / training.PRUNED_FILE)
+    weights = load_file(folder / PRUNED_FILE)
     single = captioner.text_decoder.bert.encoder.layer[0].crossattention.self.query.weight
     for twin in ("self0", "self1"):
         name = f"text_encoder.encoder.layer.0.crossattention.{twin}.query.weight"
@@ -166,7 +167,7 @@ def test_the_papers_schedule_is_the_default():
     args = train_nlvr.parse_args([])
     assert (args.initial_warmup, args.final_warmup, args.final_threshold) == (0, 5, 0.2)
     config = load_config(args.config, task="nlvr")
-    plan = training.plan_steps(args, 86_373, 2 * config["batch_size_train"], config["max_epoch"])
+    plan = plan_steps(args, 86_373, 2 * config["batch_size"], config["max_epoch"])
     assert plan.warmup_steps == 4318
     assert plan.total_steps == 10 * 4318
 
@@ -181,6 +182,6 @@ def test_the_papers_command_without_data_says_what_to_put_where(capsys, monkeypa
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError))
     argv = ["--final_threshold", "0.2", "--output_dir", str(tmp_path), "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
-        launching.launch(train_nlvr.main, train_nlvr.parse_args(argv))
+        launch(train_nlvr.main, train_nlvr.parse_args(argv))
     assert stop.value.code == 2
     assert "nlvr_train.json" in capsys.readouterr().err

@@ -15,6 +15,7 @@ writes, in a few seconds and always the same for the same settings:
 import argparse
 
 from data.scenes.generate import make
+from utils import launch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,4 +39,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(main, parse_args())

@@ -1,17 +1,17 @@
-"""The parts of training.py, and that the spread of a batch does not change the result."""
+"""The training loop: the spread of a batch does not change the result, bad losses are named."""
 
-import argparse
 import json
 import math
+from itertools import count
 
 import pytest
 import torch
 
 import train_caption
 from data import TrainBatchSampler
-from engine import loop as training
+from engine.loop import is_best
 from models import Captioner, vit
-from tests.kill_and_resume import finish, make_scenes, result, same, start, write_config
+from tests.runs import finish, make_scenes, result, same, start, write_config
 
 
 @pytest.fixture(scope="module")
@@ -19,47 +19,15 @@ def scenes(tmp_path_factory):
     return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
 
 
-def schedule(**changes):
-    flags = {"max_steps": None, "warmup_steps": None, "initial_warmup": 1, "final_warmup": 1}
-    return argparse.Namespace(**{**flags, "final_threshold": 0.2, **changes})
-
-
-def test_paper_schedule():
-    plan = training.plan_steps(schedule(), samples=566_747, samples_per_step=40, max_epoch=5)
-    assert plan == training.Plan(14168, 5, 70840, 14168)
-
-
-def test_max_steps_replaces_epochs():
-    plan = training.plan_steps(schedule(max_steps=25, warmup_steps=3), 100, 10, max_epoch=1)
-    assert plan == training.Plan(10, 3, 25, 3)
-
-
-@pytest.mark.parametrize("changes", [{"warmup_steps": 10}, {"max_steps": 4}, {"final_warmup": 4}])
-def test_schedule_longer_than_the_run(changes):
-    with pytest.raises(ValueError, match=r"longer than the run.*= \d+, but the run has"):
-        training.plan_steps(schedule(**changes), samples=20, samples_per_step=5, max_epoch=5)
-
-
-def test_nothing_to_prune_needs_no_schedule():
-    plan = training.plan_steps(schedule(final_threshold=1.0), 20, 10, max_epoch=1)
-    assert plan.total_steps == 2
-
-
-def test_learning_rate_is_a_cosine_by_epoch():
-    rates = [training.learning_rate(epoch, 4, init_lr=3.0, min_lr=1.0) for epoch in range(5)]
-    half = math.sqrt(0.5)
-    assert rates == pytest.approx([3, 2 + half, 2, 2 - half, 1])
-
-
 def test_best_epoch_is_one_at_the_final_ratio():
     def epoch(ratio, score):
         return {"remaining_ratio": ratio, "accuracy": score}
 
     dense, pruned = epoch(1.0, 0.9), epoch(0.2, 0.5)
-    assert not training.is_best(dense, [], "accuracy", final_ratio=0.2)
-    assert training.is_best(pruned, [dense], "accuracy", final_ratio=0.2)
-    assert not training.is_best(epoch(0.2, 0.4), [dense, pruned], "accuracy", final_ratio=0.2)
-    assert not training.is_best({"remaining_ratio": 0.2}, [dense], "accuracy", final_ratio=0.2)
+    assert not is_best(dense, [], "accuracy", final_ratio=0.2)
+    assert is_best(pruned, [dense], "accuracy", final_ratio=0.2)
+    assert not is_best(epoch(0.2, 0.4), [dense, pruned], "accuracy", final_ratio=0.2)
+    assert not is_best({"remaining_ratio": 0.2}, [dense], "accuracy", final_ratio=0.2)
 
 
 def test_result_does_not_depend_on_the_spread_of_a_batch(tmp_path, scenes):
@@ -110,15 +78,11 @@ def test_loss_that_is_not_finite_names_its_images(tmp_path, scenes, monkeypatch,
     argv = ["--config", write_config(tmp_path / "c.yaml", scenes), "--output_dir", str(tmp_path)]
     argv += ["--gradient_accumulation_steps", str(accumulation), "--checkpoint_steps", "4"]
     args = train_caption.parse_args([*argv, "--warmup_steps", "2"])
-    forward, calls, seen = Captioner.forward, [], []
+    forward, calls = Captioner.forward, count(1)
 
-    def bad_at_sixth_step(self, image, captions):
-        calls.append(captions)
-        loss = forward(self, image, captions)
-        step = math.ceil(len(calls) / accumulation)
-        if step == 6:
-            seen.extend(captions)
-        return loss * (math.nan if step == 6 else 1)
+    def bad_at_sixth_step(self, *inputs):
+        step = math.ceil(next(calls) / accumulation)
+        return forward(self, *inputs) * (math.nan if step == 6 else 1)
 
     monkeypatch.setattr(Captioner, "forward", bad_at_sixth_step)
     with pytest.raises(FloatingPointError) as raised:
@@ -133,4 +97,3 @@ def test_loss_that_is_not_finite_names_its_images(tmp_path, scenes, monkeypatch,
     samples = 2 * accumulation
     expected = [annotation[i]["image"] for i in order[5 * samples : 6 * samples]]
     assert [name.rpartition("/images/")[2] for name in named] == expected
-    assert len(seen) == samples

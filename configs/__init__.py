@@ -1,0 +1,243 @@
+"""The experiments: YAML files, published ID profiles, and the reader that checks a config."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from utils import UserError
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a range. One check serves flags (as argparse's `type`) and config values.
+
+    Args:
+        kind: int or float.
+        least: smallest value allowed.
+        most: largest value allowed.
+    """
+
+    kind: type
+    least: float = -math.inf
+    most: float = math.inf
+
+    def __call__(self, text: str) -> int | float:
+        """Reads a flag.
+
+        Raises:
+            argparse.ArgumentTypeError: it is no number, or out of range.
+        """
+        try:
+            return self.check(self.kind(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {self}, got {text!r}") from None
+
+    def check(self, value) -> int | float:
+        """A config's value; whole numbers pass as floats, booleans and strings not as numbers.
+
+        Raises:
+            ValueError: says what the value must be.
+        """
+        if isinstance(value, bool) or not isinstance(
+            value, int if self.kind is int else int | float
+        ):
+            raise ValueError(f"must be {self}")
+        if not self.least <= value <= self.most or not math.isfinite(value):
+            raise ValueError(f"must be {self}")
+        return self.kind(value)
+
+    def __str__(self) -> str:
+        """The range in words."""
+        what = "a whole number" if self.kind is int else "a number"
+        if self.most < math.inf:
+            return f"{what} from {self.least} to {self.most}"
+        return f"{what} of at least {self.least}"
+
+
+class Text(NamedTuple):
+    """A string, or one of a few words."""
+
+    words: tuple[str, ...] = ()
+
+    def check(self, value) -> str:
+        """The value. Raises ValueError with what it must be."""
+        if not isinstance(value, str) or (self.words and value not in self.words):
+            raise ValueError(f"must be {self}")
+        return value
+
+    def __str__(self) -> str:
+        """The choice in words."""
+        return "one of " + ", ".join(self.words) if self.words else "text"
+
+
+class Switch(NamedTuple):
+    """true or false."""
+
+    def check(self, value) -> bool:
+        """The value. Raises ValueError with what it must be."""
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+
+
+class Sizes(NamedTuple):
+    """The sizes of a model: a name or path, or a mapping, which the model's builder checks."""
+
+    words: tuple[str, ...] = ()
+
+    def check(self, value) -> str | dict:
+        """The value. Raises ValueError with what it must be."""
+        if isinstance(value, dict):
+            return dict(value)
+        try:
+            return Text(self.words).check(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or a mapping of sizes") from None
+
+
+MANY = 10**9
+COUNT, FROM_ZERO = Number(int, 1, MANY), Number(int, 0, MANY)
+PIXELS, WORKERS = Number(int, 1, 4096), Number(int, 0, 1024)
+RATE = Number(float, 0, 10)
+
+# key -> (check, default). A config may hold these keys and no others.
+_MODEL_KEYS = {
+    "pretrained": (Text(), ""),
+    "vit": (Sizes(("tiny", "base", "large")), REQUIRED),
+    "vit_grad_ckpt": (Switch(), False),
+    "vit_ckpt_layer": (FROM_ZERO, 0),
+    "med_config": (Sizes(), "configs/med_config.json"),
+    "tokenizer": (Text(), "bert-base-uncased"),
+    "image_size": (PIXELS, REQUIRED),
+}
+_RUN_KEYS = {
+    "image_root": (Text(), REQUIRED),
+    "ann_root": (Text(), REQUIRED),
+    "id_profile": (Text(), ""),
+    "init_lr": (RATE, REQUIRED),
+    "min_lr": (RATE, 0.0),
+    "weight_decay": (RATE, 0.0),
+    "max_epoch": (COUNT, REQUIRED),
+    "batch_size": (COUNT, REQUIRED),
+    "eval_batch_size": (COUNT, None),  # as batch_size
+    "augment": (Switch(), True),
+    "num_workers": (WORKERS, 4),
+}
+SCHEMAS = {
+    "caption": {
+        **_MODEL_KEYS,
+        **_RUN_KEYS,
+        "coco_gt_root": (Text(), REQUIRED),
+        "prompt": (Text(), "a picture of "),
+        "max_words": (COUNT, 30),
+        "max_tokens": (Number(int, 2), 40),
+        "max_length": (COUNT, 20),
+        "min_length": (COUNT, 5),
+        "num_beams": (COUNT, 3),
+        "length_normalization": (Text(("total", "generated")), "total"),
+    },
+    "nlvr": {**_MODEL_KEYS, **_RUN_KEYS, "max_words": (COUNT, 40)},
+}
+# the originals' names of the two batch sizes
+ALIASES = {"batch_size_train": "batch_size", "batch_size_test": "eval_batch_size"}
+
+
+def load_config(path: str, overrides: dict | None = None, task: str | None = None) -> dict:
+    """Reads an experiment from YAML and checks keys, values and how they fit together.
+
+    Args:
+        path: YAML 1.2 file, so that `1e-5` is a number.
+        overrides: values that replace the file's; None values are passed over.
+        task: a key of SCHEMAS; None takes the task whose keys the file has.
+
+    Returns:
+        Every key of the task under its name in SCHEMAS, defaults filled in, plus "task".
+
+    Raises:
+        UserError: the file is unreadable, or a key is unknown, missing, or has a wrong value.
+    """
+    raw = _read(path)
+    if task is None:
+        task = min(SCHEMAS, key=lambda name: sum(map(len, _problems(raw, SCHEMAS[name]))))
+    raw |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    schema = SCHEMAS[task]
+    unknown, missing = _problems(raw, schema)
+    if unknown:
+        raise UserError(f"{path}: unknown keys {unknown}; a {task} config has {sorted(schema)}")
+    if missing:
+        raise UserError(f"{path}: missing keys {missing} of a {task} config")
+    config = {"task": task}
+    for key, (rule, default) in schema.items():
+        try:
+            config[key] = rule.check(raw[key]) if key in raw else default
+        except ValueError as error:
+            raise UserError(f"{path}: {key} is {raw[key]!r}, but {error}") from None
+    config["eval_batch_size"] = config["eval_batch_size"] or config["batch_size"]
+    _check_lengths(path, config)
+    return config
+
+
+def _read(path: str) -> dict:
+    """The file's mapping, aliases replaced."""
+    try:
+        raw = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"cannot read the config {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"the config {path} must be a mapping of keys to values")
+    for alias, key in ALIASES.items():
+        if alias in raw and key in raw:
+            raise UserError(f"{path}: {alias} and {key} mean the same: keep one of them")
+    return {ALIASES.get(key, key): value for key, value in raw.items()}
+
+
+def _problems(raw: dict, schema: dict) -> tuple[list[str], list[str]]:
+    """Keys that the schema does not know, and required ones that are not there."""
+    unknown = sorted(str(key) for key in raw if key not in schema)
+    missing = sorted(
+        k for k, (_, default) in schema.items() if default is REQUIRED and k not in raw
+    )
+    return unknown, missing
+
+
+def _check_lengths(path: str, config: dict) -> None:
+    """Checks how lengths and beams fit the text transformer and each other."""
+    med_config = read_med_config(config["med_config"])
+    positions = med_config.get("max_position_embeddings", 512)
+    vocabulary = med_config.get("vocab_size", 30524)
+    for key, factor, of, most in [
+        ("max_length", 1, "max_position_embeddings", positions),
+        ("max_tokens", 1, "max_position_embeddings", positions),
+        ("num_beams", 2, "vocab_size", vocabulary),  # a step looks at twice as many words
+    ]:
+        if isinstance(most, int) and factor * config.get(key, 0) > most:
+            raise UserError(f"{path}: {key} is {config[key]}, but med_config has {of} {most}")
+    if config.get("min_length", 0) > config.get("max_length", math.inf):
+        raise UserError(
+            f"{path}: min_length {config['min_length']} is above max_length {config['max_length']}"
+        )
+
+
+def read_med_config(med_config: str | dict) -> dict:
+    """The text transformer's sizes: the mapping itself, or that of a JSON file.
+
+    Raises:
+        UserError: the file cannot be read or is no mapping.
+    """
+    if isinstance(med_config, dict):
+        return med_config
+    try:
+        fields = json.loads(Path(med_config).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"med_config: cannot read {med_config}: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"med_config: {med_config} must hold a mapping of BERT's fields")
+    return fields

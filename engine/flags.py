@@ -1,0 +1,123 @@
+"""The flags of the training scripts."""
+
+import argparse
+from pathlib import Path
+
+from configs import COUNT, FROM_ZERO, RATE, Number
+from utils import UserError
+
+FRACTION = Number(float, 0, 1)
+
+
+def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, int]):
+    """Adds the flags that all training scripts have; returns the group of evaluation.
+
+    Args:
+        parser: gets them.
+        config: default of --config.
+        warmups: defaults of --initial_warmup and --final_warmup, in units of --warmup_steps.
+    """
+    run = parser.add_argument_group("the run")
+    run.add_argument("--config", default=config, help="YAML file of the experiment")
+    run.add_argument("--output_dir", default="output", help="results go to OUTPUT_DIR/MODEL_DIR")
+    run.add_argument("--model_dir", help="folder of this run's results; default: the config's name")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
+    run.add_argument("--seed", type=FROM_ZERO, default=42)
+    run.add_argument("--check", action="store_true", help="only say what is missing or wrong")
+    run.add_argument("--resume", default="auto", help="auto (newest checkpoint), off, or a file")
+    run.add_argument(
+        "--checkpoint_steps",
+        type=FROM_ZERO,
+        default=0,
+        help="optimizer steps between checkpoints; 0: at the end of each epoch, and every ten "
+        "minutes where writing one takes less than a twentieth of the time",
+    )
+    run.add_argument("--keep_checkpoints", type=COUNT, default=2, help="how many stay")
+    run.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="in training, take the next sample in place of one whose image cannot be read",
+    )
+    run.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "off"],
+        default="auto",
+        help="bf16 autocast; auto: on a GPU only, though CPUs with AMX gain from it too",
+    )
+    run.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run.add_argument("--gradient_accumulation_steps", type=COUNT, default=1, metavar="BATCHES")
+    run.add_argument("--max_steps", type=COUNT, help="optimizer steps, in place of max_epoch")
+
+    scores = parser.add_argument_group("evaluation")
+    scores.add_argument("--evaluate", action="store_true", help="no training: score held-out data")
+    scores.add_argument("--pruned", help="with --evaluate: weights, or the folder of a run")
+    scores.add_argument(
+        "--eval_epochs", type=FROM_ZERO, default=1, help="epochs between validations; 0: none"
+    )
+    scores.add_argument("--eval_test", action="store_true", help="validate on the test split, too")
+
+    override = parser.add_argument_group("in place of the config's values")
+    override.add_argument("--pretrained", help="weights to start from; '' starts from random ones")
+    override.add_argument("--init_lr", type=RATE)
+    override.add_argument("--max_epoch", type=COUNT)
+    override.add_argument("--batch_size", type=COUNT, help="training samples of one process")
+    override.add_argument("--num_workers", type=FROM_ZERO, help="image loading processes")
+
+    _add_pruning_flags(parser.add_argument_group("pruning"), *warmups)
+    for flag in ("--n_gpu", "--world_size", "--dist_url", "--distributed"):
+        # accepted, as scripts of the original code pass them; torchrun says what they said
+        parser.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
+    return scores
+
+
+def _add_pruning_flags(prune, initial: int, final: int) -> None:
+    prune.add_argument("--pruner_name", choices=["PLATON", "Taylor", "Magnitude"], default="PLATON")
+    prune.add_argument("--beta1", type=FRACTION, default=0.85, help="decay of the importance")
+    prune.add_argument("--beta2", type=FRACTION, default=0.95, help="decay of the uncertainty")
+    prune.add_argument("--deltaT", type=COUNT, default=10, help="steps between mask events")
+    prune.add_argument(
+        "--initial_threshold", type=FRACTION, default=1.0, help="fraction that remains at first"
+    )
+    prune.add_argument(
+        "--final_threshold",
+        type=FRACTION,
+        default=0.2,
+        help="fraction of the weights that remains at last; 1: no pruning",
+    )
+    prune.add_argument(
+        "--warmup_steps", type=FROM_ZERO, help="steps of a warm-up; default: one epoch of the data"
+    )
+    prune.add_argument(
+        "--initial_warmup",
+        type=FROM_ZERO,
+        default=initial,
+        help=f"warm-ups before pruning begins; default: {initial}",
+    )
+    prune.add_argument(
+        "--final_warmup",
+        type=FROM_ZERO,
+        default=final,
+        help=f"warm-ups at the final sparsity; default: {final}",
+    )
+    prune.add_argument("--useID", action="store_true", help="weight scores by intrinsic dimension")
+    prune.add_argument("--id_profile", help="the profile for --useID, which it implies")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that would be ignored.
+
+    Raises:
+        UserError: names the flag and what it goes with.
+    """
+    if args.pruned and not args.evaluate:
+        raise UserError("--pruned goes with --evaluate; training starts from --pretrained")
+    for flag in ("eval_test", "check", "compile"):
+        if args.evaluate and getattr(args, flag):
+            raise UserError(f"--{flag} goes with training, not with --evaluate")
+
+
+def results_folder(args: argparse.Namespace) -> Path:
+    """--model_dir; without it the folder of the evaluated run, or one of the config's name."""
+    if args.model_dir is None and args.pruned and Path(args.pruned).is_dir():
+        return Path(args.pruned)
+    return Path(args.output_dir, args.model_dir or Path(args.config).stem)

@@ -1,0 +1,91 @@
+"""The tasks. A new one is an entry of TASKS."""
+
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from data import build_caption_datasets, build_nlvr_datasets
+from engine.loading import EvalBatches
+from engine.run import Run, Task
+from evaluation.captions import caption_split
+from evaluation.nlvr import count_correct
+from evaluation.scoring import score_results
+from models import build_captioner, build_nlvr
+from utils import sum_over_processes
+
+
+def evaluate_captions(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
+    """Captions a split over all processes, writes the captions, then scores them.
+
+    Args:
+        run: of `prepare_run`.
+        model: captioner in eval mode, not wrapped.
+        dataset: the split.
+        split: "val" or "test".
+
+    Returns:
+        The report of `evaluation.score_results`; on processes other than the main one no scores.
+    """
+    results = results_path(run, split)
+    with run.autocast():
+        caption_split(model, EvalBatches(run, dataset), run.config, run.process.device, results)
+    if not run.process.is_main:
+        return {"scores": {}}
+    slow = run.args.evaluate  # METEOR takes seconds to start; a validation goes without
+    return score_results(results, ground_truth(run.config, split), run.args.spice, meteor=slow)
+
+
+def results_path(run: Run, split: str) -> Path:
+    """The file of a split's captions."""
+    return run.folder / "results" / f"{split}.json"
+
+
+def ground_truth(config: dict, split: str) -> Path:
+    """The file of a split's references."""
+    return Path(config["coco_gt_root"], f"coco_karpathy_{split}_gt.json")
+
+
+def evaluate_statements(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
+    """The share of a split's statements that are judged correctly, counted over all processes.
+
+    Args:
+        run: of `prepare_run`.
+        model: NLVR2 model in eval mode, not wrapped.
+        dataset: the split; each statement is judged by one process, however uneven the shares.
+        split: "dev" or "test".
+
+    Returns:
+        `{"scores": {"accuracy": fraction in [0, 1]}}`, the same on every process.
+    """
+    with run.autocast():
+        correct = count_correct(model, EvalBatches(run, dataset), run.process.device)
+    (all_correct,) = sum_over_processes([correct])
+    return {"scores": {"accuracy": all_correct / len(dataset)}}
+
+
+CAPTION = Task(
+    name="caption",
+    script="train_caption.py",
+    config="configs/caption_coco.yaml",
+    warmups=(1, 1),
+    build_datasets=build_caption_datasets,
+    held_out=("val", "test"),
+    build_model=build_captioner,
+    images=("image",),
+    evaluate=evaluate_captions,
+    best_by="CIDEr",
+)
+NLVR = Task(
+    name="nlvr",
+    script="train_nlvr.py",
+    config="configs/nlvr.yaml",
+    warmups=(0, 5),
+    build_datasets=build_nlvr_datasets,
+    held_out=("dev", "test"),
+    build_model=build_nlvr,
+    images=("image0", "image1"),
+    evaluate=evaluate_statements,
+    best_by="accuracy",
+)
+TASKS = {task.name: task for task in (CAPTION, NLVR)}

@@ -1,0 +1,140 @@
+"""Small training runs for tests: their data and config, and processes as torchrun starts them."""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+from data.scenes import __main__ as scenes
+from engine.loop import PRUNED_FILE
+from utils import launch
+
+TINY_VIT = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TINY_TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+
+# A server process imports everything once; the runs are forked from it.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["train_caption"])  # found where the current folder is the root
+
+
+def make_scenes(folder: Path) -> Path:
+    """The folder, with 48 training and 6 + 6 evaluation scenes in it."""
+    sizes = ["--train", "48", "--val", "6", "--test", "6"]
+    sizes += ["--statements", "8", "--heldout_statements", "8"]
+    scenes.main(scenes.parse_args(["--out", str(folder), *sizes]))
+    return folder
+
+
+def write_config(path: Path, data: Path, dropout: float = 0.1, **changes) -> str:
+    """A captioning config of a few thousand weights; with dropout, so that randomness matters."""
+    config = {
+        "image_root": str(data / "images"),
+        "ann_root": str(data / "annotation"),
+        "coco_gt_root": str(data / "annotation"),
+        "tokenizer": str(data / "tokenizer"),
+        "pretrained": "",
+        "vit": {**TINY_VIT, "drop_path_rate": dropout},
+        "med_config": {
+            **TINY_TEXT,
+            "hidden_dropout_prob": dropout,
+            "attention_probs_dropout_prob": dropout,
+        },
+        "image_size": 32,
+        "batch_size": 2,
+        "init_lr": 1e-3,
+        "max_epoch": 4,
+        "augment": True,
+        "num_workers": 0,
+        "num_beams": 1,
+        "max_length": 8,
+        **changes,
+    }
+    with open(path, "w") as file:
+        YAML().dump(config, file)
+    return str(path)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start(
+    argv: list[str],
+    world_size: int = 1,
+    script: str = "train_caption",
+    log: Path | None = None,
+) -> list:
+    """Starts a trainer in one process or several and returns them; errors are said to the log."""
+    port = free_port()
+    started = [
+        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log))
+        for rank in range(world_size)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def run_rank(
+    script: str, argv: list[str], rank: int, world_size: int, port: int, log: Path | None
+) -> None:
+    """What torchrun's processes do: the script with its place among the others."""
+    os.setsid()
+    if log:
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the image loading workers
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    trainer = importlib.import_module(script)
+    launch(trainer.main, trainer.parse_args(argv))
+
+
+def finish(started: list, timeout: float = 120) -> list[int]:
+    """Waits for the processes and returns their exit codes."""
+    deadline = time.monotonic() + timeout
+    for process in started:
+        process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    return codes
+
+
+def result(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a run wrote."""
+    return load_file(folder / PRUNED_FILE)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights are bit-equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of a run's checkpoints."""
+    names = (path.stem for path in (folder / "checkpoints").glob("step_*.pt"))
+    return sorted(int(name.removeprefix("step_")) for name in names)
+
+
+def wait_for_step(folder: Path, process, step: int) -> None:
+    """Waits until a checkpoint of at least `step` appears, or the process ends."""
+    while max(saved_steps(folder), default=0) < step and process.is_alive():
+        time.sleep(0.002)

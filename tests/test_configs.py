@@ -1,0 +1,140 @@
+"""Configs: what the shipped ones hold, and what is wrong with others."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_caption
+from configs import REQUIRED, SCHEMAS, Number, Switch, load_config
+from tests.runs import TINY_TEXT, TINY_VIT, make_scenes, write_config
+from utils import UserError
+
+CONFIGS = sorted(path for path in Path("configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads(path):
+    config = load_config(path)
+    assert set(config) == {"task", *SCHEMAS[config["task"]]}
+    assert REQUIRED not in config.values()
+
+
+def test_configs_hold_the_papers_values():
+    config = load_config("configs/caption_coco.yaml", task="caption")
+    assert config["init_lr"] == 1e-5 and isinstance(config["init_lr"], float)
+    assert (config["image_size"], config["batch_size"], config["max_epoch"]) == (384, 20, 5)
+    assert (config["num_beams"], config["max_length"], config["min_length"]) == (3, 20, 5)
+    assert config["prompt"] == "a picture of "
+
+
+def test_overrides_replace_and_none_does_not():
+    config = load_config("configs/caption_coco.yaml", {"batch_size": 3, "init_lr": None})
+    assert (config["batch_size"], config["init_lr"]) == (3, 1e-5)
+
+
+def test_batch_sizes_have_one_name():
+    config = load_config("configs/nlvr.yaml")
+    assert (config["batch_size"], config["eval_batch_size"]) == (10, 64)
+    config = load_config("configs/caption_coco.yaml", {"batch_size": 7})
+    assert (config["batch_size"], config["eval_batch_size"]) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text + "\nbatchsize: 3\n", "unknown keys .*batchsize"),
+        (lambda text: text.replace("image_root:", "#"), "missing keys .*image_root"),
+        (lambda text: text.replace("image_size: 384", "image_size: big"), "image_size is 'big'"),
+        (lambda text: text.replace("augment: true", "augment: 1"), "augment is 1"),
+        (lambda text: text + "batch_size_train: 3", "batch_size_train and batch_size mean the sa"),
+        (
+            lambda text: text.replace("ion: total", "ion: Total"),
+            "'Total', but must be one of total",
+        ),
+        (lambda text: text.replace("vit: base", "vit: huge"), "'huge', but must be one of tiny, b"),
+        (lambda text: text.replace("num_beams: 3", "num_beams: 0"), "whole number from 1 to"),
+        (lambda text: text.replace("batch_size: 20", "batch_size: 0"), "whole number from 1 to"),
+        (lambda text: text.replace("init_lr: 1e-5", "init_lr: .nan"), "a number from 0 to 10"),
+        (
+            lambda text: text.replace("max_length: 20", "max_length: 513"),
+            "max_position_embeddings 512",
+        ),
+        (lambda text: text + "max_tokens: 1000", "max_tokens is 1000, but .*_embeddings 512"),
+        (lambda text: text.replace("max_length: 20", "max_length: 4"), "5 is above max_length 4"),
+        (lambda text: text.replace("num_beams: 3", "num_beams: 20000"), "vocab_size 30524"),
+        (lambda text: "- a list", "mapping"),
+        (lambda text: "a: [", "cannot read"),
+        (lambda text: "a: !!python/object/apply:os.getcwd []", "cannot read"),
+    ],
+)
+def test_bad_configs_are_named(tmp_path, edit, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(edit(Path("configs/caption_coco.yaml").read_text()))
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(path)
+    assert "bad.yaml" in str(error.value)
+
+
+# --- any value of any key ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    """Scenes, a folder for configs and results, and the changes that trained."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    return make_scenes(folder / "scenes"), folder, []
+
+
+WHOLE = st.integers(-1, 70) | st.sampled_from([128, 10**9, 10**30])
+ANY = st.one_of(
+    st.none(),
+    st.booleans(),
+    WHOLE,
+    st.floats(),
+    st.sampled_from(["", "base", "Total", "1e-5", "no such file", "\u2028", "a picture of"]),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.sampled_from([*TINY_VIT, *TINY_TEXT, "depths"]), WHOLE, max_size=3),
+)
+
+
+def near(sizes):
+    """A mapping of sizes with some changed."""
+    changes = st.dictionaries(st.sampled_from([*sizes, "depths"]), st.integers(-1, 64), max_size=2)
+    return changes.map(lambda changed: {**sizes, **changed})
+
+
+def values(key):
+    """Values of the right type as a rule, at times any."""
+    rule, default = SCHEMAS["caption"][key]
+    if key in ("vit", "med_config"):
+        return near(TINY_VIT if key == "vit" else TINY_TEXT) | ANY
+    if isinstance(rule, Number):
+        return WHOLE | st.floats(0, 1) if rule.kind is float else WHOLE
+    if isinstance(rule, Switch):
+        return st.booleans()
+    return st.sampled_from(["total", "generated", "a picture of ", "no such file"]) | ANY
+
+
+CHANGES = st.sampled_from(sorted(SCHEMAS["caption"])).flatmap(
+    lambda key: values(key).map(lambda value: (key, value))
+)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(changes=st.lists(CHANGES, min_size=1, max_size=2))
+def test_any_value_trains_a_step_or_is_a_users_mistake(changes, fuzzed):
+    scenes, folder, trained = fuzzed
+    config = write_config(folder / "c.yaml", scenes, **dict(changes))
+    flags = ["--config", config, "--output_dir", str(folder), "--max_steps", "1", "--seed", "1"]
+    flags += ["--final_threshold", "1", "--resume", "off"]
+    try:
+        train_caption.main(train_caption.parse_args(flags))
+    except UserError:
+        return
+    trained.append(changes)
+
+
+def test_some_of_these_values_train(fuzzed):
+    assert len(fuzzed[2]) > 10
