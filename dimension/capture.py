@@ -31,7 +31,7 @@ from dimension.budget import (
     StageShape,
     live_states,
 )
-from dimension.twonn import squared_distances
+from dimension.twonn import full_float32, squared_distances
 from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
@@ -240,6 +240,7 @@ class Capture:
                 raise _LastOutputKept
 
         with ExitStack() as hooks:
+            hooks.enter_context(full_float32())
             for number, (segment, values) in enumerate(held):
                 final = not advance and number + 1 == len(held)
                 module = self.layers[segment.layer.name]
