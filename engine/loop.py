@@ -202,7 +202,7 @@ def read_losses(run: Run, state: TrainState) -> float:
     Raises:
         FloatingPointError: one is not finite; names the step, its image files and the checkpoint.
     """
-    own = torch.stack(state.unread_losses).double().cpu()  # (steps,)
+    own = torch.stack(state.unread_losses).cpu().double()  # (steps,)
     state.unread_losses.clear()
     losses = [loss / run.process.world_size for loss in sum_over_processes(own.tolist())]
     for loss in losses:  # one by one, so that the sum does not depend on when it is read

@@ -1,6 +1,7 @@
 """The state of a training run: built, saved, and resumed to the bit."""
 
 import hashlib
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from engine.reporter import Reporter
 from engine.run import Run
 from pruners import Pruner
 from utils import UserError, barrier, gather_from_processes, seed_everything
+
+TORCHRUN_GRACE = 30  # seconds; torchrun's --shutdown-timeout
 
 # What a resumed run must have in common with the run that wrote the checkpoint.
 _IDENTITY_CONFIG = (
@@ -167,8 +170,26 @@ def save(run: Run, state: TrainState) -> None:
             run.checkpoints, state.progress.step, content, keep, state.replaced
         )
     barrier()
+    first = state.save_seconds == 0
     state.saved_at = time.monotonic()
     state.save_seconds = state.saved_at - begun
+    if first:
+        run.say(f"a checkpoint takes {state.save_seconds:.1f} s{grace_hint(state.save_seconds)}")
+
+
+def grace_hint(save_seconds: float) -> str:
+    """What to set where a checkpoint takes too much of the time that a stopped job is given.
+
+    A stop waits for the step and then for the checkpoint. Torchrun passes SIGTERM on and kills what
+    still lives `TORCHRUN_GRACE` seconds later.
+    """
+    if save_seconds < TORCHRUN_GRACE / 3:
+        return ""
+    return (
+        f": a stop needs that and a step. Under torchrun set --shutdown-timeout "
+        f"{math.ceil(3 * save_seconds)} (it is {TORCHRUN_GRACE}), and give the job as long between "
+        "SIGTERM and SIGKILL"
+    )
 
 
 def resume(run: Run, state: TrainState) -> None:
