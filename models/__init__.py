@@ -6,6 +6,7 @@ from models.captioner import Captioner, build_captioner
 from models.checkpoint import LoadReport, load_checkpoint
 from models.layers import modality, prunable_layers
 from models.nlvr import build_nlvr
+from models.sparse import sparsify_
 
 __all__ = [
     "Captioner",
@@ -15,4 +16,5 @@ __all__ = [
     "load_checkpoint",
     "modality",
     "prunable_layers",
+    "sparsify_",
 ]

@@ -12,30 +12,36 @@ keeps the sums in memory, at half the speed. LLVM splits a vector of 16 elements
 the processor needs (one with AVX-512, two with AVX2, four on ARM64).
 """
 
-from functools import lru_cache
-
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-PANEL = 256  # columns
-TILES = (4, 16, 32, 64)  # tokens; a kernel is compiled for each
+from models.sparse.product import (
+    BIAS,
+    BYTES,
+    COLUMNS,
+    NEXT_TASK,
+    NEXT_THREAD,
+    OFFSETS,
+    PANEL,
+    ROWS,
+    SCRATCH,
+    SCRATCH_BYTES,
+    STARTS,
+    TASK_COUNT,
+    TASKS,
+    VALUES,
+    X,
+    Y,
+)
+
 LANES = 16  # elements of a vector
 BLOCK = 8  # side of the blocks that are transposed in registers
 CHAINS = 4  # sums that are independent: a multiply-add takes about four cycles to finish
-BYTES = 4  # of a float32
 
-# Where the kernel finds what in its arguments, an int64 array. The threads count up the first two.
-NEXT_TASK, NEXT_THREAD = 0, 1
-TASKS, TASK_COUNT = 2, 3  # address of (n, 4) int64: first token, tokens, first row, end of rows
-SCRATCH, SCRATCH_BYTES = 4, 5  # address, and the bytes that each thread has from there
-X, COLUMNS = 6, 7  # address of (tokens, columns) float32
-Y, ROWS, BIAS = 8, 9, 10  # addresses of (tokens, rows) and (rows,) float32
-STARTS, OFFSETS, VALUES = 11, 12, 13  # addresses, see `models.sparse.product.SparseMatrix`
-
-_inline = njit(error_model="numpy", inline="always")
+_inline = njit(error_model="numpy")
 _F32, _I64, _I32, _I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
 
@@ -168,9 +174,7 @@ def _transpose(typing_context, side, source, source_stride, rows, target, target
             inside = builder.icmp_signed("<", _constant(i), last)
             return builder.mul(stride, builder.select(inside, _constant(i), last))
 
-        block = [
-            _load(builder, source, offset(i, source_stride, rows), vector) for i in range(n)
-        ]
+        block = [_load(builder, source, offset(i, source_stride, rows), vector) for i in range(n)]
         half = 1
         while half < n:  # swaps the off-diagonal squares of all blocks of 2 * half
             low = [k if not k & half else k - half + n for k in range(n)]
@@ -260,7 +264,6 @@ def _to_tokens(side, tile, source, rows, y, stride, tokens):
             _copy_element(source + (r * tile + t) * BYTES, y + (t * stride + r) * BYTES)
 
 
-@lru_cache
 def compile_kernel(tile: int) -> int:
     """The address of a C function `void kernel(int64_t *arguments)` for tiles of `tile` tokens.
 

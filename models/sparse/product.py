@@ -11,19 +11,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.sparse import kernels
-from models.sparse.kernels import BYTES, PANEL, TILES
+PANEL = 256  # columns; a panel of a tile stays in the cache, and a column of it fits in a byte
+TILES = (4, 16, 32, 64)  # tokens; a kernel is compiled for each
+BYTES = 4  # of a float32
+
+# Where a kernel finds what in its arguments, an int64 array. The threads count up the first two.
+NEXT_TASK, NEXT_THREAD = 0, 1
+TASKS, TASK_COUNT = 2, 3  # address of (n, 4) int64: first token, tokens, first row, end of rows
+SCRATCH, SCRATCH_BYTES = 4, 5  # address, and the bytes that each thread has from there
+X, COLUMNS = 6, 7  # address of (tokens, columns) float32
+Y, ROWS, BIAS = 8, 9, 10  # addresses of (tokens, rows) and (rows,) float32
+STARTS, OFFSETS, VALUES = 11, 12, 13  # addresses of a SparseMatrix
 
 LINE = 16  # elements of a cache line
 MIN_ROWS = 64  # of a task: below, transposing its tokens would take as long as multiplying
 
-_Arguments = ctypes.c_int64 * (kernels.VALUES + 1)
+_Arguments = ctypes.c_int64 * (VALUES + 1)
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _of_this_thread = threading.local()
 
 
 class SparseMatrix(NamedTuple):
-    """The nonzeros of a matrix (rows, columns), by panel of 256 columns, then row, then column.
+    """The nonzeros of a matrix (rows, columns), by panel of columns, then row, then column.
 
     Five bytes a nonzero, and four a row and panel.
     """
@@ -57,18 +66,27 @@ def decompress(sparse: SparseMatrix, columns: int) -> Tensor:
     return matrix
 
 
-def multiply(x: Tensor, sparse: SparseMatrix, bias: Tensor) -> Tensor:
-    """x @ matrix.T + bias, on as many threads as torch uses.
+@lru_cache
+def compiled(tile: int) -> int:
+    """The address of the kernel for tiles of `tile` tokens, see `kernels.compile_kernel`."""
+    from models.sparse.kernels import compile_kernel  # Numba: not on every machine, 0.2 s to load
+
+    return compile_kernel(tile)
+
+
+def multiply(x: Tensor, sparse: SparseMatrix, bias: Tensor | None) -> Tensor:
+    """The product x @ matrix.T + bias, on as many threads as torch uses.
 
     Args:
         x: (tokens, columns) float32, contiguous.
         sparse: a matrix (rows, columns).
-        bias: (rows,) float32.
+        bias: (rows,) float32, or None.
 
     Returns:
         (tokens, rows) float32.
     """
-    tokens, rows = len(x), len(bias)
+    tokens, rows = len(x), sparse.starts.shape[1] - 1
+    bias = x.new_zeros(rows) if bias is None else bias
     y = x.new_empty(tokens, rows)
     addresses = [part.data_ptr() for part in sparse]
     for tile, tasks, threads in plan(tokens, rows, torch.get_num_threads()):
@@ -77,7 +95,7 @@ def multiply(x: Tensor, sparse: SparseMatrix, bias: Tensor) -> Tensor:
             *(0, 0, tasks.data_ptr(), len(tasks), _scratch(piece * threads).data_ptr(), piece),
             *(x.data_ptr(), x.shape[1], y.data_ptr(), rows, bias.data_ptr(), *addresses),
         )
-        run_on_threads(kernels.compile_kernel(tile), arguments, threads)
+        run_on_threads(compiled(tile), arguments, threads)
     return y
 
 
