@@ -4,6 +4,8 @@ import re
 
 from torch import nn
 
+from models.sparse import SparseLinear
+
 # Linear layers of the transformer blocks; embeddings, norms, patch_embed and heads stay whole.
 _IN_A_BLOCK = re.compile(
     r"^(visual_encoder\.blocks|text_decoder\.bert\.encoder\.layer|text_encoder\.encoder\.layer)\.\d"
@@ -18,8 +20,13 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
     Returns:
         Layer name to module: 168 for BLIP base captioning, 222 for NLVR2.
+
+    Raises:
+        ValueError: `sparsify_` has replaced some of the layers.
     """
     model = getattr(model, "module", model)
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise ValueError("a sparsified model has no prunable layers: list them before `sparsify_`")
     return {
         name: module
         for name, module in model.named_modules()

@@ -105,8 +105,8 @@ class SparseLinear(nn.Module):
 class LayerReport:
     """What became of a linear layer: sparse, or dense and why."""
 
-    nonzeros: int  # of the weight
-    elements: int
+    elements: int  # of the weight
+    nonzeros: int | None  # None where they were not counted, since the layer could not be sparse
     why_dense: str = ""
 
 
@@ -161,9 +161,11 @@ def sparsify_(model: nn.Module) -> SparsifyReport:
     names = [name for name, m in model.named_modules() if name and isinstance(m, nn.Linear)]
     for name in names:
         layer = model.get_submodule(name)
-        nonzeros = int(layer.weight.count_nonzero())
-        why_dense = obstacle or _why_dense(layer, nonzeros, owners[id(layer.weight)] > 1)
-        layers[name] = LayerReport(nonzeros, layer.weight.numel(), why_dense)
+        why_dense = obstacle or _unfit(layer, shared=owners[id(layer.weight)] > 1)
+        nonzeros = None if why_dense else int(layer.weight.count_nonzero())
+        if not why_dense and not gains(*layer.weight.shape, nonzeros):
+            why_dense = "too few zeros to gain"
+        layers[name] = LayerReport(layer.weight.numel(), nonzeros, why_dense)
         if not why_dense:
             model.set_submodule(name, SparseLinear(layer).train(layer.training))
     report = SparsifyReport(layers, before, _bytes(model))
@@ -184,7 +186,8 @@ def _obstacle() -> str:
     return ""
 
 
-def _why_dense(layer: nn.Linear, nonzeros: int, shared: bool) -> str:
+def _unfit(layer: nn.Linear, shared: bool) -> str:
+    """Why a layer cannot be sparse whatever its zeros, or nothing."""
     weight = layer.weight
     if type(layer) is not nn.Linear:
         return f"{type(layer).__name__}, whose weight its owner may use directly"
@@ -194,8 +197,6 @@ def _why_dense(layer: nn.Linear, nonzeros: int, shared: bool) -> str:
         return f"the weight is {weight.dtype} on {weight.device.type}, not float32 on the CPU"
     if weight.numel() < SMALLEST:
         return f"fewer than {SMALLEST} elements, too small to gain"
-    if not gains(*weight.shape, nonzeros):
-        return "too few zeros to gain"
     return ""
 
 

@@ -24,7 +24,7 @@ Y, ROWS, BIAS = 8, 9, 10  # addresses of (tokens, rows) and (rows,) float32
 STARTS, OFFSETS, VALUES = 11, 12, 13  # addresses of a SparseMatrix
 
 LINE = 16  # elements of a cache line
-MIN_ROWS = 64  # of a task: below, transposing its tokens would take as long as multiplying
+TRANSPOSITION = 32  # rows that are multiplied in the time in which a task transposes its tokens
 
 _Arguments = ctypes.c_int64 * (VALUES + 1)
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -124,9 +124,14 @@ def _tasks(firsts: Sequence[int], tokens: int, rows: int, threads: int) -> Tenso
     shared = len(firsts) % threads
     even = len(firsts) - shared
     tasks = [(first, tokens, 0, rows) for first in firsts[:even]]
-    block = max(_round_up(rows * shared / threads, LINE), MIN_ROWS)
-    for row in range(0, rows, block):
-        tasks += [(first, tokens, row, min(row + block, rows)) for first in firsts[even:]]
+    if shared:
+
+        def duration(parts: int) -> float:
+            return math.ceil(shared * parts / threads) * (rows / parts + TRANSPOSITION)
+
+        block = _round_up(rows / min(range(1, threads + 1), key=duration), LINE)
+        for row in range(0, rows, block):
+            tasks += [(first, tokens, row, min(row + block, rows)) for first in firsts[even:]]
     return torch.tensor(tasks)
 
 
