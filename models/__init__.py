@@ -7,6 +7,7 @@ from models.checkpoint import LoadReport, load_checkpoint
 from models.clip import ClipRetrieval, build_clip
 from models.layers import modality, prunable_layers
 from models.nlvr import build_nlvr
+from models.sparse import sparsify_
 
 __all__ = [
     "Captioner",
@@ -18,4 +19,5 @@ __all__ = [
     "load_checkpoint",
     "modality",
     "prunable_layers",
+    "sparsify_",
 ]

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from models.sparse import SparseLinear
+
 # Where the transformer blocks of our models are, and what they process. Their linear layers are
 # pruned; embeddings, norms, patch_embed and heads stay whole.
 TOWERS = {
@@ -23,9 +25,13 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
         model: a captioner, NLVR2 or retrieval model, wrapped in DistributedDataParallel or not.
 
     Returns:
+    from models.sparse import SparseLinear
+
         Layer name to module: 168 for BLIP base captioning, 222 for NLVR2, 108 for CLIP large.
     """
     model = getattr(model, "module", model)
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise ValueError("a sparsified model has no prunable layers: list them before `sparsify_`")
     return {
         name: module
         for name, module in model.named_modules()

@@ -145,7 +145,9 @@ class Simulation:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        inner_args, inner_kwargs = pytree.tree_map_only(SimTensor, lambda t: t.inner, (args, kwargs))
+        inner_args, inner_kwargs = pytree.tree_map_only(
+            SimTensor, lambda t: t.inner, (args, kwargs)
+        )
         with self._generator(func, here):
             result = func(*inner_args, **inner_kwargs)
         if func is aten.copy_.default:
@@ -167,7 +169,9 @@ class Simulation:
         """Refuses CPU tensors among the device's, and the CPU's generator."""
         if here and any(isinstance(x, torch.Generator) for x in leaves):
             raise RuntimeError(f"{func}: expected a generator of the device, but found the CPU's")
-        strangers = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, SimTensor)]
+        strangers = [
+            x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, SimTensor)
+        ]
         if not own or not strangers or func in COPIES:
             return
         if func in INDEXING and isinstance(args[0], SimTensor):
@@ -179,7 +183,9 @@ class Simulation:
         if torch.Tag.pointwise in func.tags or func in INDEXING:
             strangers = [x for x in strangers if x.dim()]
         if strangers:
-            raise RuntimeError(f"{func}: expected all tensors on one device, but found sim:0 and cpu")
+            raise RuntimeError(
+                f"{func}: expected all tensors on one device, but found sim:0 and cpu"
+            )
 
     def _note_copy(self, func, args: tuple, kwargs: dict, here: bool) -> None:
         """Notes a copy between the memories; one inside a memory is computing."""
