@@ -82,7 +82,7 @@ def test_no_profile(content, tmp_path):
 def test_measure_layer():
     """Levels of blocks of 20 points or more count: of 70 points, three."""
     points = torch.randn(70, 5)
-    points[3] = points[4].clone()
+    points[3:5] = 100.0  # duplicates, and nobody's neighbours: they would be a tie
     permutations = draw_permutations(70)
     distances = pairwise_distances(points)
     layer = measure_layer("a", 5, distances, 1.0, permutations)
