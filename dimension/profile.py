@@ -138,7 +138,8 @@ def measure_layer(
     if math.isnan(analysis.id):
         raise UserError(
             f"layer {name}: {analysis.points} of {len(distances)} samples have two neighbours at "
-            "different distances, and three are needed; take more samples (-n)"
+            f"different distances ({analysis.duplicates} are duplicates), and three are needed; "
+            "take more samples (-n)"
         )
     error = None if math.isnan(analysis.error) else analysis.error
     means = [None if math.isnan(mean) else mean for mean in analysis.mean.tolist()]
