@@ -28,7 +28,7 @@ from utils import UserError, atomic_write
 FORMAT, VERSION = "bitmask", "1"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size to integer
 _ENTRIES = 200  # bytes that a compressed tensor adds to the header, about
-_CHUNK = 1 << 18  # elements that are expanded together, a multiple of 8: they stay in the cache
+_CHUNK = 1 << 20  # elements that a thread expands together, a multiple of 8
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
