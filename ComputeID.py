@@ -49,6 +49,7 @@ from utils import (
     Process,
     UserError,
     barrier,
+    free_memory,
     init_distributed,
     keep_freed_memory,
     launch,
@@ -56,7 +57,7 @@ from utils import (
 )
 
 DATA_KEYS = ("image_root", "ann_root", "image_size", "prompt", "max_words", "tokenizer")
-SHARE_OF_FREE = {"cpu": 0.5, "cuda": 0.8}
+SHARE_ON_CPU, SHARE_ON_ACCELERATOR = 0.5, 0.8  # of the free memory
 PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
 
@@ -158,15 +159,6 @@ def chosen_device(cpu: bool, gpu: int | None) -> str:
     return f"cuda:{gpu}"
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes free on the device; on the CPU, for each of this machine's processes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kilobytes = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
-    return kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def print_once(process: Process, text: str) -> None:
     """Prints on the main process."""
     if process.is_main:
@@ -188,7 +180,8 @@ def plan_share(
     layers, device = prunable_layers(model), process.device
     if memory_gb is None:
         free = free_memory(device)
-        memory_gb = SHARE_OF_FREE[device.type] * free / 1e9
+        share = SHARE_ON_CPU if device.type == "cpu" else SHARE_ON_ACCELERATOR
+        memory_gb = share * free / 1e9
         print_once(process, f"--memory_gb {memory_gb:.2f} of {free / 1e9:.2f} GB free per process")
     shapes = trace_stages(model.stages(), layers, samples, device)
     share = share_layers(shapes, set(layers) - done, process.world_size)[process.rank]
@@ -286,6 +279,8 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
         "enough_points": ENOUGH_POINTS,
         "keep_padding": args.keep_padding,
         "batch_size": batch_size,
+        "device": process.device.type,
+        "dtype": "float32",
         "save_distances": args.save_distances,
         "config": {key: config[key] for key in ("task", "vit", *DATA_KEYS) if key in config},
         "checkpoint": weights,

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from configs import load_config
+from data.image_dataset import to_rgb
 from data.transforms import build_transform
 from models import build_captioner
 from models.captioner import Captioner
@@ -87,7 +88,7 @@ def open_upright(path: Path) -> Image.Image:
         Exception: of many kinds, for Pillow's readers raise what they meet in a damaged file.
     """
     with Image.open(path) as file:
-        return ImageOps.exif_transpose(file).convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(file))
 
 
 def show(args: argparse.Namespace, path: Path, what: str, text: str) -> None:

@@ -110,23 +110,26 @@ def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict
 
 def show(found: dict) -> None:
     """Prints a report for people."""
-    for what in ("parameters", "nonzeros"):
-        print(f"{what:24} {shares(found[what], 1e6, 'M')}")
-    for what, counts in found["multiply_adds"].items():
-        print(f"{'multiply-adds, ' + what:24} {shares(counts, 1e9, 'G')}")
-    for form, count in found["bytes"].items():
-        print(f"{form:24} {count / 1e6:.1f} MB")
+    lines = {what: shares(found[what]) for what in ("parameters", "nonzeros")}
+    lines |= {
+        f"multiply-adds, {what}": shares(counts) for what, counts in found["multiply_adds"].items()
+    }
+    lines |= {form: f"{count / 1e6:.1f} MB" for form, count in found["bytes"].items()}
     for form in ("dense", "sparse"):
         memory = found[form]["resident_bytes"]
         resident = f", {memory / 1e6:.0f} MB resident" if memory else ""
-        print(f"{form + ', here':24} {found[form]['milliseconds']:.0f} ms a sample{resident}")
+        lines[f"{form}, here"] = f"{found[form]['milliseconds']:.0f} ms a sample{resident}"
+    for what, value in lines.items():
+        print(f"{what:24} {value}")
     print(found["sparse_layers"])
 
 
-def shares(counts: dict[str, int], unit: float, letter: str) -> str:
+def shares(counts: dict[str, int]) -> str:
     """For instance "224.0 M (vision 86.1, language 137.9)"."""
+    total = sum(counts.values())
+    unit, letter = (1e9, "G") if total >= 1e9 else (1e6, "M")
     parts = ", ".join(f"{kind} {count / unit:.1f}" for kind, count in counts.items())
-    return f"{sum(counts.values()) / unit:.1f} {letter} ({parts})"
+    return f"{total / unit:.1f} {letter} ({parts})"
 
 
 def check_flags(args: argparse.Namespace, config: dict) -> None:
@@ -160,7 +163,10 @@ def main(args: argparse.Namespace) -> None:
     elif args.to == "huggingface":
         write_huggingface(model, config, args.out, dtype)
     if args.to:
-        print(f"{args.out}: {bytes_of(args.out) / 1e6:.1f} MB")
+        reader = f"--pruned {args.out}"
+        if args.to == "huggingface":
+            reader += f", or BlipForConditionalGeneration.from_pretrained('{args.out}')"
+        print(f"{args.out}: {bytes_of(args.out) / 1e6:.1f} MB; read it with {reader}")
     if args.report:
         show(report(model, config))
 

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import re
+import resource
 import sys
 import tempfile
 import urllib.request
@@ -20,6 +21,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -228,6 +230,68 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
                 "address that all nodes know"
             ) from error
     return Process(int(os.environ["RANK"]) if world_size > 1 else 0, world_size, chosen)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on the device.
+
+    On the CPU that is the least of what the system has and what the process's control groups (a
+    container's, a job's) have left, shared among this machine's processes, and of what the
+    process's own limits (`ulimit -v`, `ulimit -d`) leave.
+    """
+    if device.type != "cpu":
+        return torch.accelerator.get_memory_info(device)[0]
+    shared = min([psutil.virtual_memory().available, *left_in_groups()])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    used = psutil.Process().memory_info()
+    own = {resource.RLIMIT_AS: used.vms, resource.RLIMIT_DATA: getattr(used, "data", 0)}
+    limits = {kind: resource.getrlimit(kind)[0] for kind in own}
+    left = [limits[kind] - own[kind] for kind in own if limits[kind] != resource.RLIM_INFINITY]
+    return max(0, min([shared // processes, *left]))
+
+
+# files of a control group: limits, what is used, and which line of memory.stat can be given back
+GROUPS_V1 = (["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_inactive_file")
+GROUPS_V2 = (["memory.max", "memory.high"], "memory.current", "inactive_file")
+
+
+def left_in_groups(root: str | Path = "/") -> list[int]:
+    """Bytes left below each memory limit of this process's control groups and those above them.
+
+    A container often sees its own group as the uppermost one, whatever path the kernel tells; of
+    a path, the groups that are there count.
+
+    Args:
+        root: of the file system.
+    """
+    left = []
+    try:
+        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return left
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = Path(root, "sys/fs/cgroup", controllers)
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            left += _left_in_group(folder, *(GROUPS_V1 if controllers else GROUPS_V2))
+            if folder == top:
+                break
+    return left
+
+
+def _left_in_group(folder: Path, limits: list[str], usage: str, cache: str) -> list[int]:
+    """Bytes left below each limit of a control group; nothing where it has none."""
+    try:
+        values = [(folder / name).read_text().strip() for name in limits]
+        used = int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    used -= int(stat.get(cache, 0))
+    return [int(value) - used for value in values if value != "max"]
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -119,16 +119,16 @@ PIXELS, WORKERS = Number(int, 1, 4096), Number(int, 0, 1024)
 RATE = Number(float, 0, 10)
 
 # key -> (check, default). A config may hold these keys and no others.
-_MODEL_KEYS = {
-    "pretrained": (Place(), ""),
+_BLIP_KEYS = {
     "vit": (Sizes(("tiny", "base", "large")), REQUIRED),
     "vit_grad_ckpt": (Switch(), False),
     "vit_ckpt_layer": (FROM_ZERO, 0),
     "med_config": (Sizes(), "configs/med_config.json"),
     "tokenizer": (Place(), "bert-base-uncased"),
-    "image_size": (PIXELS, REQUIRED),
 }
 _RUN_KEYS = {
+    "pretrained": (Place(), ""),
+    "image_size": (PIXELS, REQUIRED),
     "image_root": (Place(), REQUIRED),
     "ann_root": (Place(), REQUIRED),
     "id_profile": (Place(), ""),
@@ -143,8 +143,8 @@ _RUN_KEYS = {
 }
 SCHEMAS = {
     "caption": {
-        **_MODEL_KEYS,
         **_RUN_KEYS,
+        **_BLIP_KEYS,
         "coco_gt_root": (Place(), REQUIRED),
         "prompt": (Text(), "a picture of "),
         "max_words": (COUNT, 30),
@@ -154,7 +154,16 @@ SCHEMAS = {
         "num_beams": (COUNT, 3),
         "length_normalization": (Text(("total", "generated")), "total"),
     },
-    "nlvr": {**_MODEL_KEYS, **_RUN_KEYS, "max_words": (COUNT, 40)},
+    "nlvr": {**_RUN_KEYS, **_BLIP_KEYS, "max_words": (COUNT, 40)},
+    "retrieval": {
+        **_RUN_KEYS,
+        "clip": (Sizes(("large",)), REQUIRED),
+        "tokenizer": (Place(), "clip"),
+        "queue_size": (COUNT, 57600),
+        "momentum": (Number(float, 0, 1), 0.995),
+        "alpha": (Number(float, 0, 1), 0.4),
+        "max_words": (COUNT, 30),
+    },
 }
 # the originals' names of the two batch sizes
 ALIASES = {"batch_size_train": "batch_size", "batch_size_test": "eval_batch_size"}
@@ -191,7 +200,8 @@ def load_config(path: str, overrides: dict | None = None, task: str | None = Non
         except ValueError as error:
             raise UserError(f"{path}: {key} is {raw[key]!r}, but {error}") from None
     config["eval_batch_size"] = config["eval_batch_size"] or config["batch_size"]
-    _check_lengths(path, config)
+    if "med_config" in schema:
+        _check_lengths(path, config)
     return config
 
 

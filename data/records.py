@@ -40,6 +40,18 @@ def read_text(value: Any) -> str | None:
     return read_string(value) if isinstance(value, str) and value.strip() else None
 
 
+def read_texts(value: Any) -> list[str] | None:
+    """One or several texts that are not blank."""
+    texts = [read_text(text) for text in value] if isinstance(value, list) else [None]
+    return texts if texts and all(texts) else None
+
+
+def read_name(value: Any) -> str | None:
+    """What tells records apart: a text that is not blank, or a whole number."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if whole else read_text(value)
+
+
 def read_image(value: Any) -> str | None:
     """The path of an image, also as Windows writes it; records of one image share the string."""
     text = read_text(value)
@@ -114,6 +126,19 @@ REFERENCES = Layout(
 RESULTS = Layout(
     {"image_id": _ID, "caption": Field(read_string, "one text")},
     '{"image_id": 42, "caption": "a dog on a bed"}',
+)
+RETRIEVAL_TRAINING = Layout(
+    {
+        "image": _IMAGE,
+        "caption": _TEXT,
+        "image_id": Field(read_name, "a text that is not blank, or a whole number", "image"),
+    },
+    '{"image": "flickr30k-images/1000092795.jpg", "caption": "two men in a garden", '
+    '"image_id": "1000092795"}',
+)
+RETRIEVAL_EVALUATION = Layout(
+    {"image": _IMAGE, "caption": Field(read_texts, "a list of texts that are not blank")},
+    '{"image": "flickr30k-images/1007129816.jpg", "caption": ["a man in a hat", "..."]}',
 )
 STATEMENTS = Layout(
     {

@@ -31,7 +31,7 @@ from dimension.budget import (
     StageShape,
     live_states,
 )
-from dimension.twonn import roots_, squared_distances
+from dimension.twonn import full_float32, roots_, squared_distances
 from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
@@ -239,6 +239,7 @@ class Capture:
                 raise _LastOutputKept
 
         with ExitStack() as hooks:
+            hooks.enter_context(full_float32())
             for number, (segment, values) in enumerate(held):
                 final = not advance and number + 1 == len(held)
                 module = self.layers[segment.layer.name]

@@ -138,7 +138,8 @@ def measure_layer(
     if math.isnan(analysis.id):
         raise UserError(
             f"layer {name}: {analysis.points} of {len(distances)} samples have two neighbours at "
-            "different distances, and three are needed; take more samples (-n)"
+            f"different distances ({analysis.duplicates} are duplicates), and three are needed; "
+            "take more samples (-n)"
         )
     error = None if math.isnan(analysis.error) else analysis.error
     means = [None if math.isnan(mean) else mean for mean in analysis.mean.tolist()]
@@ -175,11 +176,11 @@ def make_remarks(n: int, layers: dict[str, LayerID]) -> list[str]:
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, the same whatever file they came from."""
+    """SHA-256 of a model's parameters, the same whatever file they came from."""
     digest = sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(model.named_parameters(remove_duplicate=False)):
         digest.update(name.encode())
-        digest.update(value.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

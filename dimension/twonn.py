@@ -7,6 +7,7 @@ in Ansuini et al., NeurIPS 2019.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -70,8 +71,11 @@ def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
             distance, but products lose digits to what all points have in common.
 
     Returns:
-        (n, n) float64, symmetric to the bit.
+        (n, n) float64, symmetric to the bit; on the device of the points, or on the CPU where that
+        has no float64.
     """
+    if not has_float64(points.device):
+        points = points.cpu()
     n, width = points.shape
     if width <= DIRECT_FEATURES:
         exact = points.double()
@@ -87,6 +91,15 @@ def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
     close = _products_to_distances_(result, norms)
     _recompute_(result, points, close)
     return result
+
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64; GPUs of Apple and some of Intel do not."""
+    try:
+        return torch.ones(1, dtype=torch.float64, device=device).sum().item() == 1
+    except (TypeError, RuntimeError):
+        return False
 
 
 def _require_finite(values: Tensor) -> None:
@@ -111,13 +124,15 @@ def _chunks(points: Tensor, centred: bool) -> Iterator[Tensor]:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Multiplies matrices in float32 proper: no TF32 on a GPU, no bfloat16 on a CPU."""
-    before = torch.get_float32_matmul_precision()
+    """Multiplies and convolves in float32 proper: no TF32 on a GPU, no bfloat16 on a CPU."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # true by default, for convolutions
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def add_products_(gram: Tensor, chunk: Tensor) -> None:

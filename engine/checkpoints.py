@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from models.checkpoint import stored_tensors
 from utils import UserError, atomic_write
 
 _STEP_FILE = re.compile(r"^step_(\d{8})\.pt$")
@@ -116,11 +117,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         model: not wrapped in DistributedDataParallel.
         path: of the file.
     """
-    weights, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            weights[name] = tensor.cpu().contiguous()
+    weights = {name: tensor.cpu().contiguous() for name, tensor in stored_tensors(model)}
     with atomic_write(path, "wb") as file:
         file.write(safetensors.torch.save(weights))
 

@@ -64,8 +64,8 @@ def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, 
 
     override = parser.add_argument_group("in place of the config's values")
     override.add_argument("--pretrained", help="weights to start from; '' starts from random ones")
-    override.add_argument("--init_lr", type=RATE)
-    override.add_argument("--max_epoch", type=COUNT)
+    override.add_argument("--init_lr", "--lr", type=RATE)
+    override.add_argument("--max_epoch", "--epoch", type=COUNT)
     override.add_argument("--batch_size", type=COUNT, help="training samples of one process")
     override.add_argument("--num_workers", type=FROM_ZERO, help="image loading processes")
 

@@ -99,7 +99,7 @@ def _loader_options(run: Run) -> dict:
         "num_workers": workers,
         "collate_fn": _collate,
         "worker_init_fn": _leave_signals_to_the_trainer if workers else None,
-        "pin_memory": run.process.device.type == "cuda",
+        "pin_memory": run.process.device.type != "cpu",
         # a loader draws a base seed for its workers; not from the generator of dropout
         "generator": torch.Generator().manual_seed(run.args.seed),
     }

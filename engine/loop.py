@@ -120,6 +120,8 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                 ]
             )
             progress.bad_images += int(skipped)
+            if hasattr(state.model, "on_step"):  # its loss depends on how far the run is
+                state.model.on_step(progress.epoch + progress.step_in_epoch / steps)
             take_step(run, state, parts, [n * run.process.world_size / all_terms for n in terms])
             save_now = progress.step_in_epoch == steps or stops or due
             if save_now or log:
@@ -200,7 +202,7 @@ def read_losses(run: Run, state: TrainState) -> float:
     Raises:
         FloatingPointError: one is not finite; names the step, its image files and the checkpoint.
     """
-    own = torch.stack(state.unread_losses).double().cpu()  # (steps,)
+    own = torch.stack(state.unread_losses).cpu().double()  # (steps,)
     state.unread_losses.clear()
     losses = [loss / run.process.world_size for loss in sum_over_processes(own.tolist())]
     for loss in losses:  # one by one, so that the sum does not depend on when it is read

@@ -106,4 +106,4 @@ def used_memory(device: torch.device) -> float:
     """Memory of this process in GB: the accelerator's peak, or what is resident now on the CPU."""
     if device.type == "cpu":
         return psutil.Process().memory_info().rss / 1e9
-    return torch.get_device_module(device).max_memory_allocated(device) / 1e9
+    return torch.accelerator.max_memory_allocated(device) / 1e9

@@ -4,6 +4,7 @@ import argparse
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class Task:
         held_out: names of the two held-out splits; the first validates.
         build_model: config -> model with random weights. `model.prepare(*inputs)` turns a batch of
             the training set into the arguments of `model(...)`, which returns the mean loss, and
-            counts the terms of that mean.
+            counts the terms of that mean. Optional: `model.on_step(epochs)` is told before each
+            step how many epochs are done, `model.check_batch(samples)` the global batch at first.
         images: names of the model's image inputs, for profiling.
         evaluate: (run, model, held-out set, its name) -> report with "scores" (name to value), on
             the main process at least; all processes call it.
@@ -168,6 +170,8 @@ def prepare_run(
         with mistakes.collect():
             load_weights(run, model)
     mistakes.raise_all()
+    if hint := shared_memory_hint(run):
+        run.say(hint)
     model.to(run.process.device)
     if not args.evaluate:
         say_truncated(run, model, datasets[0])
@@ -175,6 +179,33 @@ def prepare_run(
         write_json(run.folder / "sparsity.json", sparsity_report(prunable_layers(model)))
     train_set, *held_out = datasets
     return run, model, train_set, dict(zip(task.held_out, held_out, strict=True))
+
+
+def shared_memory_hint(run: Run, folder: str = "/dev/shm") -> str | None:
+    """What to say where loading processes may find too little shared memory for their batches.
+
+    They hand batches over through it, two ahead each. Docker gives 64 MB unless told otherwise;
+    a process that finds none left dies of a bus error.
+
+    Args:
+        run: of `start`.
+        folder: where the system keeps shared memory.
+    """
+    config = run.config
+    samples = config["eval_batch_size"]
+    if not run.args.evaluate:
+        samples = max(samples, config["batch_size"])
+    image = 3 * config["image_size"] ** 2 * 4  # bytes, float32
+    ahead = 2 * config["num_workers"] * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # batches
+    needed = ahead * samples * len(run.task.images) * image
+    if not needed or not os.path.isdir(folder) or shutil.disk_usage(folder).free >= needed:
+        return None
+    free = shutil.disk_usage(folder).free
+    return (
+        f"hint: image loading processes may hold {needed / 1e9:.2g} GB of batches in {folder}, "
+        f"where {free / 1e9:.2g} GB are free: if one dies of a bus error, enlarge it (docker run "
+        "--shm-size) or lower --num_workers"
+    )
 
 
 def start(args: argparse.Namespace, task: Task) -> Run:

@@ -1,6 +1,7 @@
 """The state of a training run: built, saved, and resumed to the bit."""
 
 import hashlib
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +20,12 @@ from engine.run import Run
 from pruners import Pruner
 from utils import UserError, barrier, gather_from_processes, seed_everything
 
+TORCHRUN_GRACE = 30  # seconds; torchrun's --shutdown-timeout
+
 # What a resumed run must have in common with the run that wrote the checkpoint.
 _IDENTITY_CONFIG = (
-    "vit med_config image_size prompt max_words max_tokens augment init_lr min_lr weight_decay"
+    "vit med_config clip queue_size momentum alpha image_size prompt max_words max_tokens "
+    "augment init_lr min_lr weight_decay"
 ).split()
 _IDENTITY_FLAGS = (
     "seed amp pruner_name beta1 beta2 deltaT initial_threshold final_threshold initial_warmup "
@@ -74,6 +78,8 @@ def build_state(run: Run, model: nn.Module, dataset: Dataset) -> TrainState:
     """
     args, config, process = run.args, run.config, run.process
     plan = plan_steps(args, len(dataset), run.samples_per_step, config["max_epoch"])
+    if hasattr(model, "check_batch"):  # a queue takes whole batches
+        model.check_batch(config["batch_size"] * process.world_size)
     pruner = build_pruner(run, model, plan) if args.final_threshold < 1 else None
     if process.is_main:
         averages = 3 * pruner.numel if pruner and args.pruner_name == "PLATON" else 0
@@ -88,7 +94,9 @@ def build_state(run: Run, model: nn.Module, dataset: Dataset) -> TrainState:
     if process.world_size > 1:
         on_cpu = process.device.type == "cpu"
         devices = None if on_cpu else [process.device.index]
-        engine = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        engine = DistributedDataParallel(
+            model, devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     loader = train_loader(run, dataset)
     return TrainState(model, engine, optimizer, pruner, plan, loader, identity)
 
@@ -162,8 +170,26 @@ def save(run: Run, state: TrainState) -> None:
             run.checkpoints, state.progress.step, content, keep, state.replaced
         )
     barrier()
+    first = state.save_seconds == 0
     state.saved_at = time.monotonic()
     state.save_seconds = state.saved_at - begun
+    if first:
+        run.say(f"a checkpoint takes {state.save_seconds:.1f} s{grace_hint(state.save_seconds)}")
+
+
+def grace_hint(save_seconds: float) -> str:
+    """What to set where a checkpoint takes too much of the time that a stopped job is given.
+
+    A stop waits for the step and then for the checkpoint. Torchrun passes SIGTERM on and kills what
+    still lives `TORCHRUN_GRACE` seconds later.
+    """
+    if save_seconds < TORCHRUN_GRACE / 3:
+        return ""
+    return (
+        f": a stop needs that and a step. Under torchrun set --shutdown-timeout "
+        f"{math.ceil(3 * save_seconds)} (it is {TORCHRUN_GRACE}), and give the job as long between "
+        "SIGTERM and SIGKILL"
+    )
 
 
 def resume(run: Run, state: TrainState) -> None:

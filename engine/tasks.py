@@ -5,13 +5,14 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import build_caption_datasets, build_nlvr_datasets
+from data import build_caption_datasets, build_flickr_datasets, build_nlvr_datasets
 from engine.loading import EvalBatches
 from engine.run import Run, Task
 from evaluation.captions import caption_split
 from evaluation.nlvr import count_correct
+from evaluation.retrieval import recalls, retrieval_features
 from evaluation.scoring import score_results
-from models import build_captioner, build_nlvr
+from models import build_captioner, build_clip, build_nlvr
 from utils import sum_over_processes
 
 
@@ -64,6 +65,24 @@ def evaluate_statements(run: Run, model: nn.Module, dataset: Dataset, split: str
     return {"scores": {"accuracy": all_correct / len(dataset)}}
 
 
+def evaluate_retrieval(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
+    """Recalls among all images and all texts of a split.
+
+    Args:
+        run: of `prepare_run`.
+        model: CLIP in eval mode, not wrapped.
+        dataset: the split's images and texts; each is encoded by one process.
+        split: "val" or "test".
+
+    Returns:
+        `{"scores": ...}` of `evaluation.retrieval.recalls`, the same on every process.
+    """
+    images, texts = EvalBatches(run, dataset), EvalBatches(run, dataset.texts)
+    with run.autocast():
+        image, text = retrieval_features(model, images, texts, run.process.device)
+    return {"scores": recalls(image @ text.T, dataset.image_of_text)}
+
+
 CAPTION = Task(
     name="caption",
     script="train_caption.py",
@@ -88,4 +107,16 @@ NLVR = Task(
     evaluate=evaluate_statements,
     best_by="accuracy",
 )
-TASKS = {task.name: task for task in (CAPTION, NLVR)}
+RETRIEVAL = Task(
+    name="retrieval",
+    script="train_clip_flickr30k.py",
+    config="configs/retrieval_flickr_clip.yaml",
+    warmups=(0, 2),
+    build_datasets=build_flickr_datasets,
+    held_out=("val", "test"),
+    build_model=build_clip,
+    images=("image",),
+    evaluate=evaluate_retrieval,
+    best_by="r_mean",
+)
+TASKS = {task.name: task for task in (CAPTION, NLVR, RETRIEVAL)}

@@ -13,6 +13,8 @@ All others are stored as they are.
 import json
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from utils import UserError, atomic_write
 FORMAT, VERSION = "bitmask", "1"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size to integer
 _ENTRIES = 200  # bytes that a compressed tensor adds to the header, about
-_CHUNK = 1 << 18  # elements that are expanded together, a multiple of 8: they stay in the cache
+_CHUNK = 1 << 20  # elements that a thread expands together, a multiple of 8
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,25 +51,27 @@ def unpack(bitmask: Tensor, values: Tensor, target: Tensor) -> None:
 
     Raises:
         ValueError: the bitmask does not have as many bits as there are values.
+        IndexError: it has bits beyond the last element.
     """
     # NumPy knows no bfloat16, but bits of any kind can be put in place
     source = values.view(_BITS[values.element_size()]).numpy()
     flat = target.view(-1).view(_BITS[values.element_size()]).numpy()
-    packed, begin = bitmask.numpy(), 0
-    for start in range(0, len(flat), _CHUNK):
+    packed = bitmask.numpy()
+    starts = range(0, len(flat), _CHUNK)
+    counts = [int(np.bitwise_count(packed[s // 8 : (s + _CHUNK) // 8]).sum()) for s in starts]
+    if sum(counts) != len(source):
+        raise ValueError(f"{len(source)} values do not fit the bitmask's {sum(counts)}")
+
+    def expand(start: int, end: int, count: int) -> None:
         chunk = flat[start : start + _CHUNK]
         bits = np.unpackbits(packed[start // 8 : (start + _CHUNK) // 8], bitorder="little")
-        place = np.flatnonzero(bits[: len(chunk)].view(bool))  # 4 times as fast as a mask
-        end = begin + len(place)
-        if end > len(source):
-            break
         chunk.fill(0)
-        chunk[place] = source[begin:end]
-        begin = end
-    else:
-        if begin == len(source):
-            return
-    raise ValueError(f"{len(source)} values do not fit the bitmask")
+        # 4 times as fast as a mask
+        chunk[np.flatnonzero(bits.view(bool))] = source[end - count : end]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(expand, starts, accumulate(counts), counts):
+            pass  # raises here what was raised there
 
 
 def packed_bytes(elements: int, stored: int, size: int) -> float:
@@ -155,7 +159,7 @@ def read(path: Path, name: str, target: Tensor) -> None:
         dense = target if direct else torch.empty(target.shape, dtype=values.dtype)
         try:
             unpack(bitmask, values, dense)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise UserError(f"the compressed file {path} is damaged: {name}: {error}") from error
     if not direct:
         target.copy_(dense)

@@ -43,6 +43,8 @@ def write_folder(
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
     renamed = {hugging_face_name(name): value.contiguous() for name, value in weights.items()}
     safetensors.torch.save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    # which the library makes private
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def blip_config(model: Captioner, dtype: torch.dtype) -> BlipConfig:

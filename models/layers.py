@@ -1,35 +1,48 @@
 """The layers that are profiled and pruned."""
 
-import re
-
 from torch import nn
 
-# Linear layers of the transformer blocks; embeddings, norms, patch_embed and heads stay whole.
-_IN_A_BLOCK = re.compile(
-    r"^(visual_encoder\.blocks|text_decoder\.bert\.encoder\.layer|text_encoder\.encoder\.layer)\.\d"
-)
+from models.sparse import SparseLinear
+
+# Where the transformer blocks of our models are, and what they process. Their linear layers are
+# pruned; embeddings, norms, patch_embed and heads stay whole.
+TOWERS = {
+    "visual_encoder.blocks.": "vision",  # BLIP
+    "text_decoder.bert.encoder.layer.": "language",  # its captioner
+    "text_encoder.encoder.layer.": "language",  # its NLVR2 model
+    "visual.transformer.resblocks.": "vision",  # CLIP
+    "transformer.resblocks.": "language",
+}
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of all transformer blocks, vision first, in forward order.
 
+    CLIP's attention keeps its input projections in one parameter that is no layer and stays whole;
+    its `out_proj` is a layer whose own `forward` is never called.
+
     Args:
-        model: a captioner or NLVR2 model, wrapped in DistributedDataParallel or not.
+        model: a captioner, NLVR2 or retrieval model, wrapped in DistributedDataParallel or not.
 
     Returns:
-        Layer name to module: 168 for BLIP base captioning, 222 for NLVR2.
+    from models.sparse import SparseLinear
+
+        Layer name to module: 168 for BLIP base captioning, 222 for NLVR2, 108 for CLIP large.
     """
     model = getattr(model, "module", model)
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise ValueError("a sparsified model has no prunable layers: list them before `sparsify_`")
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and _IN_A_BLOCK.match(name)
+        if isinstance(module, nn.Linear) and name.startswith(tuple(TOWERS))
     }
 
 
 def modality(layer_name: str) -> str:
     """Tells "vision" (the image encoder's layers) from "language" (the text transformer's)."""
-    return "vision" if layer_name.startswith("visual_encoder.") else "language"
+    kinds = (kind for tower, kind in TOWERS.items() if layer_name.startswith(tower))
+    return next(kinds, "language")
 
 
 def sees_image(layer_name: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.vit import VisionEncoder
@@ -94,3 +95,36 @@ def _cross_attention(layer: nn.Module) -> Callable[..., Tensor]:
         return layer.crossattention(text, encoder_hidden_states=seen)[0]
 
     return run
+
+
+def resblock_stages(
+    transformer: nn.Module, state: str, mask: Tensor | None = None
+) -> Iterator[Stage]:
+    """The stages of one of open_clip's transformers.
+
+    Args:
+        transformer: in eval mode.
+        state: name of what it reads and replaces, (B, L, D).
+        mask: (L, L), added to the attention's logits; None lets every token see all others.
+    """
+    for index, block in enumerate(transformer.resblocks):
+        for name, branch in (("attention", _mixed(block, mask)), ("mlp", _transformed(block))):
+            yield Stage(f"{state}: block {index}, {name}", branch, (state,), state)
+
+
+def _mixed(block: nn.Module, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """As torch's own attention, but `out_proj` is called as a layer, so that hooks see it."""
+    attention = block.attn
+
+    def run(x: Tensor) -> Tensor:
+        joint = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+        heads = joint.unflatten(-1, (3, attention.num_heads, -1))  # (B, L, 3, H, D / H)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return x + attention.out_proj(context.transpose(1, 2).flatten(2))
+
+    return run
+
+
+def _transformed(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: x + block.mlp(block.ln_2(x))

@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.annotation import download
 from models import compressed
-from utils import UserError, mistaken_for
+from utils import UserError, download, mistaken_for
 
 _BLIP_MODELS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/"
 RUN_WEIGHTS = "pruned.safetensors"  # in the folder of a run

@@ -66,6 +66,6 @@ def off_target(report: dict, final_threshold: float, tied: int) -> str | None:
     if 0 < missing <= tied:
         return f"{what}, because {tied:,} scores tie at the threshold and none of them is pruned"
     return (
-        f"{what}; ties at the threshold (scores: {tied:,}) do not explain it: parameters were zero "
-        "without the pruner, or changed after its last step"
+        f"{what}; ties at the threshold (scores: {tied:,}) do not explain it: parameters "
+        "above the threshold were zero already, or parameters changed after the last mask event"
     )

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -82,6 +83,11 @@ def test_pictures_of_many_kinds_are_opened(tmp_path):
         picture.convert(mode).save(tmp_path / name)
         image = caption.open_upright(tmp_path / name)
         assert (image.mode, image.size) == ("RGB", picture.size)
+
+
+def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
+    Image.fromarray(np.full((4, 6), 128 * 256 + 7, np.uint16)).save(tmp_path / "grey.png")
+    assert caption.open_upright(tmp_path / "grey.png").getpixel((2, 2)) == (128, 128, 128)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])

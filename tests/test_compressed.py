@@ -129,24 +129,33 @@ def spoil(tensors, metadata, changes):
             tensors[f"w.{name}"] = change(tensors[f"w.{name}"])
 
 
+def beyond_the_end(bitmask):
+    """The first bit moved to the padding after the last element."""
+    bitmask = bitmask.clone()
+    bitmask[0] &= 0xFD
+    bitmask[-1] |= 0x80
+    return bitmask
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"metadata": {"format_version": "2"}}, "version '2', this program reads '1'"),
         ({"metadata": {"shapes": "["}}, "damaged"),
         ({"metadata": {"shapes": '{"w": 3}'}}, "damaged"),
-        ({"metadata": {"shapes": '{"w": [61, 70]}'}}, "parts of w do not fit"),
+        ({"metadata": {"shapes": '{"w": [61, 71]}'}}, "parts of w do not fit"),
         ({"bitmask": None}, "damaged.*w.bitmask"),
         ({"values": None}, "damaged.*w.values"),
         ({"bitmask": lambda x: x[:-1]}, "parts of w do not fit"),
         ({"values": lambda x: x[:-1]}, "w: .* values do not fit the bitmask"),
         ({"values": lambda x: torch.cat([x, x])}, "w: .* values do not fit the bitmask"),
+        ({"bitmask": beyond_the_end}, "w: index 4263 is out of bounds"),
         ({"bitmask": lambda x: x | 1}, "w: .* values do not fit the bitmask"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, changes, message):
     path = tmp_path / "m.safetensors"
-    sparse = torch.zeros(60, 70)
+    sparse = torch.zeros(60, 71)
     sparse[::2, 1::3] = 1
     compressed.write(path, {"w": sparse}.items())
     tensors = load_file(path)
@@ -155,7 +164,7 @@ def test_damaged_files_are_named(tmp_path, changes, message):
     spoil(tensors, metadata, changes)
     save_file(tensors, path, metadata)
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*{message}"):
-        open_weights(path)["w"].read(torch.empty(60, 70))
+        open_weights(path)["w"].read(torch.empty(60, 71))
 
 
 def test_a_reader_of_five_lines_reads_it(tmp_path):

@@ -73,7 +73,9 @@ def test_a_compressed_captioner_is_read_back_bit_by_bit(
     assert report.initialised == report.ignored == []
     assert same_bits(model, other)
     size = (tmp_path / "new" / "small.safetensors").stat().st_size
-    assert f"small.safetensors: {size / 1e6:.1f} MB" in capsys.readouterr().out
+    assert (
+        f"small.safetensors: {size / 1e6:.1f} MB; read it with --pruned" in capsys.readouterr().out
+    )
     assert size < 0.5 * (tmp_path / "tiny.pth").stat().st_size
 
 
@@ -106,6 +108,7 @@ def test_hugging_face_opens_the_folder(captioner, tmp_path):
     model, flags = captioner
     run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
     theirs, processor = open_folder(tmp_path / "blip")
+    assert theirs.vision_model.post_layernorm.eps == model.visual_encoder.norm.eps == 1e-6
     image = torch.randn(3, 3, 32, 32)
     captions = ["a picture of word9 word8", "a picture of word5", "a picture of word7 word7 word6"]
     (_, ids, mask, labels), _ = model.prepare(image, captions)
@@ -153,6 +156,7 @@ def test_the_folder_holds_how_we_caption(captioner, tmp_path):
     lengths = generation.num_beams, generation.max_length, generation.min_length
     assert lengths == (3, 20, 5)
     assert (generation.eos_token_id, generation.pad_token_id) == (102, 0)
+    assert len({file.stat().st_mode for file in (tmp_path / "blip").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

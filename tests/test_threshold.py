@@ -27,23 +27,26 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels, "PIECE_ON_CPU", PIECE)
 
 
-uniform = torch.rand(N, generator=torch.Generator().manual_seed(0))
+def uniform() -> torch.Tensor:
+    return torch.rand(N, generator=torch.Generator().manual_seed(0))
+
+
 ADVERSARIES = {
-    "long tail": uniform**9,
-    "all equal": torch.full((N,), 0.7),
-    "mostly zero": torch.where(uniform < 0.9, 0.0, uniform),
-    "two values": (uniform < 0.5).float(),
-    "subnormals": uniform * TINY,
-    "infinities": torch.where(uniform < 0.3, math.inf, uniform),
-    "over all magnitudes": torch.exp((uniform - 0.5) * 170),
+    "long tail": lambda: uniform() ** 9,
+    "all equal": lambda: torch.full((N,), 0.7),
+    "mostly zero": lambda: torch.where(uniform() < 0.9, 0.0, uniform()),
+    "two values": lambda: (uniform() < 0.5).float(),
+    "subnormals": lambda: uniform() * TINY,
+    "infinities": lambda: torch.where(uniform() < 0.3, math.inf, uniform()),
+    "over all magnitudes": lambda: torch.exp((uniform() - 0.5) * 170),
     # Every score of the sample is 1, all others are larger: the bracket misses.
-    "sample lies": 1 + (torch.arange(N) % (N // SAMPLE | 1)).float() * uniform,
+    "sample lies": lambda: 1 + (torch.arange(N) % (N // SAMPLE | 1)).float() * uniform(),
 }
 
 
 @pytest.mark.parametrize("kind", ADVERSARIES)
 def test_equals_kthvalue_and_counts_ties(kind, small, kernel_form):
-    values = ADVERSARIES[kind]
+    values = ADVERSARIES[kind]()
     score = score_of(values[:1], values[1:4], values[4:70_000].view(-1, 12), values[70_000:])
     for k in (1, N // 1000, int(0.3 * N), int(0.8 * N), N):
         expected = values.kthvalue(k).values.item()
@@ -57,7 +60,7 @@ def test_a_single_score(kernel_form):
 @pytest.mark.usefixtures("small")
 def test_one_pass_suffices_where_the_sample_tells(monkeypatch):
     monkeypatch.setattr(threshold, "radix_select", count_full := Counting())
-    values = ADVERSARIES["long tail"]
+    values = ADVERSARIES["long tail"]()
     found, _ = kth_smallest(score_of(values), N, N // 2)
     assert found == values.kthvalue(N // 2).values
     assert count_full.largest < 2 * SAMPLE < N  # it saw the sample, and what lay inside
@@ -76,7 +79,7 @@ class Counting:
 @pytest.mark.parametrize("nan", [math.nan, -math.nan])
 def test_a_nan_anywhere_makes_the_result_nan(nan, small, kernel_form):
     for where in (0, 7, N // 2, N - 1, slice(0, None, 2)):
-        values = uniform.clone()
+        values = uniform()
         values[where] = nan
         for k in (1, N // 2, N):
             assert math.isnan(kth_smallest(score_of(values), N, k)[0]), (where, k)

@@ -1,4 +1,4 @@
-"""The embedded data: little scenes in the layouts of COCO (Karpathy split) and NLVR2."""
+"""The embedded data: little scenes in the layouts of COCO (Karpathy split), NLVR2 and Flickr30k."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Generates the embedded data: scenes with COCO captions and NLVR2 statements.
+"""Generates the embedded data: scenes with captions and NLVR2 statements.
 
     python -m data.scenes --out datasets/scenes
 
@@ -6,6 +6,7 @@ writes, in a few seconds and always the same for the same settings:
 
     images/{train,val,test}/scene_0000000.png     64 x 64 pixels, named by COCO id
     annotation/coco_karpathy_{train,val,test}.json and coco_karpathy_{val,test}_gt.json
+    annotation/flickr30k_{train,val,test}.json    the captions in Flickr30k's layout
     annotation/nlvr_{train,dev,test}.json         statements about pairs of the images
     annotation/scenes_{train,val,test}.json       what the pictures show, for attribute_accuracy
     tokenizer/vocab.txt                           WordPiece vocabulary

@@ -1,4 +1,4 @@
-"""Writes the embedded data: pictures, captions and statements in the layouts of COCO and NLVR2."""
+"""Writes the embedded data: pictures, captions and statements in the published layouts."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from data.scenes.statements import random_pairs
 from data.scenes.words import describe, vocabulary
 from utils import UserError, write_json
 
-VERSION = 2  # raise when the same arguments give other data
+VERSION = 3  # raise when the same arguments give other data
 FIRST_ID = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # no two images share a COCO id
 TRAIN_CAPTIONS, REFERENCES = 1, 5  # captions an image
 
@@ -48,7 +48,7 @@ def image_name(split: str, coco_id: int) -> str:
 
 
 def write_captions(split: str, scenes: list[Scene], rng: random.Random, root: Path) -> None:
-    """Writes a split's captions in the COCO-Karpathy layout, and what the scenes show."""
+    """Writes a split's captions in COCO's and Flickr30k's layout, and what the scenes show."""
     images, annotations, truth, train = [], [], [], []
     for number, scene in enumerate(scenes):
         coco_id = FIRST_ID[split] + number
@@ -68,10 +68,11 @@ def write_captions(split: str, scenes: list[Scene], rng: random.Random, root: Pa
             annotations.append({"image_id": coco_id, "id": len(annotations), "caption": caption})
     annotation = root / "annotation"
     write_json(annotation / f"scenes_{split}.json", truth)
+    for layout in ("coco_karpathy", "flickr30k"):  # they differ in nothing but their names
+        rows = train if split == "train" else images
+        write_json(annotation / f"{layout}_{split}.json", rows)
     if split == "train":
-        write_json(annotation / "coco_karpathy_train.json", train)
         return
-    write_json(annotation / f"coco_karpathy_{split}.json", images)
     write_json(
         annotation / f"coco_karpathy_{split}_gt.json",
         {"annotations": annotations, "images": [{"id": row["image_id"]} for row in truth]},

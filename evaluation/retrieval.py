@@ -1,0 +1,84 @@
+"""Retrieval between images and texts: features of a whole split, and recalls."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import gather_from_processes
+
+RANKS = (1, 5, 10)
+
+
+def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions.
+
+    Text recall is the share of images for which one of their own texts is among the k texts most
+    similar to them; image recall the share of texts whose image is among the k images most similar.
+    Of equal similarities the wrong ones come first, and what is not a number comes last when it is
+    right and first when it is wrong: so a model that tells nothing apart finds nothing.
+
+    Args:
+        similarities: (I, T), of every image to every text.
+        image_of_text: (T,) the row of each text's image; every image has a text.
+
+    Returns:
+        `txt_r1`, `txt_r5`, `txt_r10`, their mean `txt_r_mean`, the same of `img`, and `r_mean`, the
+        mean of the two means; all in percent.
+    """
+    similarities, image_of_text = torch.as_tensor(similarities), torch.as_tensor(image_of_text)
+    images, texts = similarities.shape
+    rows = torch.arange(images, device=similarities.device)
+    right = image_of_text.to(rows.device) == rows[:, None]  # (I, T)
+    assert image_of_text.shape == (texts,) and right.any(dim=1).all() and right.any(dim=0).all()
+    best_text = similarities.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # (I, 1)
+    own_image = similarities.masked_fill(~right, -torch.inf).amax(dim=0)  # (T,)
+    texts_before = (~(similarities < best_text) & ~right).sum(dim=1)  # (I,)
+    images_before = (~(similarities < own_image) & ~right).sum(dim=0)  # (T,)
+    result = {}
+    for name, before in (("txt", texts_before), ("img", images_before)):
+        shares = {f"{name}_r{k}": _percent(before < k) for k in RANKS}
+        result |= shares | {f"{name}_r_mean": sum(shares.values()) / len(RANKS)}
+    return result | {"r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2}
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * int(hits.sum()) / len(hits)
+
+
+def retrieval_features(
+    model: nn.Module, images: Iterable[tuple], texts: Iterable[tuple], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Normalised features of all images and all texts of a split. Every process calls it.
+
+    Args:
+        model: in eval mode, not wrapped; has `encode_image`, `encode_text` and `tokenize`.
+        images: batches of images (B, 3, S, S) and their numbers in the split (B,); each image is in
+            the share of one process.
+        texts: batches of B texts and their numbers (B,), likewise.
+        device: where the model is.
+
+    Returns:
+        (I, D) and (T, D) float32 on the CPU, in the order of numbers, equal on every process: their
+        product is the similarities of `recalls`.
+    """
+
+    def encode_texts(batch: list[str]) -> Tensor:
+        return model.encode_text(model.tokenize(batch)[0].to(device))
+
+    def encode_images(batch: Tensor) -> Tensor:
+        return model.encode_image(batch.to(device, non_blocking=True))
+
+    return _features(encode_images, images), _features(encode_texts, texts)
+
+
+@torch.no_grad()
+def _features(encode: Callable, batches: Iterable[tuple]) -> Tensor:
+    """Normalised features (N, D) of the inputs in all processes' batches, in order of numbers."""
+    own = [(F.normalize(encode(inputs).float(), dim=-1).cpu(), n) for inputs, n in batches]
+    shares = gather_from_processes(own)
+    features, numbers = zip(*(batch for share in shares for batch in share), strict=True)
+    numbers = torch.cat(numbers)
+    assert torch.equal(numbers.sort().values, torch.arange(len(numbers)))
+    return torch.cat(features)[numbers.argsort()]

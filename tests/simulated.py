@@ -1,0 +1,346 @@
+"""An accelerator `sim:0` in Python, for machines that have none.
+
+A tensor on it wraps a tensor in the CPU's memory that no one else holds. The device refuses what a
+GPU refuses: a CPU tensor among its own (except those that CUDA takes: 0-dim ones in elementwise
+operations, index tensors), the CPU's generator, NumPy's view of its memory. It has a generator of
+its own and an autocast to bfloat16, and it counts what costs time on a GPU: copies from and to the
+CPU's memory, and operations that wait for the device.
+
+Importing this module makes the device known to torch, once for the process. It must come before the
+process's first backward pass, when autograd starts a thread for each device; a test module that
+imports it at its top does so, for pytest imports all modules before it runs a test. Until
+`attached` says that the device is there, torch takes it for absent.
+
+It cannot show:
+- speed, memory (its figures are constant), launches of kernels, streams and events;
+- races: everything happens in order. A host tensor that is changed while a copy from it may still
+  be on its way is found, at the next wait;
+- float arithmetic of a GPU: it is the CPU's, bit for bit, where the CPU takes the same kernels
+  (attention: `SDPBackend.MATH`). So no TF32, no atomics, no other order of sums;
+- several devices, NCCL and DistributedDataParallel: its tensors have no storage to reduce in;
+- torch.compile, whose graphs do not know the device.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+aten = torch.ops.aten
+DEVICE_TYPE = "sim"
+COPIES = {aten.copy_.default, aten._to_copy.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+INDEXING |= {aten._index_put_impl_.default, aten._unsafe_index.Tensor}
+ANSWERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # the CPU waits for
+# torch makes them empty, then resizes: a wrapper cannot follow
+MAKE_AND_RESIZE = "arange arange.start arange.start_step eye eye.m linspace randperm".split()
+# CUDA's lists of autocast, as far as transformers call them
+IN_BFLOAT16 = "linear matmul mm bmm addmm baddbmm conv2d scaled_dot_product_attention".split()
+IN_FLOAT32 = "layer_norm softmax.int log_softmax.int cross_entropy_loss nll_loss".split()
+
+
+class SimTensor(torch.Tensor):
+    """A tensor on the device."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=torch.device(DEVICE_TYPE, 0),
+        )
+        tensor.inner = inner
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return DEVICE.run(func, args, kwargs or {})
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def numpy(self, *, force=False):
+        raise TypeError("can't convert a sim:0 tensor to numpy: copy it to host memory first")
+
+    def __reduce_ex__(self, protocol):
+        """Into a file as a CPU tensor, whose copy the device must wait for."""
+        DEVICE.note_transfer("to cpu", self, waits=True)
+        return self.inner.__reduce_ex__(protocol)
+
+    def __repr__(self, **_):
+        return f"sim({self.inner})"
+
+
+class Simulation:
+    """The device's state.
+
+    Attributes:
+        present: whether torch finds the device.
+        has_float64: whether it computes in float64 (GPUs of Apple do not).
+        waits: what the CPU waited for, in order.
+        transfers: copies between the memories: direction, shape and dtype.
+        rng_reads: how often the state of the generator was asked for.
+    """
+
+    def __init__(self):
+        self.present = False
+        self.rng_state = torch.Generator().manual_seed(0).get_state()
+        self.reset()
+
+    def reset(self) -> None:
+        self.has_float64 = True
+        self.rng_reads = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was counted."""
+        self.waits: list[str] = []
+        self.transfers: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        self.on_their_way: list[tuple[weakref.ref, int]] = []  # sources, and their versions
+
+    def wait(self, what: str) -> None:
+        """Notes that the CPU waits for the device; by then all copies have arrived.
+
+        Raises:
+            RuntimeError: the source of a copy was changed too early.
+        """
+        self.waits.append(what)
+        for source, version in self.on_their_way:
+            tensor = source()
+            if tensor is not None and tensor._version != version:
+                raise RuntimeError("a CPU tensor was changed while a copy from it was on its way")
+        self.on_their_way.clear()
+
+    def note_transfer(self, direction: str, tensor: torch.Tensor, waits: bool) -> None:
+        self.transfers.append((direction, tuple(tensor.shape), tensor.dtype))
+        if waits:
+            self.wait(f"copy {direction}")
+        else:
+            self.on_their_way.append((weakref.ref(tensor), tensor._version))
+
+    def run(self, func, args: tuple, kwargs: dict):
+        """Computes an operation in the CPU's memory as the device would."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        own = [x for x in leaves if isinstance(x, SimTensor)]
+        device = kwargs.get("device")
+        here = bool(own) if device is None else torch.device(device).type == DEVICE_TYPE
+        self._check(func, args, leaves, own, here)
+        if func in COPIES:
+            self._note_copy(func, args, kwargs, here)
+        elif waits_for_answer(func, args):
+            self.wait(str(func))
+        if device is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        inner_args, inner_kwargs = pytree.tree_map_only(
+            SimTensor, lambda t: t.inner, (args, kwargs)
+        )
+        with self._generator(func, here):
+            result = func(*inner_args, **inner_kwargs)
+        if func is aten.copy_.default:
+            return args[0]
+        if not here:
+            return result
+        by_inner = {id(x.inner): x for x in own}  # in-place operations return what they were given
+        return pytree.tree_map_only(torch.Tensor, lambda t: self._wrap(t, by_inner), result)
+
+    def _wrap(self, inner: torch.Tensor, by_inner: dict[int, SimTensor]) -> SimTensor:
+        if inner.dtype == torch.float64 and not self.has_float64:
+            raise TypeError("the device has no float64")
+        if id(inner) in by_inner:
+            assert by_inner[id(inner)].shape == inner.shape, "resized in place: not simulated"
+            return by_inner[id(inner)]
+        return SimTensor(inner)
+
+    def _check(self, func, args: tuple, leaves: list, own: list, here: bool) -> None:
+        """Refuses CPU tensors among the device's, and the CPU's generator."""
+        if here and any(isinstance(x, torch.Generator) for x in leaves):
+            raise RuntimeError(f"{func}: expected a generator of the device, but found the CPU's")
+        strangers = [
+            x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, SimTensor)
+        ]
+        if not own or not strangers or func in COPIES:
+            return
+        if func in INDEXING and isinstance(args[0], SimTensor):
+            indices = [x for x in args[1] if isinstance(x, torch.Tensor)]
+            for index in indices:
+                if not isinstance(index, SimTensor):
+                    self.note_transfer("to sim", index, waits=True)
+            strangers = [x for x in strangers if not any(x is index for index in indices)]
+        if torch.Tag.pointwise in func.tags or func in INDEXING:
+            strangers = [x for x in strangers if x.dim()]
+        if strangers:
+            raise RuntimeError(
+                f"{func}: expected all tensors on one device, but found sim:0 and cpu"
+            )
+
+    def _note_copy(self, func, args: tuple, kwargs: dict, here: bool) -> None:
+        """Notes a copy between the memories; one inside a memory is computing."""
+        in_place = func is aten.copy_.default
+        source = args[1] if in_place else args[0]
+        here = isinstance(args[0], SimTensor) if in_place else here
+        if isinstance(source, SimTensor) == here:
+            return
+        waits = not (here and (args[2:3] == (True,) or kwargs.get("non_blocking", False)))
+        self.note_transfer("to sim" if here else "to cpu", source, waits)
+
+    @contextmanager
+    def _generator(self, func, here: bool) -> Iterator[None]:
+        """Inside the block an operation draws from the device's generator."""
+        if not here or torch.Tag.nondeterministic_seeded not in func.tags:
+            yield
+            return
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.rng_state)
+        try:
+            yield
+        finally:
+            self.rng_state = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+
+def waits_for_answer(func, args: tuple) -> bool:
+    """Whether the CPU must know values to go on: `.item()`, `nonzero()`, a mask as an index."""
+    if func in INDEXING:
+        masks = (torch.bool, torch.uint8)
+        return any(x.dtype in masks for x in args[1] if isinstance(x, torch.Tensor))
+    return bool(ANSWERS & set(func.tags)) or func is aten.bincount.default
+
+
+class Module:
+    """What torch asks of a device's module, which it finds as `torch.sim`."""
+
+    _initialized = True  # so that recomputed blocks restore the generator
+
+    def is_available(self) -> bool:
+        return DEVICE.present
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return int(DEVICE.present)
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def device(self, index):
+        return torch.device(DEVICE_TYPE, index)
+
+    def manual_seed_all(self, seed: int) -> None:
+        DEVICE.rng_state = torch.Generator().manual_seed(seed).get_state()
+
+    def get_rng_state(self, device=DEVICE_TYPE) -> torch.Tensor:
+        DEVICE.rng_reads += 1
+        return DEVICE.rng_state.clone()
+
+    def set_rng_state(self, state: torch.Tensor, device=DEVICE_TYPE) -> None:
+        DEVICE.rng_state = state.clone()
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+def register() -> list[torch.library.Library]:
+    """Makes the device known; returns what must live as long as it is used."""
+    _setup_privateuseone_for_python_backend(DEVICE_TYPE, Module())
+    every = torch.library.Library("_", "IMPL")
+    every.fallback(make, "PrivateUse1")
+    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    some = torch.library.Library("aten", "IMPL")
+    for name in MAKE_AND_RESIZE:
+        some.impl(name, making(name), "PrivateUse1")
+    for names, dtype in ((IN_BFLOAT16, torch.bfloat16), (IN_FLOAT32, torch.float32)):
+        for name in names:
+            some.impl(name, casting(name, dtype), "AutocastPrivateUse1")
+    return [every, some]
+
+
+def make(func, *args, **kwargs):
+    """An operation without tensors of the device among its arguments, such as `torch.zeros`."""
+    return DEVICE.run(func, args, kwargs)
+
+
+def operation(name: str):
+    """An operation by name, with its overload behind a dot."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
+def making(name: str):
+    """An operation that makes a tensor, as a whole."""
+    func = operation(name)
+    return lambda *args, **kwargs: DEVICE.run(func, args, kwargs)
+
+
+def casting(name: str, dtype: torch.dtype):
+    """The operation under autocast: its floating-point tensors in a type, itself as ever."""
+    func = operation(name)
+    own_key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def run(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(own_key):
+            return func(*pytree.tree_map_only(torch.Tensor, cast, args), **kwargs)
+
+    return run
+
+
+@contextmanager
+def attached(monkeypatch) -> Iterator[Simulation]:
+    """Inside the block torch finds the device.
+
+    Where torch's C++ knows its own devices only (memory figures, pinned memory, `torch.tensor`, moving
+    the parameters of a model in place) the functions are replaced by such as do for this one what
+    they do for a GPU.
+    """
+    memory = {"get_memory_info": (2**30, 2**31), "max_memory_allocated": 2**29}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch, "tensor", partial(tensor_on, torch.tensor))
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay tied
+    DEVICE.reset()
+    DEVICE.present = True
+    try:
+        yield DEVICE
+    finally:
+        DEVICE.present = False
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+def pin(tensor: torch.Tensor, device=None) -> torch.Tensor:
+    """A copy that says it is pinned."""
+    copy = tensor.clone()
+    copy.pinned = True
+    return copy
+
+
+def tensor_on(make_tensor, data, *, device=None, **options) -> torch.Tensor:
+    """`torch.tensor`, which makes a tensor in the CPU's memory and copies it to the device."""
+    here = device is not None and torch.device(device).type == DEVICE_TYPE
+    made = make_tensor(data, device="cpu" if here else device, **options)
+    return made.to(device) if here else made
+
+
+DEVICE = Simulation()
+KEPT = register()

@@ -1,0 +1,144 @@
+"""Recalls against goldens, sorting and ties; features over one and two processes."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data import EvalSampler
+from data.flickr_dataset import TextDataset
+from evaluation.retrieval import recalls, retrieval_features
+from tests.conftest import read_golden
+
+NAMES = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10")
+
+
+def test_recalls_equal_the_original():
+    sims = read_golden("clip_tiny", "input.")["sims"]
+    result = recalls(sims, torch.arange(30).repeat_interleave(5))
+    expected = read_golden("clip_tiny", "expected.")["recalls"].tolist()
+    assert [result[name] for name in NAMES] == pytest.approx(expected, abs=1e-5)
+    text, image = sum(expected[:3]) / 3, sum(expected[3:]) / 3
+    means = [result[name] for name in ("txt_r_mean", "img_r_mean", "r_mean")]
+    assert means == pytest.approx([text, image, (text + image) / 2], abs=1e-5)
+    assert len(result) == 9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recalls_are_those_of_sorted_lists(seed):
+    """With texts in any order, a different count for each image, and no ties."""
+    torch.manual_seed(seed)
+    owners = torch.cat([torch.arange(40), torch.randint(0, 40, (60,))])[torch.randperm(100)]
+    sims = 2.0 * torch.randperm(4000).view(40, 100)
+    sims[owners, torch.arange(100)] += 3001  # some are found, some are not; odd, so no ties
+    result = recalls(sims, owners)
+    for k in (1, 5, 10):
+        found = [
+            any(owners[t] == i for t in sims[i].argsort(descending=True)[:k]) for i in range(40)
+        ]
+        assert result[f"txt_r{k}"] == 100 * sum(found) / 40
+        found = [owners[t] in sims[:, t].argsort(descending=True)[:k] for t in range(100)]
+        assert result[f"img_r{k}"] == 100 * sum(map(bool, found)) / 100
+    assert 0 < result["txt_r1"] < result["txt_r10"] < 100
+    assert 0 < result["img_r1"] < result["img_r10"] < 100
+
+
+def test_own_texts_of_an_image_do_not_compete():
+    sims = torch.tensor([[0.9, 0.9, 0.8], [0.1, 0.1, 0.2]])
+    result = recalls(sims, [0, 0, 1])
+    assert result["txt_r1"] == 100
+    assert result["img_r1"] == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_a_model_that_tells_nothing_apart_finds_nothing(value):
+    result = recalls(torch.full((30, 150), value), torch.arange(30).repeat_interleave(5))
+    assert set(result.values()) == {0.0}
+
+
+def test_what_is_not_a_number_is_never_found():
+    sims = torch.eye(30)
+    assert recalls(sims, range(30))["r_mean"] == 100
+    sims[3, 3] = float("nan")  # the right one of image 3, and of text 3
+    result = recalls(sims, range(30))
+    assert result["txt_r10"] == result["img_r10"] == pytest.approx(100 * 29 / 30)
+    sims[3, 3], sims[3, 4] = 1.0, float("nan")  # a wrong one
+    result = recalls(sims, range(30))
+    assert result["txt_r1"] == result["img_r1"] == pytest.approx(100 * 29 / 30)
+    assert result["txt_r5"] == result["img_r5"] == 100
+
+
+# --- features
+
+IMAGES, TEXTS, BATCH = 11, 600, 4
+
+
+class Towers(nn.Module):
+    """Encoders whose outputs are known: linear in the pixels, and in the number of the text."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(12, 6), nn.Embedding(TEXTS, 6)
+
+    def encode_image(self, image):
+        return self.image(image.flatten(1))
+
+    def tokenize(self, texts):
+        return torch.tensor([[int(text.removeprefix("text ")), 0] for text in texts]), None
+
+    def encode_text(self, ids):
+        return self.text(ids[:, 0])
+
+
+def split() -> tuple[list, TextDataset]:
+    """Numbered images and texts; more texts than the 512 at which the original stopped."""
+    torch.manual_seed(1)
+    images = [(torch.randn(3, 2, 2), number) for number in range(IMAGES)]
+    return images, TextDataset([f"text {number}" for number in range(TEXTS)])
+
+
+def split_features(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    loaders = [
+        DataLoader(part, BATCH, sampler=EvalSampler(len(part), rank, world_size, BATCH))
+        for part in split()
+    ]
+    return retrieval_features(Towers().eval(), *loaders, torch.device("cpu"))
+
+
+def work(rank: int, port: int, folder):
+    """A process: its features of the split."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save(split_features(rank, 2), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_features_are_unit_vectors_of_all_images_and_texts_in_order():
+    images, texts = split_features(0, 1)
+    model, (pictures, _) = Towers(), split()
+    raw_images = model.image(torch.stack([image.flatten() for image, _ in pictures]))
+    for features, raw in ((images, raw_images), (texts, model.text.weight)):
+        torch.testing.assert_close(features, (raw / raw.norm(dim=1, keepdim=True)).detach())
+        assert not features.requires_grad
+
+
+def test_every_process_has_the_features_of_all(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(work, (port, tmp_path), 2, start_method="spawn")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes
+    alone = split_features(0, 1)
+    torch.set_num_threads(threads)
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}.pt")
+        assert all(map(torch.equal, together, alone))
+    assert [len(features) for features in alone] == [IMAGES, TEXTS]
