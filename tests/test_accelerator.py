@@ -570,7 +570,11 @@ def test_tied_parameters_stay_tied_on_the_device(folder, sim):
 
 
 def test_compiled_steps_prune_and_recompute_as_plain_ones(folder, monkeypatch):
-    """The graphs of torch.compile, run without a compiler of code."""
+    """The graphs of torch.compile, run without a compiler of code.
+
+    Without dropout: this way of running them draws it anew in recomputed blocks, while what
+    `--compile` takes (AOTAutograd) keeps it.
+    """
     compile_model = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_model(self, backend="eager"))
     config = YAML().load(folder / "caption.yaml")
