@@ -9,7 +9,9 @@ CPU's memory, and operations that wait for the device.
 Importing this module makes the device known to torch, once for the process. It must come before the
 process's first backward pass, when autograd starts a thread for each device; a test module that
 imports it at its top does so, for pytest imports all modules before it runs a test. Until
-`attached` says that the device is there, torch takes it for absent.
+`attached` says that the device is there, torch takes it for absent. Torch knows one accelerator at a
+time: where there is a real one, or a torch that takes no device from Python, this one is not made
+known, and tests of it are skipped.
 
 It cannot show:
 - speed, memory (its figures are constant), launches of kernels, streams and events;
@@ -26,8 +28,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import pytest
 import torch
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils import backend_registration
 
 aten = torch.ops.aten
 DEVICE_TYPE = "sim"
@@ -273,7 +276,7 @@ class Module:
 
 def register() -> list[torch.library.Library]:
     """Makes the device known; returns what must live as long as it is used."""
-    _setup_privateuseone_for_python_backend(DEVICE_TYPE, Module())
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE_TYPE, Module())
     every = torch.library.Library("_", "IMPL")
     every.fallback(make, "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -328,6 +331,8 @@ def attached(monkeypatch) -> Iterator[Simulation]:
     moving parameters in place), functions take its place that do for this device what it does for
     a GPU.
     """
+    if KEPT is None:
+        pytest.skip("a real accelerator is there, or this torch takes none from Python")
     memory = {"get_memory_info": (2**30, 2**31), "max_memory_allocated": 2**29}
     for name, value in memory.items():
         monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
@@ -359,4 +364,5 @@ def tensor_on(make_tensor, data, *, device=None, **options) -> torch.Tensor:
 
 
 DEVICE = Simulation()
-KEPT = register()
+POSSIBLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+KEPT = register() if POSSIBLE and not torch.accelerator.is_available() else None

@@ -242,6 +242,7 @@ def run(folder, task, name, flags, config=None):
 
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_training_gives_the_weights_and_the_log_of_the_cpu(folder, sim, task):
+    sim.has_float64 = False
     flags = f"{EVERY} --eval_epochs 1"
     runs = [run(folder, task, f"{task}_{d}", f"{flags} --device {d}") for d in ("cpu", "sim")]
     assert same(*map(result, runs))
@@ -360,6 +361,7 @@ def test_evaluation_gives_the_results_of_the_cpu(folder, sim, task, files):
     torch.manual_seed(0)
     model = TASKS[task].build_model(load_config(folder / f"{task}.yaml", task=task))
     torch.save({"model": model.state_dict()}, folder / f"{task}.pt")
+    sim.has_float64 = False
     flags = f"--evaluate --pruned {folder / task}.pt --amp off --device"
     results = []
     for device in ("cpu", "sim"):
@@ -418,6 +420,7 @@ def weights_of(pruner):
 @pytest.mark.parametrize("bracketed", [True, False])
 @pytest.mark.parametrize("method", ["PLATON", "Taylor", "Magnitude"])
 def test_prunes_as_on_the_cpu(sim, gradients, monkeypatch, method, bracketed):
+    sim.has_float64 = False
     selected = []
     select_between = threshold.select_between
     if bracketed:  # so small a model would be sorted without a bracket
