@@ -9,8 +9,8 @@ CPU's memory, and operations that wait for the device.
 Importing this module makes the device known to torch, once for the process. It must come before the
 process's first backward pass, when autograd starts a thread for each device; a test module that
 imports it at its top does so, for pytest imports all modules before it runs a test. Until
-`attached` says that the device is there, torch takes it for absent. Torch knows one accelerator at a
-time: where there is a real one, or a torch that takes no device from Python, this one is not made
+`attached` says that the device is there, torch takes it for absent. Torch knows one accelerator at
+a time: where there is a real one, or a torch that takes no device from Python, this one is not made
 known, and tests of it are skipped.
 
 It cannot show:

@@ -230,7 +230,8 @@ def folder(tmp_path_factory):
 # step 1 is not pruned, 2 and 4 are on the ramp, 6 is final
 PRUNE = "--final_threshold 0.3 --warmup_steps 1 --deltaT 2 --max_steps 6"
 PRUNE += " --initial_warmup 1 --final_warmup 1"
-EVERY = f"{PRUNE} --gradient_accumulation_steps 2 --amp off --eval_epochs 0"
+PLAIN = f"{PRUNE} --amp off --eval_epochs 0"
+ACCUMULATED = f"{PLAIN} --gradient_accumulation_steps 2"
 
 
 def run(folder, task, name, flags, config=None):
@@ -243,7 +244,7 @@ def run(folder, task, name, flags, config=None):
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_training_gives_the_weights_and_the_log_of_the_cpu(folder, sim, task):
     sim.has_float64 = False
-    flags = f"{EVERY} --eval_epochs 1"
+    flags = f"{ACCUMULATED} --eval_epochs 1"
     runs = [run(folder, task, f"{task}_{d}", f"{flags} --device {d}") for d in ("cpu", "sim")]
     assert same(*map(result, runs))
     logs = [[json.loads(line) for line in (r / "log.txt").read_text().splitlines()] for r in runs]
@@ -280,7 +281,7 @@ def test_a_step_copies_its_inputs_and_waits_only_to_mask_and_to_log(folder, sim,
     monkeypatch.setattr(loop.Reporter, "is_due", lambda self, _: self.state.progress.step % 2 == 1)
     monkeypatch.setattr(loop, "save", lambda *_: sim.clear())
     monkeypatch.setattr(loop, "finish_epoch", lambda *_: sim.clear())
-    run(folder, task, f"{task}_counted", f"{EVERY} --device sim --resume off")
+    run(folder, task, f"{task}_counted", f"{ACCUMULATED} --device sim --resume off")
     assert len(seen) == 6
 
 
@@ -303,7 +304,7 @@ def train_and_kill(monkeypatch, step, *arguments):
 
 
 def test_resumes_bit_by_bit_with_the_devices_random_state(folder, sim, monkeypatch):
-    flags = f"{EVERY} --device sim --checkpoint_steps 2"
+    flags = f"{PLAIN} --device sim --checkpoint_steps 2"
     whole = run(folder, "caption", "whole", flags, "dropout")
     train_and_kill(monkeypatch, 3, folder, "caption", "killed", flags, "dropout")
     torch.rand(5, device="sim")
@@ -312,7 +313,7 @@ def test_resumes_bit_by_bit_with_the_devices_random_state(folder, sim, monkeypat
 
 @pytest.mark.parametrize(("first", "then"), [("sim", "cpu"), ("cpu", "sim")])
 def test_resumes_on_another_kind_of_device(folder, sim, monkeypatch, first, then):
-    flags = f"{EVERY} --checkpoint_steps 2 --device"
+    flags = f"{PLAIN} --checkpoint_steps 2 --device"
     whole = run(folder, "caption", "whole_cpu", f"{flags} cpu")
     name = f"from_{first}"
     train_and_kill(monkeypatch, 3, folder, "caption", name, f"{flags} {first}")
@@ -322,7 +323,7 @@ def test_resumes_on_another_kind_of_device(folder, sim, monkeypatch, first, then
 def test_recomputed_blocks_draw_the_same_dropout(folder, sim):
     config = YAML().load(folder / "dropout.yaml")
     YAML().dump({**config, "vit_grad_ckpt": True}, folder / "recomputed.yaml")
-    flags = f"{EVERY} --device sim"
+    flags = f"{PLAIN} --device sim"
     plain, recomputed = (
         run(folder, "caption", f"{config}_blocks", flags, config)
         for config in ("dropout", "recomputed")
@@ -331,7 +332,7 @@ def test_recomputed_blocks_draw_the_same_dropout(folder, sim):
 
 
 def test_a_run_on_the_cpu_leaves_the_accelerator_alone(folder, sim):
-    run(folder, "caption", "on_cpu", f"{EVERY} --device cpu")
+    run(folder, "caption", "on_cpu", f"{PLAIN} --device cpu")
     assert (sim.rng_reads, sim.transfers, sim.waits) == (0, [], [])
 
 
@@ -582,7 +583,7 @@ def test_compiled_steps_prune_and_recompute_as_plain_ones(folder, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_model(self, backend="eager"))
     config = YAML().load(folder / "caption.yaml")
     YAML().dump({**config, "vit_grad_ckpt": True}, folder / "compiled.yaml")
-    flags = f"{EVERY} --device cpu"
+    flags = f"{PLAIN} --device cpu"
     plain, compiled = (
         run(folder, "caption", f"compiled{flag}", f"{flags} {flag}", "compiled")
         for flag in ("", "--compile")

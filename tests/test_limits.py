@@ -130,7 +130,9 @@ except RuntimeError as error:
 
 def run_of(task, evaluate=False, **config):
     config = {"batch_size": 20, "eval_batch_size": 64, "image_size": 384, **config}
-    return Run(argparse.Namespace(evaluate=evaluate, seed=0), task, config, Process(0, 1, CPU), None, "")
+    return Run(
+        argparse.Namespace(evaluate=evaluate, seed=0), task, config, Process(0, 1, CPU), None, ""
+    )
 
 
 IMAGE = 3 * 384 * 384 * 4
