@@ -156,7 +156,8 @@ def chosen_device(cpu: bool, gpu: int | None) -> str:
         return "auto"
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(f"--gpu {gpu}: torchrun gives every process a GPU; leave --gpu out")
-    return f"cuda:{gpu}"
+    present = torch.accelerator.current_accelerator(check_available=True)
+    return f"{present.type if present else 'cuda'}:{gpu}"
 
 
 def print_once(process: Process, text: str) -> None:

@@ -94,11 +94,10 @@ def train_loader(run: Run, dataset: Dataset) -> DataLoader:
 
 
 def _loader_options(run: Run) -> dict:
-    workers = min(run.config["num_workers"], len(os.sched_getaffinity(0)))
     return {
-        "num_workers": workers,
+        "num_workers": run.loading_processes,
         "collate_fn": _collate,
-        "worker_init_fn": _leave_signals_to_the_trainer if workers else None,
+        "worker_init_fn": _leave_signals_to_the_trainer if run.loading_processes else None,
         "pin_memory": run.process.device.type != "cpu",
         # a loader draws a base seed for its workers; not from the generator of dropout
         "generator": torch.Generator().manual_seed(run.args.seed),

@@ -70,6 +70,11 @@ class Run:
         batches = self.process.world_size * self.args.gradient_accumulation_steps
         return self.config["batch_size"] * batches
 
+    @property
+    def loading_processes(self) -> int:
+        """How many load images for each loader: no more than this process may use CPUs."""
+        return min(self.config["num_workers"], len(os.sched_getaffinity(0)))
+
     def say(self, message: str) -> None:
         """Prints on the main process only."""
         if self.process.is_main:
@@ -196,7 +201,7 @@ def shared_memory_hint(run: Run, folder: str = "/dev/shm") -> str | None:
     if not run.args.evaluate:
         samples = max(samples, config["batch_size"])
     image = 3 * config["image_size"] ** 2 * 4  # bytes, float32
-    ahead = 2 * config["num_workers"] * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # batches
+    ahead = 2 * run.loading_processes * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # batches
     needed = ahead * samples * len(run.task.images) * image
     if not needed or not os.path.isdir(folder) or shutil.disk_usage(folder).free >= needed:
         return None

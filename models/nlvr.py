@@ -185,8 +185,13 @@ class NlvrClassifier(nn.Module):
         self, images: tuple[Tensor, Tensor], input_ids: Tensor, attention_mask: Tensor
     ) -> Tensor:
         """Final text states (B, L, D), given the images' embeddings (B, L_img, D_img)."""
+        # as the layers add it: of 0s and 1s the library asks first whether there is any padding,
+        # for which every step would wait for the GPU
+        dtype = self.text_encoder.dtype
+        added = torch.zeros_like(attention_mask, dtype=dtype)
+        added.masked_fill_(attention_mask == 0, torch.finfo(dtype).min)
         return self.text_encoder(
-            input_ids, attention_mask=attention_mask, encoder_hidden_states=images
+            input_ids, attention_mask=added[:, None, None], encoder_hidden_states=images
         ).last_hidden_state
 
     def adapt_state_dict(self, weights: dict[str, T]) -> tuple[dict[str, T], set[str]]:

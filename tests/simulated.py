@@ -9,7 +9,9 @@ CPU's memory, and operations that wait for the device.
 Importing this module makes the device known to torch, once for the process. It must come before the
 process's first backward pass, when autograd starts a thread for each device; a test module that
 imports it at its top does so, for pytest imports all modules before it runs a test. Until
-`attached` says that the device is there, torch takes it for absent.
+`attached` says that the device is there, torch takes it for absent. Torch knows one accelerator at
+a time: where there is a real one, or a torch that takes no device from Python, this one is not made
+known, and tests of it are skipped.
 
 It cannot show:
 - speed, memory (its figures are constant), launches of kernels, streams and events;
@@ -22,13 +24,13 @@ It cannot show:
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import pytest
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils import backend_registration
 
 aten = torch.ops.aten
 DEVICE_TYPE = "sim"
@@ -132,7 +134,7 @@ class Simulation:
 
     def run(self, func, args: tuple, kwargs: dict):
         """Computes an operation in the CPU's memory as the device would."""
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = list(leaves_of((*args, *kwargs.values())))
         own = [x for x in leaves if isinstance(x, SimTensor)]
         device = kwargs.get("device")
         here = bool(own) if device is None else torch.device(device).type == DEVICE_TYPE
@@ -141,23 +143,22 @@ class Simulation:
             self._note_copy(func, args, kwargs, here)
         elif waits_for_answer(func, args):
             self.wait(str(func))
-        if device is not None:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        inner_args, inner_kwargs = pytree.tree_map_only(
-            SimTensor, lambda t: t.inner, (args, kwargs)
-        )
+        changes = {"device": torch.device("cpu")} if device is not None else {}
+        changes |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
+        inner = [map_leaves(x, inner_of) for x in args]
+        inner_options = {key: map_leaves(x, inner_of) for key, x in (kwargs | changes).items()}
         with self._generator(func, here):
-            result = func(*inner_args, **inner_kwargs)
+            result = func(*inner, **inner_options)
         if func is aten.copy_.default:
             return args[0]
         if not here:
             return result
         by_inner = {id(x.inner): x for x in own}  # in-place operations return what they were given
-        return pytree.tree_map_only(torch.Tensor, lambda t: self._wrap(t, by_inner), result)
+        return map_leaves(result, lambda x: self._wrap(x, by_inner))
 
-    def _wrap(self, inner: torch.Tensor, by_inner: dict[int, SimTensor]) -> SimTensor:
+    def _wrap(self, inner, by_inner: dict[int, SimTensor]):
+        if not isinstance(inner, torch.Tensor):
+            return inner
         if inner.dtype == torch.float64 and not self.has_float64:
             raise TypeError("the device has no float64")
         if id(inner) in by_inner:
@@ -169,23 +170,19 @@ class Simulation:
         """Refuses CPU tensors among the device's, and the CPU's generator."""
         if here and any(isinstance(x, torch.Generator) for x in leaves):
             raise RuntimeError(f"{func}: expected a generator of the device, but found the CPU's")
-        strangers = [
-            x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, SimTensor)
-        ]
-        if not own or not strangers or func in COPIES:
+        others = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, SimTensor)]
+        if not own or not others or func in COPIES:
             return
         if func in INDEXING and isinstance(args[0], SimTensor):
             indices = [x for x in args[1] if isinstance(x, torch.Tensor)]
             for index in indices:
                 if not isinstance(index, SimTensor):
                     self.note_transfer("to sim", index, waits=True)
-            strangers = [x for x in strangers if not any(x is index for index in indices)]
+            others = [x for x in others if not any(x is index for index in indices)]
         if torch.Tag.pointwise in func.tags or func in INDEXING:
-            strangers = [x for x in strangers if x.dim()]
-        if strangers:
-            raise RuntimeError(
-                f"{func}: expected all tensors on one device, but found sim:0 and cpu"
-            )
+            others = [x for x in others if x.dim()]
+        if others:
+            raise RuntimeError(f"{func}: expected tensors on one device, but found sim:0 and cpu")
 
     def _note_copy(self, func, args: tuple, kwargs: dict, here: bool) -> None:
         """Notes a copy between the memories; one inside a memory is computing."""
@@ -210,6 +207,26 @@ class Simulation:
         finally:
             self.rng_state = torch.get_rng_state()
             torch.set_rng_state(before)
+
+
+def leaves_of(values) -> Iterator:
+    """The arguments of an operation, lists of them spread out."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from leaves_of(value)
+        else:
+            yield value
+
+
+def map_leaves(value, change: Callable):
+    """The same argument or result with each leaf changed."""
+    if isinstance(value, list | tuple):
+        return type(value)(map_leaves(x, change) for x in value)
+    return change(value)
+
+
+def inner_of(value):
+    return value.inner if isinstance(value, SimTensor) else value
 
 
 def waits_for_answer(func, args: tuple) -> bool:
@@ -259,7 +276,7 @@ class Module:
 
 def register() -> list[torch.library.Library]:
     """Makes the device known; returns what must live as long as it is used."""
-    _setup_privateuseone_for_python_backend(DEVICE_TYPE, Module())
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE_TYPE, Module())
     every = torch.library.Library("_", "IMPL")
     every.fallback(make, "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -294,12 +311,14 @@ def casting(name: str, dtype: torch.dtype):
     func = operation(name)
     own_key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    def cast(value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.to(dtype)
+        return value
 
     def run(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(own_key):
-            return func(*pytree.tree_map_only(torch.Tensor, cast, args), **kwargs)
+            return func(*(map_leaves(x, cast) for x in args), **kwargs)
 
     return run
 
@@ -308,10 +327,12 @@ def casting(name: str, dtype: torch.dtype):
 def attached(monkeypatch) -> Iterator[Simulation]:
     """Inside the block torch finds the device.
 
-    Where torch's C++ knows its own devices only (memory figures, pinned memory, `torch.tensor`, moving
-    the parameters of a model in place) the functions are replaced by such as do for this one what
-    they do for a GPU.
+    Where torch's C++ knows its own devices only (memory figures, pinned memory, `torch.tensor`,
+    moving parameters in place), functions take its place that do for this device what it does for
+    a GPU.
     """
+    if KEPT is None:
+        pytest.skip("a real accelerator is there, or this torch takes none from Python")
     memory = {"get_memory_info": (2**30, 2**31), "max_memory_allocated": 2**29}
     for name, value in memory.items():
         monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
@@ -343,4 +364,5 @@ def tensor_on(make_tensor, data, *, device=None, **options) -> torch.Tensor:
 
 
 DEVICE = Simulation()
-KEPT = register()
+POSSIBLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+KEPT = register() if POSSIBLE and not torch.accelerator.is_available() else None
