@@ -17,6 +17,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from models.sparse import SparseLinear
 from models.weight_files import Entry, fetch, open_weights
 from utils import UserError
 
@@ -79,6 +80,8 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
             is as before); or a weight is not finite, quantised or packed (the model is partly
             loaded).
     """
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise ValueError("the model is sparse already: load weights before `sparsify_`")
     report = LoadReport(str(path_or_url))
     entries = _official_names(open_weights(fetch(path_or_url)), report)
     may_be_missing: set[str] = set()

@@ -4,15 +4,16 @@ from torch import nn
 
 from models.sparse import SparseLinear
 
-# Where the transformer blocks of our models are, and what they process. Their linear layers are
-# pruned; embeddings, norms, patch_embed and heads stay whole.
-TOWERS = {
-    "visual_encoder.blocks.": "vision",  # BLIP
-    "text_decoder.bert.encoder.layer.": "language",  # its captioner
-    "text_encoder.encoder.layer.": "language",  # its NLVR2 model
-    "visual.transformer.resblocks.": "vision",  # CLIP
-    "transformer.resblocks.": "language",
-}
+# Where the transformer blocks of our models are. Their linear layers are pruned; embeddings, norms,
+# patch_embed and heads stay whole.
+TOWERS = (
+    "visual_encoder.blocks.",  # BLIP
+    "text_decoder.bert.encoder.layer.",  # its captioner
+    "text_encoder.encoder.layer.",  # its NLVR2 model
+    "visual.transformer.resblocks.",  # CLIP
+    "transformer.resblocks.",
+)
+VISION = ("visual_encoder.", "visual.")  # the image encoders of BLIP and CLIP
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -35,14 +36,13 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(tuple(TOWERS))
+        if isinstance(module, nn.Linear) and name.startswith(TOWERS)
     }
 
 
 def modality(layer_name: str) -> str:
     """Tells "vision" (the image encoder's layers) from "language" (the text transformer's)."""
-    kinds = (kind for tower, kind in TOWERS.items() if layer_name.startswith(tower))
-    return next(kinds, "language")
+    return "vision" if layer_name.startswith(VISION) else "language"
 
 
 def sees_image(layer_name: str) -> bool:

@@ -318,7 +318,8 @@ def test_flag_out_of_range(flag, capsys):
     with pytest.raises(SystemExit) as stop:
         train_caption.parse_args(flag.replace(" ", "=").split())
     assert stop.value.code == 2
-    assert f"argument {flag.split()[0]}: {FLAGS[flag]}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"argument {flag.split()[0]}" in said and FLAGS[flag] in said
 
 
 @pytest.mark.parametrize(
