@@ -28,7 +28,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for file in id pruner train generate; do $(BIN)/python -m benchmarks.$$file || exit; done
+	for file in id pruner train generate sparse; do $(BIN)/python -m benchmarks.$$file || exit; done
 
 # The paper's experiment on the embedded data: IDs, then pruning without and with them, 80 % and 95 %.
 RUN     := $(BIN)/python

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from configs import load_config
 from data.image_dataset import to_rgb
 from data.transforms import build_transform
-from models import build_captioner
+from models import build_captioner, sparsify_
 from models.captioner import Captioner
 from models.checkpoint import load_trained
 from utils import UserError, launch
@@ -49,8 +49,6 @@ def load_model(args: argparse.Namespace) -> tuple[Captioner, dict]:
     if args.config:
         tell(str(report))
     if args.sparse:
-        from models import sparsify_  # only here, for it compiles
-
         tell(str(sparsify_(model)))
     elif torch.cuda.is_available():
         model.cuda()

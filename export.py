@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from configs import load_config
 from engine.tasks import TASKS
 from evaluation import costs
-from models import compressed
+from models import compressed, sparsify_
 from models.checkpoint import load_trained, stored_tensors
 from models.huggingface import write_folder
 from utils import UserError, launch
@@ -85,16 +85,9 @@ def report(model: nn.Module, config: dict) -> dict:
     sample = costs.example(config["task"], config["image_size"])
     found = costs.sizes(model) | {"multiply_adds": costs.multiply_adds(model, sample)}
     found["dense"] = measured(model, config, sample)
-    found["sparse_layers"] = str(make_sparse(model))
+    found["sparse_layers"] = str(sparsify_(model))
     found["sparse"] = measured(model, config, sample)
     return found
-
-
-def make_sparse(model: nn.Module) -> object:
-    """Replaces the layers that gain by it, in place; returns what `sparsify_` reports."""
-    from models import sparsify_  # only here, for it compiles
-
-    return sparsify_(model)
 
 
 def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:

@@ -13,7 +13,6 @@ import argparse
 import json
 from pathlib import Path
 
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from configs import FROM_ZERO, load_config
@@ -44,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     if run.process.is_main:
         show(reports)
         for split, dataset in splits.items() if args.samples else ():
-            draw_samples(run, model, dataset, split, dense)
+            draw_samples(run, dataset, split, dense)
         print(f"wrote {run.folder / 'results'}", flush=True)
 
 
@@ -83,14 +82,11 @@ def find_dense(run: Run) -> Path | None:
         return fetch(run.config["pretrained"])
 
 
-def draw_samples(
-    run: Run, model: nn.Module, dataset: Dataset, split: str, dense: Path | None
-) -> None:
+def draw_samples(run: Run, dataset: Dataset, split: str, dense: Path | None) -> None:
     """Draws a few images of a split with their captions, and with the dense model's beside them.
 
     Args:
         run: of `prepare_run`, on the main process.
-        model: takes the dense weights.
         dataset: the split, evaluated before.
         split: "val" or "test".
         dense: weights of `find_dense`.
@@ -98,6 +94,7 @@ def draw_samples(
     samples = min(run.args.samples, len(dataset))
     captions = {"pruned": json.loads(results_path(run, split).read_text())}
     if dense is not None:
+        model = run.task.build_model(run.config).eval().to(run.process.device)
         load_checkpoint(model, dense)
         drawn = Subset(dataset, [place * len(dataset) // samples for place in range(samples)])
         batches = DataLoader(drawn, run.config["eval_batch_size"])

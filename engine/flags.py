@@ -58,6 +58,11 @@ def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, 
     scores.add_argument("--evaluate", action="store_true", help="no training: score held-out data")
     scores.add_argument("--pruned", help="with --evaluate: weights, or the folder of a run")
     scores.add_argument(
+        "--sparse",
+        action="store_true",
+        help="with --evaluate, on a CPU: compute without the weights that are zero",
+    )
+    scores.add_argument(
         "--eval_epochs", type=FROM_ZERO, default=1, help="epochs between validations; 0: none"
     )
     scores.add_argument("--eval_test", action="store_true", help="validate on the test split, too")
@@ -119,6 +124,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """
     if args.pruned and not args.evaluate:
         raise UserError("--pruned goes with --evaluate; training starts from --pretrained")
+    if args.sparse and not args.evaluate:
+        raise UserError("--sparse goes with --evaluate; training needs all weights")
+    if args.sparse and args.amp == "bf16":
+        raise UserError("--sparse computes in float32: leave out --amp bf16")
     for flag in ("eval_test", "check", "compile"):
         if args.evaluate and getattr(args, flag):
             raise UserError(f"--{flag} goes with training, not with --evaluate")

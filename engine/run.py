@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from configs import load_config
 from dimension.profile import load_profile
 from engine.flags import check_flags, results_folder
-from models import load_checkpoint, prunable_layers
+from models import load_checkpoint, prunable_layers, sparsify_
 from models.checkpoint import load_trained
 from models.text import truncated
 from models.weight_files import fetch
@@ -182,6 +182,8 @@ def prepare_run(
         say_truncated(run, model, datasets[0])
     if args.evaluate and run.process.is_main:
         write_json(run.folder / "sparsity.json", sparsity_report(prunable_layers(model)))
+    if args.sparse:
+        run.say(str(sparsify_(model)))
     train_set, *held_out = datasets
     return run, model, train_set, dict(zip(task.held_out, held_out, strict=True))
 

@@ -243,7 +243,7 @@ def test_the_report(request, monkeypatch, capsys, task):
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     nonzeros = sum(int(p.count_nonzero()) for p in model.parameters()) / 1e6
     made = []
-    monkeypatch.setattr(export, "make_sparse", lambda m: made.append(m) or "all are sparse")
+    monkeypatch.setattr(export, "sparsify_", lambda m: made.append(m) or "all are sparse")
     run(flags, "--report")
     lines = {line[:24].strip(): line[24:] for line in capsys.readouterr().out.splitlines()}
     assert lines["parameters"].startswith(f" {parameters:.1f} M (vision ")
