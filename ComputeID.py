@@ -1,4 +1,4 @@
-"""Measures the intrinsic dimension (ID) of every layer of a captioner or an NLVR2 model.
+"""Measures the intrinsic dimension (ID) of every layer of a captioner, an NLVR2 model or CLIP.
 
     python ComputeID.py -n 2000 --Path ID/Blip_coco --cpu          # or --gpu 0
     python ComputeID.py -n 500 --Path ID/demo --config configs/caption_demo.yaml
@@ -56,7 +56,10 @@ from utils import (
     main_process_first,
 )
 
-DATA_KEYS = ("image_root", "ann_root", "image_size", "prompt", "max_words", "tokenizer")
+# of a config: what the representations depend on
+MODEL_AND_DATA_KEYS = (
+    "task vit clip image_size tokenizer image_root ann_root prompt max_words max_tokens"
+).split()
 SHARE_ON_CPU, SHARE_ON_ACCELERATOR = 0.5, 0.8  # of the free memory
 PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
@@ -283,7 +286,7 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
         "device": process.device.type,
         "dtype": "float32",
         "save_distances": args.save_distances,
-        "config": {key: config[key] for key in ("task", "vit", *DATA_KEYS) if key in config},
+        "config": {key: config[key] for key in MODEL_AND_DATA_KEYS if key in config},
         "checkpoint": weights,
         "checkpoint_sha256": model_hash(model),
     }

@@ -19,6 +19,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def straightforward(run: Run, model: Captioner, batch: tuple) -> Step:
 
 def ours(run: Run, model: Captioner, batch: tuple, amp: str) -> Step:
     """The trainer's step."""
-    run.args.amp = amp
+    run = replace(run, args=argparse.Namespace(**{**vars(run.args), "amp": amp}))
     keep_freed_memory(run.process.device)
     fuse_attention(model, True)
     state = build_state(run, model, ImageDataset([{}] * 1000 * run.samples_per_step, ".", None))

@@ -9,7 +9,6 @@ so neither do the sums.
 
 import re
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 from models.stages import Stage
@@ -147,15 +146,15 @@ class CapturePlan:
         return self.n * (self.n + 1) * sum(segment.elements for segment in segments)
 
     def __str__(self) -> str:
-        """A table; neighbouring stages whose names differ in a number only share a row."""
-        rows = [
-            (re.sub(r"\d+", "*", s.shape.stage.name), len(s.passes), round(self.held(s) / 1e9, 2))
-            for s in self.stages
-        ]
+        """A table; stages whose names differ in a number only share a row, which tells the most."""
+        kinds: dict[str, list[StagePlan]] = {}
+        for stage in self.stages:
+            kinds.setdefault(re.sub(r"\d+", "*", stage.shape.stage.name), []).append(stage)
         lines = [f"{'stages':46}{'passes':>8}{'held, GB':>10}"]
-        for (name, passes, held), group in groupby(sorted(rows, key=rows.index)):
-            count = f"{len(list(group))} x " if "*" in name else ""
-            lines.append(f"{count + name:46}{passes:8}{held:10.2f}")
+        for kind, stages in kinds.items():
+            name = f"{len(stages)} x {kind}" if "*" in kind else kind
+            passes, held = max(len(s.passes) for s in stages), max(map(self.held, stages))
+            lines.append(f"{name:46}{passes:8}{held / 1e9:10.2f}")
         lines.append(
             f"forward work {self.work:.2f} plain forwards; at most {self.peak / 1e9:.2f} of "
             f"{self.budget / 1e9:.2f} GB held"

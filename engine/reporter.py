@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from dimension.figures import save_figure
 from evaluation.figures import plot_sparsity
 from utils import atomic_write, write_json
 
@@ -70,8 +71,9 @@ class Reporter:
         """
         if self.board is None:
             return
-        write_json(self.run.folder / "sparsity.json", report)
-        plot_sparsity({self.run.folder.name: report}, self.run.folder / "sparsity.png")
+        folder = self.run.folder
+        write_json(folder / "sparsity.json", report)
+        save_figure(plot_sparsity({folder.name: report}), folder / "sparsity.png")
         shares = {"overall": report["overall"], **report["by_modality"]}
         for name, share in shares.items():
             self.board.add_scalar(f"sparsity/{name}", share, self.state.progress.step)

@@ -110,12 +110,11 @@ def wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
     return [line for line in [*lines, line] if line]
 
 
-def plot_sparsity(reports: dict[str, dict], path: str | Path) -> None:
+def plot_sparsity(reports: dict[str, dict]) -> Figure:
     """Draws sparsity against depth, vision and language told apart, one panel a report.
 
     Args:
         reports: panel title to result of `sparsity_report`.
-        path: of the figure; its suffix tells the format.
     """
     figure = Figure(figsize=(1.5 + 5 * len(reports), 4.2), layout="constrained")
     panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
@@ -130,7 +129,7 @@ def plot_sparsity(reports: dict[str, dict], path: str | Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(title="line: mean of a block's layers", fontsize="small", title_fontsize=8)
     panels[0].set_ylabel("share of zeros")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _plot_modality(panel, layers: dict[str, float], label: str, color: str) -> None:

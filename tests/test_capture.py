@@ -253,6 +253,10 @@ def test_base_model_at_12_gb(golden_tokenizer):
     assert 1 < plan.work <= 3
     assert plan.peak <= 12 * GB
     assert plan_capture(shapes, set(layers), samples.sizes(), 96, 8, 6 * GB).work == 1
+    rows = [line[:46].strip() for line in str(plan).splitlines()[1:-1]]
+    assert rows.count("12 x tokens: block *, attention") == 1
+    kinds = [row.split(" x ")[-1] for row in rows]
+    assert len(set(kinds)) == len(kinds) == 8
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
