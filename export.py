@@ -49,7 +49,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
         UserError: one has values beyond the range of `dtype`.
     """
     for name, tensor in stored_tensors(model):
-        converted = tensor.to(dtype)
+        converted = tensor.to(dtype) + 0.0  # of zeros, which pruners may leave negative, one kind
         if not converted.isfinite().all():
             raise UserError(f"--dtype: {name} has values beyond float16's range; take bfloat16")
         yield name, converted

@@ -157,6 +157,7 @@ def prepare_run(
         UserError: flags, config, data or weights are wrong; names all that was found.
     """
     run = start(args, task)
+    keep_freed_memory(run.process.device)
     mistakes = Mistakes()
     datasets, model = (), None
     with mistakes.collect():
@@ -228,7 +229,6 @@ def start(args: argparse.Namespace, task: Task) -> Run:
     if args.useID and not id_profile:
         raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
     process = init_distributed(args.device)
-    keep_freed_memory(process.device)
     run = Run(args, task, config, process, results_folder(args), id_profile)
     if process.is_main:
         take_folder(run.folder)

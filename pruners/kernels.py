@@ -114,7 +114,8 @@ def zero_below_loop(p, a, b, dimension, threshold):
     """The fast form of `mask.zero_below_`."""
     dimension, threshold = np.float32(dimension), np.float32(threshold)
     for i in range(len(p)):
-        p[i] *= np.float32(abs(a[i] * b[i]) * dimension >= threshold)
+        kept = abs(a[i] * b[i]) * dimension >= threshold
+        p[i] = p[i] if kept else np.float32(0)
 
 
 @compiled

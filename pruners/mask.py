@@ -11,8 +11,8 @@ from pruners.score import Score, scores
 
 
 def zero_below_(p: Tensor, a: Tensor, b: Tensor, dimension: float, threshold: float) -> None:
-    """Zeroes p where S < threshold, with S of `score.scores`."""
-    p.mul_(scores(a, b, dimension) >= threshold)
+    """Zeroes p where S < threshold, with S of `score.scores`; the zeros are positive ones."""
+    p.masked_fill_(~(scores(a, b, dimension) >= threshold), 0)
 
 
 def mask_(score: Score, threshold: float) -> None:

@@ -137,9 +137,7 @@ def test_another_model(tiny, capsys):
 
 def test_sparse_layers_are_asked_for(tiny, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(
-        "models.sparsify_", lambda model: made.append(model) or "all", raising=False
-    )
+    monkeypatch.setattr(caption, "sparsify_", lambda model: made.append(model) or "all")
     folder, _ = tiny
     run(PICTURE, "--config", folder / "tiny.yaml", "--pruned", folder / "tiny.pth", "--sparse")
     assert len(made) == 1

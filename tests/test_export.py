@@ -11,7 +11,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 
 import export
 from data.transforms import CLIP_STD, build_transform
-from models import build_captioner, build_nlvr, load_checkpoint
+from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
 from models.text import load_tokenizer
 from tests.conftest import read_golden
 from utils import UserError
@@ -65,7 +65,7 @@ def test_a_compressed_captioner_is_read_back_bit_by_bit(
     captioner, caption_tiny_config, tmp_path, capsys
 ):
     model, flags = captioner
-    model.visual_encoder.blocks[0].mlp.fc1.weight.data[0, :2] = torch.tensor([-0.0, 1e-40])
+    model.visual_encoder.blocks[0].mlp.fc1.weight.data[0, :2] = torch.tensor([0.0, 1e-40])
     torch.save(model.state_dict(), tmp_path / "tiny.pth")
     run(flags, "--to", "compressed", "--out", tmp_path / "new" / "small.safetensors")
     other = build_captioner(caption_tiny_config)
@@ -214,6 +214,18 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(captioner, tmp_path, to):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(folder.iterdir()) == []
+
+
+def test_zeros_of_both_signs_are_left_out(captioner, tmp_path):
+    model, flags = captioner
+    sizes = []
+    for zero in (0.0, -0.0):
+        for layer in prunable_layers(model).values():
+            layer.weight.data.fill_(zero)
+        torch.save(model.state_dict(), tmp_path / "tiny.pth")
+        run(flags, "--to", "compressed", "--out", tmp_path / f"{zero}.safetensors")
+        sizes.append((tmp_path / f"{zero}.safetensors").stat().st_size)
+    assert sizes[0] == sizes[1]
 
 
 def test_values_beyond_half_precision_are_named(captioner, tmp_path):

@@ -136,3 +136,12 @@ def test_other_devices_take_the_equations_and_long_pieces():
         assert [[len(t) for t in piece] for piece in pieces] == [[tensor.shape[1]] * 2] * 2
         assert kernels.all_float32_on_cpu(pieces) == (tensor is on_cpu)
     assert not kernels.all_float32_on_cpu([(on_cpu,), (on_cpu.double(),)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_parameters_are_positive_zeros(dtype):
+    """A negative zero is no zero to a file that stores what is not all bits 0."""
+    p = -torch.ones(100, dtype=dtype)
+    pieces = [(p, torch.ones(100, dtype=dtype), torch.ones(100, dtype=dtype), 1.0, 2.0)]
+    kernels.on_pieces(mask.zero_below_, kernels.zero_below_loop, pieces)
+    assert (p == 0).all() and not p.signbit().any()
