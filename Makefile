@@ -51,6 +51,8 @@ demo: scenes
 	$(CAPTION) --evaluate --model_dir PLATON95 --pruned output/demo/PLATON95
 	$(CAPTION) --evaluate --model_dir PLATON95-ID --pruned output/demo/PLATON95-ID
 	$(RUN) -m evaluation.tables output/demo dense PLATON80 PLATON80-ID PLATON95 PLATON95-ID
+	rm -f output/demo/PLATON95-ID.safetensors
+	$(RUN) export.py --config configs/caption_demo.yaml --pruned output/demo/PLATON95-ID --to compressed --out output/demo/PLATON95-ID.safetensors --report
 
 # The same for statements about pairs of pictures, 80 %.
 NLVR       := $(RUN) train_nlvr.py --config configs/nlvr_demo.yaml --output_dir output/demo-nlvr

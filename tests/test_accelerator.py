@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ComputeID
 import train_caption
+import train_clip_flickr30k
 import train_nlvr
 import utils
 from configs import load_config
@@ -32,9 +33,10 @@ from pruners import Pruner, kernels, threshold
 from pruners.mask import mask_checksums
 from tests.runs import make_scenes, result, same, write_config
 from tests.simulated import SimTensor, attached
+from tests.test_train_clip import CLIP
 from utils import UserError, choose_device, init_distributed
 
-SCRIPTS = {"caption": train_caption, "nlvr": train_nlvr}
+SCRIPTS = {"caption": train_caption, "nlvr": train_nlvr, "retrieval": train_clip_flickr30k}
 N = 45  # samples of a profile
 
 
@@ -224,6 +226,9 @@ def folder(tmp_path_factory):
     for key in ("coco_gt_root", "num_beams", "max_length"):
         config.pop(key)
     yaml.dump({**config, "batch_size": 1, "max_epoch": 3}, folder / "nlvr.yaml")
+    for key in ("vit", "med_config", "prompt"):
+        config.pop(key, None)
+    yaml.dump({**config, "clip": CLIP, "queue_size": 8}, folder / "retrieval.yaml")
     return folder
 
 
@@ -357,7 +362,10 @@ def test_an_accelerator_trains_in_bfloat16_and_keeps_float32_weights(folder, sim
 # --- evaluation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("task", "files"), [("caption", ["val", "test"]), ("nlvr", ["accuracy"])])
+@pytest.mark.parametrize(
+    ("task", "files"),
+    [("caption", ["val", "test"]), ("nlvr", ["accuracy"]), ("retrieval", ["recalls"])],
+)
 def test_evaluation_gives_the_results_of_the_cpu(folder, sim, task, files):
     torch.manual_seed(0)
     model = TASKS[task].build_model(load_config(folder / f"{task}.yaml", task=task))
@@ -552,14 +560,20 @@ def test_profiles_use_no_tf32(profiled, tmp_path, monkeypatch):
 def batch():
     """By task, a batch as the training set gives it."""
     image, texts = torch.rand(2, 3, 32, 32), ["a picture of a red circle", "a picture of a square"]
-    return {"caption": (image, texts), "nlvr": (image, image, texts, torch.tensor([0, 1]))}
+    labels = torch.tensor([0, 1])
+    return {
+        "caption": (image, texts),
+        "nlvr": (image, image, texts, labels),
+        "retrieval": (image, texts, labels),
+    }
 
 
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_every_parameter_takes_part_in_the_loss(folder, batch, task):
     """Data parallelism would wait for the gradient of one that does not; tied ones are one."""
     model = TASKS[task].build_model(load_config(folder / f"{task}.yaml", task=task))
-    model(*batch[task]).backward()
+    tensors, _ = model.prepare(*batch[task])
+    model(*tensors).backward()
     parameters = dict(model.named_parameters())
     assert [name for name, p in parameters.items() if p.grad is None] == []
     assert len({p.data_ptr() for p in parameters.values()}) == len(parameters)
