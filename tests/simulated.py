@@ -333,6 +333,8 @@ def attached(monkeypatch) -> Iterator[Simulation]:
     """
     if KEPT is None:
         pytest.skip("a real accelerator is there, or this torch takes none from Python")
+    with torch.device("cpu"):  # torch now notes, for good, which functions such a block rules
+        torch.empty(0)
     memory = {"get_memory_info": (2**30, 2**31), "max_memory_allocated": 2**29}
     for name, value in memory.items():
         monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
