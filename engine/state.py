@@ -17,8 +17,9 @@ from engine.loading import train_loader
 from engine.plan import StepPlan, plan_steps
 from engine.reporter import Reporter
 from engine.run import Run
+from processes import barrier, gather_from_processes, seed_everything
 from pruners import Pruner
-from utils import UserError, barrier, gather_from_processes, seed_everything
+from utils import UserError
 
 TORCHRUN_GRACE = 30  # seconds; torchrun's --shutdown-timeout
 
