@@ -85,7 +85,7 @@ def report(model: nn.Module, config: dict) -> dict:
         Fit for JSON: what `costs.sizes` and `costs.multiply_adds` return, and for the model as it
         is ("dense") and with sparse layers ("sparse") milliseconds a sample and resident bytes.
     """
-    sample = costs.example(config["task"], config["image_size"])
+    sample = costs.example(model, config["task"], config["image_size"])
     found = costs.sizes(model) | {"multiply_adds": costs.multiply_adds(model, sample)}
     found["dense"] = measured(model, config, sample)
     found["sparse_layers"] = str(sparsify_(model))
@@ -94,13 +94,13 @@ def report(model: nn.Module, config: dict) -> dict:
 
 
 def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
-    """Milliseconds of one sample (a caption; the judgement of a pair), and resident bytes."""
+    """Milliseconds of one sample (a caption, or a forward pass), and resident bytes."""
     if config["task"] == "caption":
         lengths = config["num_beams"], config["max_length"], config["min_length"]
         time = costs.milliseconds(lambda: model.generate(sample[0], *lengths))
     else:
         with torch.no_grad():
-            time = costs.milliseconds(lambda: model.logits_from_ids(*sample[:-1]))
+            time = costs.milliseconds(lambda: costs.infer(model, sample))
     return {"milliseconds": time, "resident_bytes": costs.resident_bytes()}
 
 
@@ -177,10 +177,11 @@ def check_flags(args: argparse.Namespace, config: dict) -> None:
         raise UserError("nothing to do: give --to with --out, --split or --report")
     if bool(args.to) != bool(args.out):
         raise UserError("--to and --out go together")
-    if args.to == "huggingface" and config["task"] == "nlvr":
+    if args.to == "huggingface" and config["task"] != "caption":
+        why = "; transformers has no class for BLIP's NLVR2 model" * (config["task"] == "nlvr")
         raise UserError(
-            "--to huggingface: transformers has no class for BLIP's NLVR2 model; take --to "
-            "compressed, which this project reads"
+            f"--to huggingface writes captioners alone{why}; take --to compressed, which this "
+            "project reads"
         )
     if args.split and args.dtype == "float32":
         raise UserError("--split shows what rounding does: give --dtype float16 or bfloat16, too")
