@@ -335,7 +335,8 @@ class ForwardCapture:
         left = self.plan.n * (sum(forward) + (self.plan.n + 1) * products)
         self.flops = forward[0]  # for one sample
         self.bar.total = self.bar.n + left
-        self.bar.set_description(f"{len(passes)} passes left" if passes[1:] else "last pass")
+        shown = f"{len(passes)} passes left" if passes[1:] else "last pass"
+        self.bar.set_description(shown, refresh=False)
 
     def _run(self) -> None:
         """One pass over all samples."""
