@@ -14,6 +14,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from configs import COUNT, FROM_ZERO, Number, load_config
+from data.image_dataset import ImageDataset
 from dimension.budget import plan_capture, share_layers
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.figures import plot_comparison, plot_depth, plot_scale, save_figure
@@ -48,6 +50,7 @@ from models.weight_files import fetch
 from utils import (
     Process,
     UserError,
+    available_cpus,
     barrier,
     free_memory,
     init_distributed,
@@ -87,16 +90,32 @@ class Images(Sequence):
         return self.dataset.open(paths[self.which])
 
 
-def choose_samples(n: int, available: int, seed: int) -> list[int]:
-    """Indices of n random samples.
+def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int], int]:
+    """Indices of n random samples, and how many had to be passed over for them.
+
+    With `dataset.skip_bad_images` the images are read once for it: a sample with one that cannot
+    be read gives way to the next of the random order.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer samples.
     """
-    if n > available:
-        raise UserError(f"-n {n}: the training set has only {available} samples")
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(available, generator=generator)[:n].tolist()
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    chosen = order[:n]
+    seen = len(chosen)
+    if dataset.skip_bad_images:
+        chosen, seen = [], 0
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            while len(chosen) < n and seen < len(order):
+                tried = order[seen : seen + n - len(chosen)]
+                good = pool.map(dataset.is_readable, tried)
+                chosen += [index for index, ok in zip(tried, good, strict=True) if ok]
+                seen += len(tried)
+    if len(chosen) < n:
+        bad = len(order) - len(chosen) if dataset.skip_bad_images else 0
+        damaged = f", of which {bad} have images that cannot be read" if bad else ""
+        raise UserError(f"-n {n}: the training set has only {len(order)} samples{damaged}")
+    return chosen, seen - n
 
 
 def build_samples(
@@ -247,22 +266,49 @@ def gather_layers(process: Process, mine: dict[str, LayerID]) -> dict[str, Layer
     return {name: layer for one in everyone for name, layer in one.items()}
 
 
-def measure(args: argparse.Namespace) -> IDProfile | None:
-    """Measures a model; returns its profile on the main process, None on the others."""
-    folder = Path(args.Path)
+def measure(
+    folder: Path,
+    config: dict,
+    weights: str,
+    device: str,
+    *,
+    n: int,
+    batch_size: int,
+    fraction: float,
+    keep_padding: bool,
+    skip_bad_images: bool,
+    keep_distances: bool,
+    memory_gb: float | None,
+    seed: int,
+) -> IDProfile | None:
+    """Measures the layers of trained or pruned weights, with the samples of a training set.
+
+    Args:
+        folder: of the results.
+        config: of the model and its data.
+        weights: a file, the folder of a run, or an address.
+        device: see `init_distributed`.
+        n: samples.
+        batch_size: samples in a forward pass.
+        fraction: of the points, see `estimate_id`.
+        keep_padding: see `counted_positions`.
+        skip_bad_images: whether other samples stand for those that cannot be read.
+        keep_distances: whether to keep all layers' distances for `estimate_again`.
+        memory_gb: see `plan_share`.
+        seed: of the choice of samples and of the blocks.
+
+    Returns:
+        The profile, which is written, on the main process; None on the others.
+    """
     require_writable(folder)
-    config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
-    process = init_distributed(chosen_device(args.cpu, args.gpu), timeout_s=PATIENCE_S)
+    process = init_distributed(device, timeout_s=PATIENCE_S)
     keep_freed_memory(process.device)
     task = TASKS[config["task"]]
-    batch_size = args.batch_size or config["eval_batch_size"]
-    dataset = task.build_datasets(config, args.seed)[0]
+    dataset = task.build_datasets(config, seed)[0]
+    dataset.skip_bad_images = skip_bad_images
     dataset.check()
-    indices = choose_samples(args.nsamples, len(dataset), args.seed)
+    indices, bad = choose_samples(dataset, n, seed)
     model = task.build_model(config)
-    weights = args.pruned or config["pretrained"]
-    if not weights:
-        raise UserError("nothing to measure: give --pretrained or --pruned")
     with main_process_first():  # which downloads, where it is an address
         fetch(weights)
     print_once(process, str(load_trained(model, weights)))
@@ -273,33 +319,34 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
         model.tokenize,
         task.images,
         batch_size,
-        args.keep_padding,
+        keep_padding,
         config["num_workers"],
     )
     settings = {  # all that the IDs depend on
-        "nsamples": args.nsamples,
-        "seed": args.seed,
-        "fraction": args.fraction,
+        "nsamples": n,
+        "bad_images": bad,
+        "seed": seed,
+        "fraction": fraction,
         "enough_points": ENOUGH_POINTS,
-        "keep_padding": args.keep_padding,
+        "keep_padding": keep_padding,
         "batch_size": batch_size,
         "device": process.device.type,
         "dtype": "float32",
-        "save_distances": args.save_distances,
+        "save_distances": keep_distances,
         "config": {key: config[key] for key in MODEL_AND_DATA_KEYS if key in config},
         "checkpoint": weights,
         "checkpoint_sha256": model_hash(model),
     }
     partial = PartialProfile(folder, settings, process.rank)
-    capture = plan_share(process, model, samples, set(partial.found), args.memory_gb)
-    clear_other_runs(process, partial, args.save_distances)
-    permutations = block_permutations(args.nsamples, args.seed)
-    found = estimate(capture, permutations, args.fraction, partial, args.save_distances)
+    capture = plan_share(process, model, samples, set(partial.found), memory_gb)
+    clear_other_runs(process, partial, keep_distances)
+    permutations = block_permutations(n, seed)
+    found = estimate(capture, permutations, fraction, partial, keep_distances)
     found = gather_layers(process, found)
     if not process.is_main:
         return None
     layers = {name: found[name] for name in prunable_layers(model)}
-    profile = IDProfile(settings, layers, make_remarks(args.nsamples, layers))
+    profile = IDProfile(settings, layers, make_remarks(n, layers, bad))
     profile.write(folder)
     partial.clear()
     return profile
@@ -335,7 +382,8 @@ def estimate_again(folder: Path, fraction: float, seed: int) -> IDProfile:
     }
     changes = {"fraction": fraction, "block_seed": seed, "enough_points": ENOUGH_POINTS}
     settings = before.settings | changes
-    profile = replace(before, settings=settings, layers=layers, remarks=make_remarks(n, layers))
+    remarks = make_remarks(n, layers, settings.get("bad_images", 0))
+    profile = replace(before, settings=settings, layers=layers, remarks=remarks)
     profile.write(folder)
     return profile
 
@@ -375,7 +423,27 @@ def main(args: argparse.Namespace) -> None:
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
     folder = Path(args.Path)
-    profile = estimate_again(folder, args.fraction, args.seed) if args.skip else measure(args)
+    if args.skip:
+        profile = estimate_again(folder, args.fraction, args.seed)
+    else:
+        config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
+        weights = args.pruned or config["pretrained"]
+        if not weights:
+            raise UserError("nothing to measure: give --pretrained or --pruned")
+        profile = measure(
+            folder,
+            config,
+            weights,
+            chosen_device(args.cpu, args.gpu),
+            n=args.nsamples,
+            batch_size=args.batch_size or config["eval_batch_size"],
+            fraction=args.fraction,
+            keep_padding=args.keep_padding,
+            skip_bad_images=args.skip_bad_images,
+            keep_distances=args.save_distances,
+            memory_gb=args.memory_gb,
+            seed=args.seed,
+        )
     if profile is not None:
         figures = draw(profile, folder, args.compare)
         print(summary(profile))
@@ -411,6 +479,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="share of the points that is fitted, in (0, 1]",
     )
     add("--keep_padding", action="store_true", help="as the original: a batch's padding counts")
+    add(
+        "--skip_bad_images",
+        action="store_true",
+        help="take other samples for those whose images cannot be read, and count them",
+    )
     add(
         "--memory_gb",
         type=Number(float, 0),

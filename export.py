@@ -3,7 +3,7 @@
     python export.py --config configs/caption_coco.yaml --pruned output/coco/PLATON80 \
         --to compressed --out blip80.safetensors
     python export.py --config configs/caption_coco.yaml --pruned output/coco/PLATON80 \
-        --to huggingface --out blip80 --dtype float16
+        --to huggingface --out blip80 --dtype float16 --split val
     python export.py --config configs/caption_coco.yaml --pruned output/coco/PLATON80 --report
 
 A compressed file is read wherever weights are: --pruned, --pretrained, a config's `pretrained`.
@@ -12,6 +12,7 @@ A compressed file is read wherever weights are: --pruned, --pretrained, a config
 import argparse
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from configs import load_config
+from engine.run import Run
 from engine.tasks import TASKS
 from evaluation import costs
 from models import compressed, sparsify_
 from models.checkpoint import load_trained, stored_tensors
 from models.huggingface import write_folder
-from utils import UserError, launch
+from utils import Process, UserError, launch
 
 
 @contextmanager
@@ -101,6 +104,45 @@ def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict
     return {"milliseconds": time, "resident_bytes": costs.resident_bytes()}
 
 
+def held_out_set(config: dict, split: str) -> Dataset:
+    """A held-out split, whose files are there.
+
+    Raises:
+        UserError: they are not, or there is no such split.
+    """
+    task = TASKS[config["task"]]
+    if split not in task.held_out:
+        raise UserError(f"--split {split}: this config's are {' and '.join(task.held_out)}")
+    dataset = dict(zip(task.held_out, task.build_datasets(config, 0)[1:], strict=True))[split]
+    dataset.check()
+    return dataset
+
+
+def scores(model: nn.Module, config: dict, dataset: Dataset, split: str) -> dict[str, float]:
+    """The scores of a held-out split, which is evaluated as a trainer validates."""
+    task = TASKS[config["task"]]
+    flags = argparse.Namespace(seed=0, amp="off", evaluate=False, spice=False)
+    process = Process(rank=0, world_size=1, device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(flags, task, config, process, Path(folder), id_profile="")
+        return task.evaluate(run, model, dataset, split)["scores"]
+
+
+def show_rounding(
+    model: nn.Module, config: dict, dtype: torch.dtype, dataset: Dataset, split: str
+) -> None:
+    """Prints what rounding does to the scores of a split; the model is rounded after it."""
+    before = scores(model, config, dataset, split)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in rounded(model, dtype):
+            parameters[name].copy_(tensor)
+    kind = str(dtype).removeprefix("torch.")
+    for name, after in scores(model, config, dataset, split).items():
+        change = after - before[name]
+        print(f"{split} {name}: float32 {before[name]:.4f}, {kind} {after:.4f}, {change:+.4f}")
+
+
 def show(found: dict) -> None:
     """Prints a report for people."""
     lines = {what: shares(found[what]) for what in ("parameters", "nonzeros")}
@@ -131,8 +173,8 @@ def check_flags(args: argparse.Namespace, config: dict) -> None:
     Raises:
         UserError: naming the flag.
     """
-    if not args.to and not args.report:
-        raise UserError("nothing to do: give --to with --out, or --report")
+    if not (args.to or args.report or args.split):
+        raise UserError("nothing to do: give --to with --out, --split or --report")
     if bool(args.to) != bool(args.out):
         raise UserError("--to and --out go together")
     if args.to == "huggingface" and config["task"] == "nlvr":
@@ -140,6 +182,8 @@ def check_flags(args: argparse.Namespace, config: dict) -> None:
             "--to huggingface: transformers has no class for BLIP's NLVR2 model; take --to "
             "compressed, which this project reads"
         )
+    if args.split and args.dtype == "float32":
+        raise UserError("--split shows what rounding does: give --dtype float16 or bfloat16, too")
     if args.out and args.out.exists():
         raise UserError(f"--out: {args.out} exists; remove it or choose another")
 
@@ -148,6 +192,7 @@ def main(args: argparse.Namespace) -> None:
     """Exports, then reports."""
     config = load_config(args.config)
     check_flags(args, config)
+    dataset = held_out_set(config, args.split) if args.split else None
     model = TASKS[config["task"]].build_model(config).eval()
     print(load_trained(model, args.pruned))
     dtype = getattr(torch, args.dtype)
@@ -160,6 +205,8 @@ def main(args: argparse.Namespace) -> None:
         if args.to == "huggingface":
             reader += f", or BlipForConditionalGeneration.from_pretrained('{args.out}')"
         print(f"{args.out}: {bytes_of(args.out) / 1e6:.1f} MB; read it with {reader}")
+    if args.split:
+        show_rounding(model, config, dtype, dataset, args.split)
     if args.report:
         show(report(model, config))
 
@@ -181,6 +228,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file (compressed) or folder (huggingface)")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of weights"
+    )
+    parser.add_argument(
+        "--split", metavar="SPLIT", help="evaluate this split before and after rounding to --dtype"
     )
     parser.add_argument("--report", action="store_true", help="sizes, multiply-adds, time, memory")
     return parser.parse_args(argv)

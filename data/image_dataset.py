@@ -38,8 +38,8 @@ def open_image(path: str) -> Image.Image:
     except Exception as error:  # Pillow's readers raise what they meet in a damaged file
         why = mistaken_for(path) or str(error) or type(error).__name__
         raise BadImageError(
-            f"cannot read image {path}: {why}. Mend or replace it; training goes on without such "
-            "images under --skip_bad_images"
+            f"cannot read image {path}: {why}. Mend or replace it; training and profiling "
+            "go on without such images under --skip_bad_images"
         ) from error
 
 
@@ -122,7 +122,8 @@ class ImageDataset(Dataset):
         seed: Seed of the random choices.
 
     Attributes:
-        skip_bad_images: Whether an unreadable image is replaced by the next sample (for training).
+        skip_bad_images: Whether an unreadable image is replaced by another sample (not in
+            evaluation, which needs every image).
     """
 
     def __init__(
@@ -179,6 +180,15 @@ class ImageDataset(Dataset):
     def open(self, path: str) -> torch.Tensor:
         """The transformed image (3, S, S)."""
         return self.transform(open_image(path))
+
+    def is_readable(self, index: int) -> bool:
+        """Whether all images of an item can be read."""
+        try:
+            for path in self.image_paths(index):
+                open_image(path)
+        except BadImageError:
+            return False
+        return True
 
     def check(self) -> None:
         """Looks whether all image files exist, in the listings of their folders; reads none.

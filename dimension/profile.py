@@ -167,14 +167,19 @@ def measure_layer(
     return LayerID(analysis.id, error, means, analysis.points, analysis.duplicates, features)
 
 
-def make_remarks(n: int, layers: dict[str, LayerID]) -> list[str]:
+def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
     """Sentences on IDs that a reader should not take as they stand.
 
     Args:
         n: samples.
         layers: name to what was measured.
+        bad: samples that were passed over because their images cannot be read.
     """
     remarks = []
+    if bad:
+        remarks.append(
+            f"{bad} samples were passed over for others, because their images cannot be read"
+        )
     most = BLOCK_COUNTS[-1]
     used = min(max(1, n // ENOUGH_POINTS), most)
     if used < most:

@@ -25,6 +25,7 @@ from pruners import sparsity_report
 from utils import (
     Process,
     UserError,
+    available_cpus,
     init_distributed,
     keep_freed_memory,
     main_process_first,
@@ -73,7 +74,7 @@ class Run:
     @property
     def loading_processes(self) -> int:
         """How many load images for each loader: no more than this process may use CPUs."""
-        return min(self.config["num_workers"], len(os.sched_getaffinity(0)))
+        return min(self.config["num_workers"], available_cpus())
 
     def say(self, message: str) -> None:
         """Prints on the main process only."""

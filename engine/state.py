@@ -95,7 +95,7 @@ def build_state(run: Run, model: nn.Module, dataset: Dataset) -> TrainState:
         on_cpu = process.device.type == "cpu"
         devices = None if on_cpu else [process.device.index]
         engine = DistributedDataParallel(
-            model, devices, gradient_as_bucket_view=True, broadcast_buffers=False
+            model, devices, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
     loader = train_loader(run, dataset)
     return TrainState(model, engine, optimizer, pruner, plan, loader, identity)
