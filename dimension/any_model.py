@@ -74,7 +74,7 @@ def measure(
         seed: of the blocks, see `twonn.block_analysis`.
 
     Returns:
-        The IDs of the layers in the order of their first calls. Its remarks name layers that are
+        The IDs of the layers in forward order, by the last call of each. Its remarks name layers that are
         left out since they never run or give no floating-point tensor with a row a sample.
 
     Raises:
@@ -108,7 +108,7 @@ def measure(
         "enough_points": ENOUGH_POINTS,
         "device": device.type,
     }
-    ordered = {name: found[name] for name in modules if name in found}
+    ordered = {name: found[name] for name in names}
     return IDProfile(settings, ordered, make_remarks(count, ordered) + omitted)
 
 

@@ -274,6 +274,7 @@ def test_calls_of_one_layer_are_one_representation(nothing_fixed, layers):
         expected_ids({"shared": both, "between": between}), rel=PROMISED
     )
     assert profile.layers["shared"].features == (6 + 4) * 16
+    assert list(profile.layers) == ["between", "shared"]  # in forward order
 
 
 @dataclass
@@ -520,7 +521,7 @@ def test_modes_gradients_and_hooks_are_restored():
 def test_names_and_patterns():
     model, batches = Chain(), chain_inputs()
     assert list(measure(model, batches, layers="steps.[13]").layers) == ["steps.1", "steps.3"]
-    assert list(measure(model, batches, layers=["steps.4", ""]).layers) == ["steps.4", ""]
+    assert list(measure(model, batches, layers=["", "steps.4"]).layers) == ["steps.4", ""]
     with pytest.raises(UserError, match="'head.*' fits no layer, such as steps.0, steps.1"):
         measure(model, batches, layers="head.*")
 
