@@ -74,8 +74,8 @@ def measure(
         seed: of the blocks, see `twonn.block_analysis`.
 
     Returns:
-        The IDs of the layers in forward order, by the last call of each. Its remarks name layers that are
-        left out since they never run or give no floating-point tensor with a row a sample.
+        The IDs of the layers in forward order, by the last call of each. Its remarks name layers
+        that are left out since they never run or give no floating-point tensor with a row a sample.
 
     Raises:
         UserError: a pattern fits no layer, the budget is too small, batches differ between passes
@@ -154,7 +154,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, float32 proper, and all modules called; then all as it was."""
     modes = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # torch's own encoder would call no layers
+    torch.backends.mha.set_fastpath_enabled(False)  # nested tensors in torch's own encoder
     model.eval()
     try:
         with torch.no_grad(), full_float32():

@@ -539,6 +539,10 @@ def test_attention_stands_for_its_out_proj():
     name = "layers.0.self_attn.out_proj"
     expected = expected_ids({name: attended})[name]
     assert profile.layers[name].id == pytest.approx(expected, rel=PROMISED)
+    masked = [(x, None, torch.arange(6).expand(len(x), 6) > 3) for x in batches]
+    assert list(measure(model, masked, layers="*linear2").layers) == [
+        f"layers.{i}.linear2" for i in (0, 1)
+    ]
     with pytest.raises(UserError, match="0 has samples in the second dimension"):
         measure(nn.Sequential(nn.MultiheadAttention(16, 2)), batches)
 
