@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from configs import load_config
-from data.image_dataset import to_rgb
+from data.image_dataset import find_pictures, to_rgb
 from data.transforms import build_transform
 from models import build_captioner, sparsify_
 from models.captioner import Captioner
@@ -58,25 +58,6 @@ def load_model(args: argparse.Namespace) -> tuple[Captioner, dict]:
 def tell(message: str) -> None:
     """Prints beside the captions, which alone go to standard output."""
     print(message, file=sys.stderr, flush=True)
-
-
-def find_pictures(places: list[Path]) -> list[Path]:
-    """The files among `places`, and in folders those whose names end as pictures' do.
-
-    Raises:
-        UserError: a folder has none.
-    """
-    pictures = []
-    for place in places:
-        if not place.is_dir():
-            pictures.append(place)
-            continue
-        known = Image.registered_extensions()
-        found = sorted(file for file in place.iterdir() if file.suffix.lower() in known)
-        if not found:
-            raise UserError(f"there are no pictures in the folder {place}")
-        pictures += found
-    return pictures
 
 
 def open_upright(path: Path) -> Image.Image:

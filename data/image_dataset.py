@@ -58,6 +58,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def find_pictures(places: list[Path]) -> list[Path]:
+    """The files among `places`, and in folders those whose names end as pictures' do.
+
+    Raises:
+        UserError: a folder has none.
+    """
+    pictures = []
+    for place in places:
+        if not place.is_dir():
+            pictures.append(place)
+            continue
+        known = Image.registered_extensions()
+        found = sorted(file for file in place.iterdir() if file.suffix.lower() in known)
+        if not found:
+            raise UserError(f"there are no pictures in the folder {place}")
+        pictures += found
+    return pictures
+
+
 def missing_files(paths: Iterable[str]) -> list[str]:
     """Those of the paths that are no files; each folder is listed once."""
     by_folder = defaultdict(list)
