@@ -233,7 +233,7 @@ def start(args: argparse.Namespace, task: Task) -> Run:
     run = Run(args, task, config, process, results_folder(args), id_profile)
     if process.is_main:
         take_folder(run.folder)
-        if not args.evaluate:
+        if not (args.evaluate or args.check):
             write_json(run.folder / "config.json", {"config": config, "flags": vars(args)})
     seed_everything(args.seed)
     return run
