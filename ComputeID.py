@@ -20,13 +20,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from configs import load_config
+from engine.profile_flags import check_profile_flags, parse_profile_flags
+from utils import UserError, launch
+
+if __name__ == "__main__":  # before what takes seconds to import, for mistakes do not wait for it
+    ARGS = parse_profile_flags(__doc__)
+    launch(check_profile_flags, ARGS)
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from configs import COUNT, FROM_ZERO, Number, load_config
-from data.image_dataset import ImageDataset, find_pictures
+from data.image_dataset import ImageDataset
+from data.images import find_pictures
 from dimension import measure as measure_any
 from dimension.any_model import choose_layers
 from dimension.budget import default_budget, plan_capture, share_layers
@@ -47,22 +55,20 @@ from dimension.profile import (
     partial_profiles,
     save_distances,
 )
-from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS
+from dimension.twonn import ENOUGH_POINTS
 from engine.tasks import TASKS
 from models import prunable_layers
 from models.checkpoint import load_trained
 from models.hub import HubInputs, check_forward, layer_kinds, open_hub_model, read_texts
 from models.layers import modality
 from models.weight_files import fetch
-from utils import (
+from processes import (
     Process,
-    UserError,
     available_cpus,
     barrier,
     free_memory,
     init_distributed,
     keep_freed_memory,
-    launch,
     main_process_first,
 )
 
@@ -70,7 +76,6 @@ from utils import (
 MODEL_AND_DATA_KEYS = (
     "task vit clip image_size tokenizer image_root ann_root prompt max_words max_tokens"
 ).split()
-OURS_ONLY = "skip save_distances keep_padding skip_bad_images pretrained pruned".split()
 HUB_BATCH_SIZE = 8
 PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
@@ -535,60 +540,8 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "-n",
-        "--nsamples",
-        type=Number(int, FEWEST_POINTS),
-        default=2000,
-        help="samples of the training set (2000)",
-    )
-    add("--Path", default="ID/Blip_coco", help="folder for the results")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cpu", action="store_true", help="run on the CPU")
-    device.add_argument(
-        "--gpu", type=FROM_ZERO, metavar="N", help="run on GPU N; default: a GPU if there is one"
-    )
-    add("-s", "--skip", action="store_true", help="no model: estimate again from kept distances")
-    add("--save_distances", action="store_true", help="keep distances for -s, 4 n^2 bytes a layer")
-    add(
-        "--fraction",
-        type=Number(float, 0, 1),
-        default=1.0,
-        help="share of the points that is fitted, in (0, 1]",
-    )
-    add("--keep_padding", action="store_true", help="as the original: a batch's padding counts")
-    add(
-        "--skip_bad_images",
-        action="store_true",
-        help="take other samples for those whose images cannot be read, and count them",
-    )
-    add(
-        "--memory_gb",
-        type=Number(float, 0),
-        help="for activations, states and matrices of each process",
-    )
-    add("--compare", nargs="+", default=[], metavar="PROFILE", help="draw these profiles, too")
-    add("--batch_size", type=COUNT, help="samples in a forward pass; default: the config's")
-    add("--seed", type=FROM_ZERO, default=0, help="of the choice of samples and blocks")
-    add("--config", default="configs/caption_coco.yaml")
-    add("--pretrained", help="weights instead of the config's")
-    add("--pruned", help="measure pruned weights (a file, or the folder of a pruning run)")
-    add("--hf", metavar="NAME_OR_FOLDER", help="measure this model of Hugging Face's")
-    add("--images", metavar="FOLDER", help="with --hf: pictures, taken in the order of their names")
-    add("--texts", metavar="FILE", help="with --hf: a text on each line, one for each picture")
-    args = parser.parse_args(argv)
-    for flag in ("images", "texts") if args.hf is None else OURS_ONLY:
-        if getattr(args, flag):
-            how = "goes with --hf" if args.hf is None else "does not go with --hf"
-            parser.error(f"argument --{flag} {how}")
-    if args.fraction == 0:
-        parser.error("argument --fraction: no points are left to fit; 1 takes all")
-    return args
+    return parse_profile_flags(__doc__, argv)
 
 
 if __name__ == "__main__":
-    launch(main, parse_args())
+    launch(main, ARGS)

@@ -1,32 +1,24 @@
-"""What every script needs: atomic files, seeds, devices, and one or several processes."""
+"""What every script needs: atomic files, downloads, users' mistakes, exit codes.
+
+Nothing here imports torch, so that flags and configs are checked before it is.
+"""
 
 import argparse
-import ctypes
 import errno
 import io
 import json
 import os
-import platform
-import random
 import re
-import resource
 import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
 
-import numpy as np
-import psutil
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 # what a file system answers, unlike a network whose answer is being written
 _FILE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
 _FILE_ERRORS |= {errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -102,261 +94,6 @@ def write_json(path: str | Path, content) -> None:
         file.write("\n")
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-@dataclass(frozen=True)
-class Process:
-    """One process of the run: its rank, how many there are, and the device it computes on."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
-        return self.rank == 0
-
-
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SRUN = (
-    "srun --ntasks-per-node=1 python -m torch.distributed.run --nnodes=$SLURM_NNODES "
-    "--nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29505 SCRIPT FLAGS"
-)
-
-
-def launched_processes() -> int:
-    """How many processes torchrun started; 1 under plain `python`.
-
-    Raises:
-        UserError: some of torchrun's variables are set and others not, or they are no numbers; or
-            SLURM started several tasks, which know nothing of each other without torchrun.
-    """
-    values = {name: os.environ.get(name, "") for name in LAUNCHER}
-    missing = [name for name, value in values.items() if not value]
-    if missing == list(LAUNCHER):
-        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-        if tasks != "1":
-            raise UserError(
-                f"SLURM started {tasks} tasks, but not through torchrun: each would do it all "
-                f"and write the same files. Start one task on each node: {SRUN}"
-            )
-        return 1
-    set_names = [name for name in LAUNCHER if name not in missing]
-    if missing:
-        raise UserError(
-            f"{', '.join(set_names)} {'is' if len(set_names) == 1 else 'are'} set in the "
-            f"environment, but not {', '.join(missing)}: torchrun sets them all. Unset them, or "
-            "start with python -m torch.distributed.run"
-        )
-    numbers = [name for name in LAUNCHER if name != "MASTER_ADDR" and not values[name].isdigit()]
-    if numbers:
-        raise UserError(f"{numbers[0]} is {values[numbers[0]]!r} in the environment: not a number")
-    return int(values["WORLD_SIZE"])
-
-
-def choose_device(device: str, processes: int) -> torch.device:
-    """The device that a process computes on.
-
-    Args:
-        device: "auto" (an accelerator if there is one), "cpu", or an accelerator's type such as
-            "cuda", "xpu", "mps", with or without an index. Without one, each process takes the
-            device of its local rank.
-        processes: how many there are.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    present = torch.accelerator.current_accelerator(check_available=True)
-    if device == "auto":
-        device = present.type if present else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N, mps or xpu") from None
-    if chosen.type == "cpu":
-        return torch.device("cpu")
-    if present is None or chosen.type != present.type:
-        there = f"torch sees {present.type}" if present else "torch sees no GPU"
-        raise UserError(f"{device} is asked for, but {there}: take the CPU (--device cpu, --cpu)")
-    if chosen.index is not None and processes > 1:
-        raise UserError(
-            f"{device} is asked for under torchrun, where each process needs a device of its own: "
-            f"say {chosen.type} alone, and choose among devices with CUDA_VISIBLE_DEVICES"
-        )
-    index = int(os.environ.get("LOCAL_RANK") or 0) if chosen.index is None else chosen.index
-    if index >= torch.accelerator.device_count():
-        raise UserError(
-            f"{chosen.type}:{index} is asked for, but there are {torch.accelerator.device_count()} "
-            "such devices: start fewer processes (--nproc_per_node), or name another"
-        )
-    return torch.device(chosen.type, index)
-
-
-def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process:
-    """Joins the processes that torchrun started, or stands alone under plain `python`.
-
-    Args:
-        device: see `choose_device`.
-        timeout_s: a collective that waits longer for another process ends this one. It covers the
-            longest work of one process alone (scoring, a download); a process that dies closes its
-            connections, which ends the others at once.
-
-    Raises:
-        UserError: the device is not there, the launcher's variables are not whole, or the port is
-            taken.
-    """
-    world_size = launched_processes()
-    chosen = choose_device(device, world_size)
-    if chosen.type != "cpu":
-        torch.accelerator.set_device_index(chosen.index)
-    if world_size > 1 and not dist.is_initialized():
-        # what processes tell each other from the host goes over gloo, so that it waits for no GPU
-        backend = "gloo"
-        if chosen.type != "cpu":
-            own = dist.get_default_backend_for_device(chosen.type)
-            backend = f"cpu:gloo,{chosen.type}:{own}"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        except dist.DistNetworkError as error:
-            raise UserError(
-                f"the processes do not meet at {os.environ['MASTER_ADDR']}, port "
-                f"{os.environ['MASTER_PORT']} ({error}): choose another --master_port, and an "
-                "address that all nodes know"
-            ) from error
-    return Process(int(os.environ["RANK"]) if world_size > 1 else 0, world_size, chosen)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use, as a scheduler or taskset bounds them."""
-    if hasattr(os, "sched_getaffinity"):  # macOS has none
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on the device.
-
-    On the CPU that is the least of what the system has and what the process's control groups (a
-    container's, a job's) have left, shared among this machine's processes, and of what the
-    process's own limits (`ulimit -v`, `ulimit -d`) leave.
-    """
-    if device.type != "cpu":
-        return torch.accelerator.get_memory_info(device)[0]
-    shared = min([psutil.virtual_memory().available, *left_in_groups()])
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    used = psutil.Process().memory_info()
-    own = {resource.RLIMIT_AS: used.vms, resource.RLIMIT_DATA: getattr(used, "data", 0)}
-    limits = {kind: resource.getrlimit(kind)[0] for kind in own}
-    left = [limits[kind] - own[kind] for kind in own if limits[kind] != resource.RLIM_INFINITY]
-    return max(0, min([shared // processes, *left]))
-
-
-# files of a control group: limits, what is used, and which line of memory.stat can be given back
-GROUPS_V1 = (["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_inactive_file")
-GROUPS_V2 = (["memory.max", "memory.high"], "memory.current", "inactive_file")
-
-
-def left_in_groups(root: str | Path = "/") -> list[int]:
-    """Bytes left below each memory limit of this process's control groups and those above them.
-
-    A container often sees its own group as the uppermost one, whatever path the kernel tells; of
-    a path, the groups that are there count.
-
-    Args:
-        root: of the file system.
-    """
-    left = []
-    try:
-        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux
-        return left
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top = Path(root, "sys/fs/cgroup", controllers)
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            left += _left_in_group(folder, *(GROUPS_V1 if controllers else GROUPS_V2))
-            if folder == top:
-                break
-    return left
-
-
-def _left_in_group(folder: Path, limits: list[str], usage: str, cache: str) -> list[int]:
-    """Bytes left below each limit of a control group; nothing where it has none."""
-    try:
-        values = [(folder / name).read_text().strip() for name in limits]
-        used = int((folder / usage).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except OSError:
-        return []
-    used -= int(stat.get(cache, 0))
-    return [int(value) - used for value in values if value != "max"]
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Lets glibc keep what is freed, instead of returning it to the kernel and asking anew.
-
-    Forward passes and training steps on the CPU free gigabytes, and a page that comes back is
-    zeroed first: a training step of BLIP base took 6.3 s without this and 5.2 s with it (batch 2,
-    two cores), at the same peak of memory. A GPU's memory is kept by torch.
-    """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def is_main() -> bool:
-    """Whether this process writes files and speaks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def barrier() -> None:
-    """Waits for all processes; nothing where there is one."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def sum_over_processes(values: list[float]) -> list[float]:
-    """Sums host values over all processes, without waiting for a GPU.
-
-    A process that has died is noticed here at once, for its connection is closed.
-    """
-    total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def gather_from_processes(value) -> list:
-    """The values of all processes, in the order of ranks, on every process."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Lets the main process run the block (a download, say) before the others do."""
-    if not is_main():
-        barrier()
-    try:
-        yield
-    finally:
-        if is_main():
-            barrier()
-
-
 def download(url: str, path: str | Path) -> None:
     """Downloads a file; `path` appears once it is whole. Long downloads show a progress bar.
 
@@ -409,5 +146,6 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
-        if dist.is_initialized():
+        dist = sys.modules.get("torch.distributed")  # where it is not imported, none was joined
+        if dist is not None and dist.is_initialized():
             dist.destroy_process_group()

@@ -38,7 +38,8 @@ from dimension.twonn import (
 )
 from models import build_captioner, prunable_layers
 from models.layers import sees_image
-from utils import keep_freed_memory, write_json
+from processes import keep_freed_memory
+from utils import write_json
 
 CAPTION_LENGTHS = (9, 16)  # tokens, prompt included
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import compressed, modality
+from models import compressed, modality, sparsify_
 from models.checkpoint import stored_tensors
 
 BYTES = {"float32": 4, "float16": 2}  # of an element
@@ -133,3 +133,29 @@ def resident_bytes() -> int | None:
     except OSError:
         return None
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def report(model: nn.Module, config: dict) -> dict:
+    """Measures what a model costs, here; sparse as well, which makes it sparse.
+
+    Returns:
+        Fit for JSON: what `sizes` and `multiply_adds` return, and for the model as it
+        is ("dense") and with sparse layers ("sparse") milliseconds a sample and resident bytes.
+    """
+    sample = example(model, config["task"], config["image_size"])
+    found = sizes(model) | {"multiply_adds": multiply_adds(model, sample)}
+    found["dense"] = measured(model, config, sample)
+    found["sparse_layers"] = str(sparsify_(model))
+    found["sparse"] = measured(model, config, sample)
+    return found
+
+
+def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
+    """Milliseconds of one sample (a caption, or a forward pass), and resident bytes."""
+    if config["task"] == "caption":
+        lengths = config["num_beams"], config["max_length"], config["min_length"]
+        time = milliseconds(lambda: model.generate(sample[0], *lengths))
+    else:
+        with torch.no_grad():
+            time = milliseconds(lambda: infer(model, sample))
+    return {"milliseconds": time, "resident_bytes": resident_bytes()}

@@ -9,10 +9,10 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from data import EvalSampler
 from data.caption_dataset import CaptionEvalDataset
-from evaluation import caption_split, contact_sheet, generate_captions
-from evaluation.figures import draw_sheet
+from data.samplers import EvalSampler
+from evaluation.captions import caption_split, generate_captions
+from evaluation.figures import contact_sheet, draw_sheet
 from models import build_captioner
 
 IMAGES, BATCH = 101, 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_caption
-from data import TrainBatchSampler
+from data.samplers import TrainBatchSampler
 from engine.loop import is_best
 from models import Captioner, vit
 from tests.runs import finish, make_scenes, result, same, start, write_config
