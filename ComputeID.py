@@ -62,7 +62,7 @@ from models.checkpoint import load_trained
 from models.hub import HubInputs, check_forward, layer_kinds, open_hub_model, read_texts
 from models.layers import modality
 from models.weight_files import fetch
-from processes import (
+from utils.processes import (
     Process,
     available_cpus,
     barrier,

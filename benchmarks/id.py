@@ -38,8 +38,8 @@ from dimension.twonn import (
 )
 from models import build_captioner, prunable_layers
 from models.layers import sees_image
-from processes import keep_freed_memory
 from utils import write_json
+from utils.processes import keep_freed_memory
 
 CAPTION_LENGTHS = (9, 16)  # tokens, prompt included
 

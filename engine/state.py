@@ -20,9 +20,9 @@ from engine.reporter import Reporter
 from engine.run import Run
 from models.clip import OPENAI_TOKENIZER
 from models.text import vocabulary_file
-from processes import barrier, gather_from_processes, seed_everything
 from pruners import Pruner
 from utils import UserError
+from utils.processes import barrier, gather_from_processes, seed_everything
 
 TORCHRUN_GRACE = 30  # seconds; torchrun's --shutdown-timeout
 

@@ -11,7 +11,7 @@ from engine import reporter
 from engine.plan import StepPlan
 from engine.reporter import LOG_FILE, Reporter, hours
 from engine.state import Progress
-from utils import Process
+from utils.processes import Process
 
 
 @pytest.fixture

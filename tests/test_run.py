@@ -22,9 +22,9 @@ from engine.flags import DEFAULTS
 from engine.run import Mistakes, find_weights, prepare_run, take_folder
 from engine.run import start as begin
 from engine.tasks import CAPTION, TASKS
-from processes import LAUNCHER, choose_device, init_distributed, launched_processes
 from tests.runs import finish, make_scenes, start, write_config
 from utils import UserError, launch
+from utils.processes import LAUNCHER, choose_device, init_distributed, launched_processes
 
 
 @pytest.fixture(scope="module")

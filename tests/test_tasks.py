@@ -16,7 +16,7 @@ import train_nlvr
 from engine import tasks
 from engine.run import Run
 from engine.tasks import CAPTION, NLVR, RETRIEVAL, TASKS
-from utils import Process
+from utils.processes import Process
 
 SAMPLES = 5
 IMAGE = torch.zeros(3, 2, 2)
