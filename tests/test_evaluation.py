@@ -58,9 +58,10 @@ def test_captions_are_decoded_as_the_config_says():
             return ["a"] * len(images)
 
     split = TensorDataset(torch.zeros(3, 3, 2, 2), torch.arange(3))
-    config = {**DECODING, "batch_size": 7}
+    lengths = {"num_beams": 2, "max_length": 9, "min_length": 3}
+    config = {**lengths, "batch_size": 7}
     generate_captions(Model(), DataLoader(split, 2), config, torch.device("cpu"))
-    assert asked == [DECODING] * 2
+    assert asked == [lengths] * 2
 
 
 def colours(path) -> set[tuple]:
