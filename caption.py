@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from configs import load_config
+from data.images import find_pictures, to_rgb
 from utils import UserError, launch
 
 ROOT = Path(__file__).parent
@@ -68,33 +69,12 @@ def tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def find_pictures(places: list[Path]) -> list[Path]:
-    """The files among `places`, and in folders those whose names end as pictures' do.
-
-    Raises:
-        UserError: a folder has none.
-    """
-    pictures = []
-    for place in places:
-        if not place.is_dir():
-            pictures.append(place)
-            continue
-        known = Image.registered_extensions()
-        found = sorted(file for file in place.iterdir() if file.suffix.lower() in known)
-        if not found:
-            raise UserError(f"there are no pictures in the folder {place}")
-        pictures += found
-    return pictures
-
-
 def open_upright(path: Path) -> Image.Image:
     """A picture as RGB, turned as its EXIF orientation says.
 
     Raises:
         Exception: of many kinds, for Pillow's readers raise what they meet in a damaged file.
     """
-    from data.image_dataset import to_rgb
-
     with Image.open(path) as file:
         return to_rgb(ImageOps.exif_transpose(file))
 

@@ -50,10 +50,11 @@ def check_flags(args: argparse.Namespace, config: dict) -> None:
         raise UserError("nothing to do: give --to with --out, --split or --report")
     if bool(args.to) != bool(args.out):
         raise UserError("--to and --out go together")
-    if args.to == "huggingface" and config["task"] == "nlvr":
+    if args.to == "huggingface" and config["task"] != "caption":
+        why = "; transformers has no class for BLIP's NLVR2 model" * (config["task"] == "nlvr")
         raise UserError(
-            "--to huggingface: transformers has no class for BLIP's NLVR2 model; take --to "
-            "compressed, which this project reads"
+            f"--to huggingface writes captioners alone{why}; take --to compressed, which this "
+            "project reads"
         )
     if args.split and args.dtype == "float32":
         raise UserError("--split shows what rounding does: give --dtype float16 or bfloat16, too")

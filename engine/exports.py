@@ -18,8 +18,8 @@ from engine.tasks import TASKS
 from models import compressed
 from models.checkpoint import stored_tensors
 from models.huggingface import write_folder
-from processes import Process
 from utils import UserError
+from utils.processes import Process
 
 
 @contextmanager

@@ -5,6 +5,8 @@ import argparse
 from configs import COUNT, FROM_ZERO, Number, load_config
 
 FEWEST_SAMPLES = 3  # `dimension.twonn.FEWEST_POINTS`, without importing torch
+# flags that do not go with --hf
+OURS_ONLY = "skip save_distances keep_padding skip_bad_images pretrained pruned".split()
 
 
 def parse_profile_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +58,14 @@ def parse_profile_flags(description: str, argv: list[str] | None = None) -> argp
     add("--config", default="configs/caption_coco.yaml")
     add("--pretrained", help="weights instead of the config's")
     add("--pruned", help="measure pruned weights (a file, or the folder of a pruning run)")
+    add("--hf", metavar="NAME_OR_FOLDER", help="measure this model of Hugging Face's")
+    add("--images", metavar="FOLDER", help="with --hf: pictures, taken in the order of their names")
+    add("--texts", metavar="FILE", help="with --hf: a text on each line, one for each picture")
     args = parser.parse_args(argv)
+    for flag in ("images", "texts") if args.hf is None else OURS_ONLY:
+        if getattr(args, flag):
+            how = "goes with --hf" if args.hf is None else "does not go with --hf"
+            parser.error(f"argument --{flag} {how}")
     if args.fraction == 0:
         parser.error("argument --fraction: no points are left to fit; 1 takes all")
     return args
@@ -68,5 +77,5 @@ def check_profile_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError: something is.
     """
-    if not args.skip:
+    if not args.skip and args.hf is None:
         load_config(args.config)

@@ -20,7 +20,9 @@ from models import load_checkpoint, prunable_layers, sparsify_
 from models.checkpoint import load_trained
 from models.text import truncated
 from models.weight_files import fetch
-from processes import (
+from pruners import sparsity_report
+from utils import UserError, write_json
+from utils.processes import (
     Process,
     available_cpus,
     init_distributed,
@@ -28,8 +30,6 @@ from processes import (
     main_process_first,
     seed_everything,
 )
-from pruners import sparsity_report
-from utils import UserError, write_json
 
 LOOKED_AT = 5000  # training texts whose length is counted, at most
 
@@ -222,7 +222,7 @@ def start(args: argparse.Namespace, task: Task) -> Run:
     run = Run(args, task, config, process, results_folder(args), id_profile)
     if process.is_main:
         take_folder(run.folder)
-        if not args.evaluate:
+        if not (args.evaluate or args.check):
             write_json(run.folder / "config.json", {"config": config, "flags": vars(args)})
     seed_everything(args.seed)
     return run

@@ -11,7 +11,7 @@ from evaluation.captions import generate_captions
 from evaluation.figures import contact_sheet
 from models import load_checkpoint
 from models.weight_files import fetch
-from processes import main_process_first
+from utils.processes import main_process_first
 
 
 def find_dense(run: Run) -> Path | None:

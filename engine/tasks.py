@@ -15,7 +15,7 @@ from evaluation.nlvr import count_correct
 from evaluation.retrieval import recalls, retrieval_features
 from evaluation.scoring import score_results
 from models import build_captioner, build_clip, build_nlvr
-from processes import sum_over_processes
+from utils.processes import sum_over_processes
 
 
 def evaluate_captions(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:

@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ComputeID
-import processes
 import train_caption
 import train_clip_flickr30k
 import train_nlvr
@@ -29,13 +28,13 @@ from dimension.profile import IDProfile, PartialProfile
 from engine import loop, tasks
 from engine.tasks import TASKS
 from models import nlvr
-from processes import choose_device, init_distributed
 from pruners import Pruner, kernels, threshold
 from pruners.mask import mask_checksums
 from tests.runs import make_scenes, result, same, write_config
 from tests.simulated import SimTensor, attached
 from tests.test_train_clip import CLIP
-from utils import UserError
+from utils import UserError, processes
+from utils.processes import choose_device, init_distributed
 
 SCRIPTS = {"caption": train_caption, "nlvr": train_nlvr, "retrieval": train_clip_flickr30k}
 N = 45  # samples of a profile

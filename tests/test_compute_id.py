@@ -17,9 +17,9 @@ from data.scenes import __main__ as scenes
 from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile, load_distances
 from models import build_captioner, build_nlvr, prunable_layers
-from processes import Process
 from tests.runs import finish, start, write_config
 from utils import UserError, launch
+from utils.processes import Process
 
 N = 45
 LITTLE_MEMORY = ["--memory_gb", "0.1353"]

@@ -14,7 +14,14 @@ from configs import load_config
 from data.transforms import CLIP_STD, build_transform
 from engine.exports import held_out_set, scores
 from evaluation import costs
-from models import build_captioner, build_nlvr, checkpoint, load_checkpoint, prunable_layers
+from models import (
+    build_captioner,
+    build_clip,
+    build_nlvr,
+    checkpoint,
+    load_checkpoint,
+    prunable_layers,
+)
 from models.text import load_tokenizer
 from tests.conftest import read_golden
 from tests.runs import make_scenes, write_config
@@ -178,6 +185,30 @@ def test_nlvr_has_no_class_at_hugging_face(nlvr, tmp_path):
     _, flags = nlvr
     with pytest.raises(UserError, match="no class for BLIP's NLVR2 model; take --to compressed"):
         run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
+
+
+def test_clip_is_compressed_and_reported_but_not_for_hugging_face(tmp_path, capsys):
+    config = Path("configs/retrieval_demo.yaml").read_text()
+    (tmp_path / "clip.yaml").write_text(config)
+    model = build_clip(load_config(str(tmp_path / "clip.yaml")))
+    torch.save(pruned(model).state_dict(), tmp_path / "clip.pth")
+    flags = ["--config", str(tmp_path / "clip.yaml"), "--pruned", str(tmp_path / "clip.pth")]
+    with pytest.raises(UserError, match="writes captioners alone; take --to compressed"):
+        run(flags, "--to", "huggingface", "--out", tmp_path / "clip")
+    out = tmp_path / "clip.safetensors"
+    run(flags, "--to", "compressed", "--out", out, "--report")
+    other = build_clip(load_config(flags[1]))
+    load_checkpoint(other, out)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    lines = capsys.readouterr().out.splitlines()
+    nonzeros = {"vision": 0, "language": 0}
+    for name, parameter in model.named_parameters():
+        kind = "vision" if name.startswith("visual.") else "language"
+        nonzeros[kind] += int(parameter.count_nonzero())
+    (shown,) = (line for line in lines if line.startswith("nonzeros"))
+    assert shown.split(maxsplit=1)[1] == export.shares(nonzeros)
+    assert sum(line.startswith(("dense, here", "sparse, here")) for line in lines) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What every script needs: atomic files, downloads, users' mistakes, exit codes.
 
-Nothing here imports torch, so that flags and configs are checked before it is.
+Nothing here imports torch, so that flags and configs are checked before it is. What several
+processes need stands in `utils.processes`.
 """
 
 import argparse
