@@ -1,0 +1,61 @@
+"""Which cells a study has: the one that comes with the repository, and those of a command line."""
+
+import argparse
+
+from configs import load_config
+from studies.grid import DENSE, Cell, Setting, Study, grid
+from studies.statistics import RULE, SCORES
+from studies.weightings import ID, NONE, SHUFFLED, WEIGHTINGS, weigh
+from utils import UserError
+
+SEEDS = range(8)
+STEPS = 160
+EMBEDDED_FLAGS = [
+    *("--num_workers", "0", "--batch_size", "16", "--init_lr", "5e-4"),
+    *("--max_steps", str(STEPS), "--warmup_steps", str(STEPS // 5)),
+]
+
+
+def embedded() -> Study:
+    """Captions and statements of the embedded scenes, for two cores."""
+    settings = {
+        "caption": Setting(
+            "configs/caption_demo.yaml", "configs/id/scenes_caption.json", 250, EMBEDDED_FLAGS
+        ),
+        "nlvr": Setting(
+            "configs/nlvr_demo.yaml",
+            "configs/id/scenes_nlvr.json",
+            1000,
+            [*EMBEDDED_FLAGS, "--final_warmup", "1"],
+        ),
+    }
+    few = (NONE, ID, SHUFFLED)
+    cells = [
+        Cell("caption", DENSE, 1.0, NONE, 0),
+        Cell("nlvr", DENSE, 1.0, NONE, 0),
+        *grid("caption", ["PLATON"], [0.1, 0.05], WEIGHTINGS, SEEDS),
+        *grid("caption", ["PLATON"], [0.2, 0.025], WEIGHTINGS, SEEDS),
+        *grid("caption", ["Magnitude"], [0.2, 0.1], few, SEEDS),
+        *grid("nlvr", ["PLATON"], [0.1, 0.05], few, SEEDS),
+    ]
+    return Study(settings, cells, notes={"rule": RULE}, pooled=[0.1, 0.05])
+
+
+PRESETS = {"embedded": embedded}
+
+
+def of_config(args: argparse.Namespace) -> Study:
+    """The study of a config, as the flags of `study.py` say.
+
+    Raises:
+        UserError: the config or a weighting is wrong.
+    """
+    for weighting in args.weightings:
+        weigh(weighting, {}, seed=0)  # refuses an unknown one
+    task = load_config(args.config)["task"]
+    if task not in SCORES:
+        raise UserError(f"--config {args.config}: a study knows the tasks {', '.join(SCORES)}")
+    setting = Setting(args.config, args.id_profile, args.validation, args.flags)
+    cells = grid(task, args.methods, args.remaining, args.weightings, range(args.seeds))
+    dense = Cell(task, DENSE, 1.0, NONE, 0)
+    return Study({task: setting}, [dense, *cells], notes={"rule": RULE}, pooled=args.remaining)
