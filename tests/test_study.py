@@ -1,0 +1,245 @@
+"""The study: weightings, cells and their file, statistics on hand-made numbers, a tiny grid."""
+
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from configs import load_config
+from models import build_captioner, prunable_layers
+from studies.grid import DENSE, Cell, Setting, Study, changing, grid, share
+from studies.presets import embedded
+from studies.statistics import (
+    BETTER,
+    NO_DIFFERENCE,
+    RULE,
+    WORSE,
+    compare,
+    interval,
+    paired_differences,
+    pooled_differences,
+)
+from studies.weightings import ID, MEAN, NONE, SHUFFLED, WEIGHTINGS, WITHIN, weigh, write_weighting
+from tests.runs import finish, make_scenes, start, write_config
+from utils import UserError
+
+VISION = [f"visual_encoder.blocks.{i}.mlp.fc1" for i in range(6)]
+LANGUAGE = [f"text_decoder.bert.encoder.layer.{i}.output.dense" for i in range(6)]
+IDS = {name: float(i) for i, name in enumerate(VISION + LANGUAGE, start=1)}  # 1..6, 7..12
+
+
+# --- weightings
+
+
+def test_none_writes_no_file_and_id_is_the_profile(tmp_path):
+    assert write_weighting(tmp_path / "none.json", NONE, IDS, 0) is None
+    assert list(tmp_path.iterdir()) == []
+    written = write_weighting(tmp_path / "id.json", ID, IDS, 0)
+    assert json.loads(written.read_text()) == IDS
+
+
+def test_a_shuffle_moves_the_same_numbers_between_all_layers_otherwise_for_each_seed():
+    shuffled = [weigh(SHUFFLED, IDS, seed) for seed in range(4)]
+    assert all(list(profile) == list(IDS) for profile in shuffled)
+    assert all(sorted(profile.values()) == sorted(IDS.values()) for profile in shuffled)
+    assert len({tuple(profile.values()) for profile in shuffled}) == 4
+    assert weigh(SHUFFLED, IDS, 2) == shuffled[2]
+    assert any(shuffled[0][name] > 6 for name in VISION)
+
+
+def test_a_shuffle_within_modality_keeps_the_numbers_of_each():
+    for seed in range(4):
+        profile = weigh(WITHIN, IDS, seed)
+        assert list(profile) == list(IDS)
+        assert sorted(profile[name] for name in VISION) == [1, 2, 3, 4, 5, 6]
+        assert sorted(profile[name] for name in LANGUAGE) == [7, 8, 9, 10, 11, 12]
+        assert profile != IDS
+
+
+def test_means_inverse_and_powers():
+    assert weigh(MEAN, IDS, 0) == dict.fromkeys(VISION, 3.5) | dict.fromkeys(LANGUAGE, 9.5)
+    assert weigh("1/ID", IDS, 0) == {name: 1 / value for name, value in IDS.items()}
+    assert weigh("ID^2", IDS, 0) == {name: value**2 for name, value in IDS.items()}
+    assert weigh("ID^-0.5", IDS, 0)[VISION[3]] == 0.5
+    with pytest.raises(UserError, match="'id' is none of none, ID"):
+        weigh("id", IDS, 0)
+
+
+# --- cells and their file
+
+
+def test_neighbours_in_a_grid_are_those_that_are_compared():
+    cells = grid("caption", ["PLATON"], [0.1, 0.05], [NONE, ID], range(2))
+    assert [(c.seed, c.remaining, c.weighting) for c in cells] == [
+        *[(0, 0.1, NONE), (0, 0.1, ID), (0, 0.05, NONE), (0, 0.05, ID)],
+        *[(1, 0.1, NONE), (1, 0.1, ID), (1, 0.05, NONE), (1, 0.05, ID)],
+    ]
+
+
+def test_shares_are_disjoint_and_whole():
+    cells = embedded().cells
+    shares = [share(cells, f"{i}/5") for i in range(1, 6)]
+    assert sorted(map(str, sum(shares, []))) == sorted(map(str, cells))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for wrong in ("0/2", "3/2", "1", "a/b", "1/0"):
+        with pytest.raises(UserError, match="give I/N"):
+            share(cells, wrong)
+
+
+def test_a_study_comes_back_from_its_file_with_its_results(tmp_path):
+    path = tmp_path / "study.json"
+    cells = grid("caption", ["PLATON"], [0.1], WEIGHTINGS, [3])
+    one = Study(
+        {"caption": Setting("c.yaml", "p.json", 5, ["--lr", "1"])}, cells, {}, {"rule": RULE}
+    )
+    one.write(path)
+    with changing(path) as changed:
+        changed.results[cells[1]] = {"loss": 1.25}
+    again = Study.read(path)
+    assert again == Study(one.settings, cells, {cells[1]: {"loss": 1.25}}, one.notes)
+    records = json.loads(path.read_text())["cells"]
+    assert records[1] == asdict(cells[1]) | {"result": {"loss": 1.25}}
+    assert records[0] == asdict(cells[0])
+
+
+def test_names_of_cells_differ_and_are_fit_for_folders():
+    names = [cell.name for cell in embedded().cells]
+    assert len(set(names)) == len(names)
+    assert not any("/" in name or " " in name for name in names)
+
+
+def test_the_embedded_preset_is_the_study_that_was_run():
+    kept, preset = Study.read(Path("docs/study.json")), embedded()
+    assert (kept.cells, kept.settings) == (preset.cells, preset.settings)
+    assert (kept.notes, kept.pooled) == (preset.notes, preset.pooled)
+
+
+# --- statistics
+
+
+def test_verdicts_need_the_interval_and_the_signs():
+    lower = [-0.02, -0.01, -0.03, -0.02, -0.01, -0.02]
+    found = compare(lower, "loss")
+    assert found.verdict == BETTER and compare(lower, "CIDEr").verdict == WORSE
+    assert compare([-d for d in lower], "accuracy").verdict == BETTER
+    assert found.pairs == 6 and found.mean == pytest.approx(-0.11 / 6)
+    assert found.p == pytest.approx(2 / 2**6)  # all of one sign, either one
+    assert -0.03 < found.low < found.mean < found.high < -0.01
+    # five of one sign: 2 / 2^5 is above 0.05, whatever the interval
+    assert compare(lower[:5], "loss").verdict == NO_DIFFERENCE
+    # seven of eight: 2 (1 + 8) / 2^8 = 0.07
+    seven = compare([*lower, -0.01, 0.001], "loss")
+    assert seven.p == pytest.approx(18 / 256) and seven.verdict == NO_DIFFERENCE
+    # all but one of 10 are positive, p = 2 (1 + 10) / 2^10, but one outlier makes the mean unsure
+    outlier = compare([0.01] * 9 + [-0.2], "loss")
+    assert outlier.p < 0.05 and outlier.low < 0 < outlier.high
+    assert outlier.verdict == NO_DIFFERENCE
+
+
+def test_differences_of_zero_say_nothing():
+    found = compare([0.0, 0.0, 0.0], "loss")
+    assert (found.mean, found.p, found.verdict) == (0, 1, NO_DIFFERENCE)
+
+
+def test_the_interval_of_two_values_lies_between_them_and_of_one_is_unknown():
+    # resampled means of (0, 1) are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
+    assert interval([0.0, 1.0]) == (0, 1)
+    assert all(map(math.isnan, interval([1.0])))
+
+
+def results_of(table: dict[tuple, float]) -> dict[Cell, dict]:
+    return {
+        Cell("caption", "PLATON", *key): {"loss": loss, "CIDEr": -loss}
+        for key, loss in table.items()
+    }
+
+
+def test_pairs_share_the_seed_and_the_fraction():
+    results = results_of(
+        {
+            (0.1, NONE, 0): 1.0,
+            (0.1, NONE, 1): 2.0,
+            (0.1, NONE, 2): 9.0,
+            (0.1, ID, 1): 2.5,
+            (0.1, ID, 0): 0.75,
+            (0.2, ID, 2): 9.0,
+        }
+    )
+    found = paired_differences(results, ("caption", "PLATON", 0.1), ID, NONE)
+    assert found == {"loss": {0: -0.25, 1: 0.5}, "CIDEr": {0: 0.25, 1: -0.5}}
+    assert paired_differences(results, ("caption", "PLATON", 0.2), ID, NONE) == {}
+
+
+def test_pooled_differences_are_of_seeds_with_all_fractions():
+    results = results_of(
+        {(f, w, s): f * s * (w == ID) for f in (0.25, 0.5) for w in (NONE, ID) for s in range(4)}
+    )
+    del results[Cell("caption", "PLATON", 0.5, NONE, 2)]
+    found = pooled_differences(results, "caption", "PLATON", [0.25, 0.5], ID, NONE)
+    assert found["loss"] == {0: 0, 1: 0.375, 3: 1.125}
+    assert pooled_differences(results, "caption", "PLATON", [0.25, 0.1], ID, NONE) == {}
+
+
+# --- a tiny grid through the script
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a config of a tiny captioner, scenes, and IDs of its layers."""
+    folder = tmp_path_factory.mktemp("study")
+    config = write_config(folder / "tiny.yaml", make_scenes(folder / "data"), augment=False)
+    layers = prunable_layers(build_captioner(load_config(config)))
+    ids = {name: 1 + index % 5 for index, name in enumerate(layers)}
+    (folder / "ids.json").write_text(json.dumps(ids))
+    return folder
+
+
+def flags(folder: Path, name: str) -> list[str]:
+    """Of a study of four cells and the dense start; one file of results a name."""
+    return [
+        *("--config", str(folder / "tiny.yaml"), "--id_profile", str(folder / "ids.json")),
+        *("--file", str(folder / f"{name}.json"), "--output_dir", str(folder / name)),
+        *("--weightings", NONE, SHUFFLED, "--seeds", "2", "--remaining", "0.5"),
+        *("--validation", "4"),
+        *("--", "--max_steps=6", "--warmup_steps=1", "--deltaT=2", "--device=cpu"),
+    ]
+
+
+def scores(path: Path) -> dict[str, tuple]:
+    results = Study.read(path).results
+    return {cell.name: (r["loss"], r["CIDEr"], r["sparsity"]) for cell, r in results.items()}
+
+
+def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(tiny):
+    assert finish(start(flags(tiny, "whole"), script="study")) == [0]
+    whole, file = scores(tiny / "whole.json"), tiny / "killed.json"
+    study_of_it = Study.read(tiny / "whole.json")
+    assert list(whole) == [cell.name for cell in study_of_it.cells] and len(whole) == 5
+
+    (process,) = start(flags(tiny, "killed"), script="study")
+    while process.is_alive() and not (file.exists() and len(Study.read(file).results) >= 2):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    before = scores(file)
+    kept = {cell: result for cell, result in Study.read(file).results.items()}
+    assert 2 <= len(before) < 5
+    assert finish(start(flags(tiny, "killed"), script="study")) == [0]
+    assert scores(file) == whole
+    after = Study.read(file).results
+    assert {cell: after[cell] for cell in kept} == kept  # with their seconds: not run again
+
+
+def test_cells_are_pruned_as_asked_and_by_their_weighting(tiny):
+    found = scores(tiny / "whole.json")
+    losses = [loss for loss, _, _ in found.values()]
+    assert len(set(losses)) == 5
+    for name, (loss, _, sparsity) in found.items():
+        # the k-th score, which stays, is one of more than 10,000
+        assert DENSE in name or sparsity["overall"] == pytest.approx(0.5, abs=1e-4)
+        assert math.isfinite(loss)
