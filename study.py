@@ -22,6 +22,7 @@ from pathlib import Path
 
 from configs import COUNT, FROM_ZERO
 from engine.flags import FRACTION
+from engine.stopping import stop_signals_to
 from studies.grid import Study, changing, share
 from studies.presets import PRESETS, of_config
 from studies.statistics import SCORES
@@ -70,8 +71,10 @@ def default_processes(args: argparse.Namespace) -> int:
 def run_side_by_side(processes: int) -> None:
     """Runs this command in several processes of one thread each, every one with its share.
 
+    SIGTERM and SIGINT go on to them.
+
     Raises:
-        SystemExit: one ended with an error; the others go on to their end.
+        SystemExit: one ended with an error, or was stopped; the others go on to their end.
     """
     command = [sys.executable, *sys.argv]
     flags = command.index("--") if "--" in command else len(command)
@@ -82,7 +85,13 @@ def run_side_by_side(processes: int) -> None:
         )
         for number in range(1, processes + 1)
     ]
-    codes = [process.wait() for process in started]
+
+    def pass_on(number, frame):
+        for process in started:
+            process.send_signal(number)
+
+    with stop_signals_to(pass_on):
+        codes = [process.wait() for process in started]
     if any(codes):
         raise SystemExit(next(code for code in codes if code))
 

@@ -11,18 +11,18 @@ import numpy as np
 
 from dimension.figures import save_figure
 from evaluation.tables import markdown
-from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
-from studies.grid import DENSE, Cell, Study
+from studies.figures import plot_differences, plot_scores, plot_sparsity_shares, title
+from studies.grid import DENSE, Study
 from studies.statistics import (
-    BASELINES,
     SCORES,
-    Comparison,
     compare,
+    comparisons,
     groups,
     paired_differences,
     pooled_differences,
+    results_of,
+    weightings_of,
 )
-from studies.weightings import NONE
 from utils import atomic_write
 
 MARK = "<!-- below: written by study.py -->"
@@ -44,7 +44,7 @@ def report(path: Path) -> Path:
     text = page.read_text() if page.exists() else HEAD + MARK
     parts = [text.partition(MARK)[0] + MARK, progress(study)]
     if groups(study.results):
-        parts += ["## Verdicts\n", study.notes["rule"] + "\n", verdicts(study)]
+        parts += ["## Verdicts\n", study.notes["rule"] + "\n", verdict_table(study)]
         parts += ["## Figures\n", *draw(study, path)]
         parts += ["## Scores\n", *score_tables(study)]
         parts += ["## Paired differences\n", *difference_tables(study)]
@@ -76,49 +76,44 @@ def draw(study: Study, path: Path) -> list[str]:
     return lines
 
 
-def verdicts(study: Study) -> str:
-    """A table of each weighting against each baseline, over the pooled fractions and one by one."""
+def verdict_table(study: Study) -> str:
+    """Comparisons of each task and method by seeds' means over the pooled fractions."""
     rows = []
     for task, method in dict.fromkeys(group[:2] for group in groups(study.results)):
-        planned = {c.remaining for c in study.cells if (c.task, c.method) == (task, method)}
-        fractions = [fraction for fraction in study.pooled if fraction in planned]
-        for baseline in BASELINES:
-            for weighting in weightings(study):
-                found = pooled_differences(
-                    study.results, task, method, fractions, weighting, baseline
-                )
-                over = " and ".join(f"{1 - fraction:.4g}" for fraction in fractions)
-                for score in SCORES[task] if found and weighting != baseline else ():
-                    comparison = compare(list(found[score].values()), score)
-                    what = {"task": task, "method": method, "sparsity": over}
-                    pair = {"weighting": weighting, "against": baseline, "score": score}
-                    rows.append(what | pair | cells_of(comparison))
-    return markdown(rows) + "\n" if rows else ""
+        cells = [cell for cell in study.cells if (cell.task, cell.method) == (task, method)]
+        fractions = [f for f in study.pooled if f in {cell.remaining for cell in cells}]
+        sparsity = " and ".join(f"{100 * (1 - f):.4g} %" for f in fractions)
+        where = {"task": task, "method": method, "sparsity": sparsity}
+        for pair in comparisons(list(dict.fromkeys(cell.weighting for cell in cells))):
+            found = pooled_differences(study.results, task, method, fractions, *pair)
+            rows += [where | row for row in comparison_rows(pair, found)]
+    return markdown(rows) + "\n" if rows else "No seed has all cells of a comparison yet.\n"
 
 
-def cells_of(comparison: Comparison) -> dict[str, str]:
-    """A comparison as cells of a table."""
-    spread = ""
-    if not math.isnan(comparison.low):
-        spread = f"{comparison.low:+.4f} to {comparison.high:+.4f}"
-    return {
-        "pairs": str(comparison.pairs),
-        "mean difference": f"{comparison.mean:+.4f}",
-        "95 % interval": spread,
-        "sign test": f"p {comparison.p:.3f}",
-        "verdict": comparison.verdict,
-    }
+def comparison_rows(pair: tuple[str, str], found: dict[str, dict[int, float]]) -> list[dict]:
+    """A row of cells for each score: the comparison of its paired differences.
 
-
-def title(group: tuple[str, str, float]) -> str:
-    """A heading for task, method and remaining fraction."""
-    task, method, remaining = group
-    return f"{task}, {method}, {1 - remaining:.4g} pruned"
-
-
-def weightings(study: Study) -> list[str]:
-    """Those of the study, in the order of its cells."""
-    return list(dict.fromkeys(cell.weighting for cell in study.cells))
+    Args:
+        pair: weighting and baseline.
+        found: of `studies.statistics.paired_differences`.
+    """
+    rows = []
+    for score, by_seed in found.items():
+        c = compare(list(by_seed.values()), score)
+        spread = "" if math.isnan(c.low) else f"{c.low:+.4f} to {c.high:+.4f}"
+        rows.append(
+            {
+                "weighting": pair[0],
+                "against": pair[1],
+                "score": score,
+                "pairs": str(c.pairs),
+                "mean difference": f"{c.mean:+.4f}",
+                "95 % interval": spread,
+                "sign test": f"p {c.p:.3f}",
+                "verdict": c.verdict,
+            }
+        )
+    return rows
 
 
 def score_tables(study: Study) -> list[str]:
@@ -126,26 +121,22 @@ def score_tables(study: Study) -> list[str]:
     tables = []
     dense = {cell.task: result for cell, result in study.results.items() if cell.method == DENSE}
     for group in groups(study.results):
-        task = group[0]
-        rows = []
-        for weighting in weightings(study):
-            done = results_of(study, group, weighting)
-            if done:
-                rows.append({"weighting": weighting} | mean_cells(done, SCORES[task]))
-        start = "".join(f", {score} {dense[task][score]:.4f}" for score in SCORES[task])
-        start = f" (dense start{start})" if task in dense else ""
+        scores = SCORES[group[0]]
+        rows = [
+            {"weighting": weighting}
+            | mean_cells(results_of(study.results, group, weighting), scores)
+            for weighting in weightings_of(study.cells, study.results, group)
+        ]
+        start = ""
+        if group[0] in dense:
+            start = ", ".join(f"{score} {dense[group[0]][score]:.4f}" for score in scores)
+            start = f" (the dense start: {start})"
         tables.append(f"{title(group)}{start}\n\n{markdown(rows)}\n")
     return tables
 
 
-def results_of(study: Study, group: tuple[str, str, float], weighting: str) -> list[dict]:
-    """The results of a group's cells with a weighting, by seed."""
-    cells = [cell for cell in study.results if cell == Cell(*group, weighting, cell.seed)]
-    return [study.results[cell] for cell in sorted(cells, key=lambda cell: cell.seed)]
-
-
 def mean_cells(results: list[dict], scores: tuple[str, ...]) -> dict[str, str]:
-    """Means over seeds (and standard deviations of scores) as cells of a table."""
+    """Means over seeds, of scores with standard deviations, as cells of a table."""
     row = {"seeds": str(len(results))}
     for score in scores:
         values = [result[score] for result in results]
@@ -158,18 +149,12 @@ def mean_cells(results: list[dict], scores: tuple[str, ...]) -> dict[str, str]:
 
 
 def difference_tables(study: Study) -> list[str]:
-    """For each group a table of paired differences to each baseline, with verdicts."""
+    """For each group a table of its comparisons."""
     tables = []
     for group in groups(study.results):
         rows = []
-        for baseline in BASELINES:
-            for weighting in weightings(study):
-                if weighting in (baseline, NONE):
-                    continue
-                found = paired_differences(study.results, group, weighting, baseline)
-                for score, by_seed in found.items():
-                    pair = {"weighting": weighting, "against": baseline, "score": score}
-                    rows.append(pair | cells_of(compare(list(by_seed.values()), score)))
+        for pair in comparisons(weightings_of(study.cells, study.results, group)):
+            rows += comparison_rows(pair, paired_differences(study.results, group, *pair))
         if rows:
             tables.append(f"{title(group)}\n\n{markdown(rows)}\n")
     return tables

@@ -9,33 +9,34 @@ from studies.weightings import ID, NONE, SHUFFLED, WEIGHTINGS, weigh
 from utils import UserError
 
 SEEDS = range(8)
-STEPS = 160
-EMBEDDED_FLAGS = [
-    *("--num_workers", "0", "--batch_size", "16", "--init_lr", "5e-4"),
-    *("--max_steps", str(STEPS), "--warmup_steps", str(STEPS // 5)),
-]
+STEPS = 130
+SHORT = [f"--max_steps={STEPS}", f"--warmup_steps={STEPS // 5}", "--num_workers=0"]
 
 
 def embedded() -> Study:
     """Captions and statements of the embedded scenes, for two cores."""
     settings = {
         "caption": Setting(
-            "configs/caption_demo.yaml", "configs/id/scenes_caption.json", 250, EMBEDDED_FLAGS
+            "configs/caption_demo.yaml",
+            "configs/id/scenes_caption.json",
+            validation=250,
+            flags=[*SHORT, "--batch_size=32", "--init_lr=5e-4"],
         ),
         "nlvr": Setting(
             "configs/nlvr_demo.yaml",
             "configs/id/scenes_nlvr.json",
-            1000,
-            [*EMBEDDED_FLAGS, "--final_warmup", "1"],
+            validation=500,
+            flags=[*SHORT, "--final_warmup=1"],
         ),
     }
     few = (NONE, ID, SHUFFLED)
     cells = [
         Cell("caption", DENSE, 1.0, NONE, 0),
-        Cell("nlvr", DENSE, 1.0, NONE, 0),
         *grid("caption", ["PLATON"], [0.1, 0.05], WEIGHTINGS, SEEDS),
         *grid("caption", ["PLATON"], [0.2, 0.025], WEIGHTINGS, SEEDS),
+        *grid("caption", ["PLATON"], [0.1], ["ID^0.5", "ID^2"], SEEDS),
         *grid("caption", ["Magnitude"], [0.2, 0.1], few, SEEDS),
+        Cell("nlvr", DENSE, 1.0, NONE, 0),
         *grid("nlvr", ["PLATON"], [0.1, 0.05], few, SEEDS),
     ]
     return Study(settings, cells, notes={"rule": RULE}, pooled=[0.1, 0.05])

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from studies.grid import DENSE, Cell
-from studies.weightings import NONE, SHUFFLED
+from studies.weightings import ID, MEAN, NONE, SHUFFLED, WITHIN
+
+Group = tuple[str, str, float]  # task, method and remaining fraction
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05  # of the sign test, two-sided
@@ -18,7 +20,7 @@ RESAMPLES = 10_000
 BASELINES = (NONE, SHUFFLED)
 SCORES = {"caption": ("loss", "CIDEr"), "nlvr": ("loss", "accuracy")}  # of a task's cells
 LOWER_IS_BETTER = {"loss"}
-BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference seen at this n"
+BETTER, WORSE, UNSEEN = "better", "worse", "no difference seen at this n"
 RULE = (
     'A weighting is "better" than another where the 95 % bootstrap interval of the mean paired '
     "difference lies wholly on the better side of zero and the two-sided sign test gives p < 0.05; "
@@ -67,7 +69,7 @@ def compare(differences: list[float], score: str) -> Comparison:
     low, high = interval(differences)
     signs = [math.copysign(1, d) for d in differences if d]
     p = binomtest(signs.count(1), len(signs)).pvalue if signs else 1.0
-    verdict = NO_DIFFERENCE
+    verdict = UNSEEN
     if p < SIGNIFICANCE and (low > 0 or high < 0):
         verdict = BETTER if (low > 0) != (score in LOWER_IS_BETTER) else WORSE
     return Comparison(tuple(differences), float(np.mean(differences)), low, high, p, verdict)
@@ -95,7 +97,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def paired_differences(
-    results: dict[Cell, dict], group: tuple[str, str, float], weighting: str, baseline: str
+    results: dict[Cell, dict], group: Group, weighting: str, baseline: str
 ) -> dict[str, dict[int, float]]:
     """Score to seed to difference, over the seeds for which both cells are done.
 
@@ -146,8 +148,28 @@ def pooled_differences(
     return {score: of_seed for score, of_seed in pooled.items() if of_seed}
 
 
-def groups(results: dict[Cell, dict]) -> list[tuple[str, str, float]]:
+def groups(results: dict[Cell, dict]) -> list[Group]:
     """Task, method and remaining fraction of finished cells, least pruned first."""
     found = {(c.task, c.method, c.remaining) for c in results if c.method != DENSE}
     order = {"PLATON": 0}
     return sorted(found, key=lambda g: (g[0], order.get(g[1], 1), g[1], -g[2]))
+
+
+def weightings_of(cells: list[Cell], results: dict[Cell, dict], group: Group) -> list[str]:
+    """The weightings of a group's finished cells, in the order of the study's cells."""
+    done = {c.weighting for c in results if (c.task, c.method, c.remaining) == group}
+    return [w for w in dict.fromkeys(cell.weighting for cell in cells) if w in done]
+
+
+def results_of(results: dict[Cell, dict], group: Group, weighting: str) -> list[dict]:
+    """The results of a group's cells with a weighting, by seed."""
+    cells = [cell for cell in results if cell == Cell(*group, weighting, cell.seed)]
+    return [results[cell] for cell in sorted(cells, key=lambda cell: cell.seed)]
+
+
+def comparisons(weightings: list[str]) -> list[tuple[str, str]]:
+    """Pairs (weighting, baseline) to report: all against BASELINES, and ID against its controls."""
+    pairs = [(w, NONE) for w in weightings if w != NONE]
+    pairs += [(w, SHUFFLED) for w in weightings if w not in BASELINES]
+    pairs += [(ID, control) for control in (WITHIN, MEAN) if {ID, control} <= set(weightings)]
+    return pairs

@@ -9,17 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from configs import load_config
 from models import build_captioner, prunable_layers
+from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
 from studies.grid import DENSE, Cell, Setting, Study, changing, grid, share
+from studies.page import MARK, report
 from studies.presets import embedded
 from studies.statistics import (
     BETTER,
-    NO_DIFFERENCE,
     RULE,
+    UNSEEN,
     WORSE,
     compare,
+    comparisons,
     interval,
     paired_differences,
     pooled_differences,
@@ -131,19 +135,19 @@ def test_verdicts_need_the_interval_and_the_signs():
     assert found.p == pytest.approx(2 / 2**6)  # all of one sign, either one
     assert -0.03 < found.low < found.mean < found.high < -0.01
     # five of one sign: 2 / 2^5 is above 0.05, whatever the interval
-    assert compare(lower[:5], "loss").verdict == NO_DIFFERENCE
+    assert compare(lower[:5], "loss").verdict == UNSEEN
     # seven of eight: 2 (1 + 8) / 2^8 = 0.07
     seven = compare([*lower, -0.01, 0.001], "loss")
-    assert seven.p == pytest.approx(18 / 256) and seven.verdict == NO_DIFFERENCE
+    assert seven.p == pytest.approx(18 / 256) and seven.verdict == UNSEEN
     # all but one of 10 are positive, p = 2 (1 + 10) / 2^10, but one outlier makes the mean unsure
     outlier = compare([0.01] * 9 + [-0.2], "loss")
     assert outlier.p < 0.05 and outlier.low < 0 < outlier.high
-    assert outlier.verdict == NO_DIFFERENCE
+    assert outlier.verdict == UNSEEN
 
 
 def test_differences_of_zero_say_nothing():
     found = compare([0.0, 0.0, 0.0], "loss")
-    assert (found.mean, found.p, found.verdict) == (0, 1, NO_DIFFERENCE)
+    assert (found.mean, found.p, found.verdict) == (0, 1, UNSEEN)
 
 
 def test_the_interval_of_two_values_lies_between_them_and_of_one_is_unknown():
@@ -183,6 +187,90 @@ def test_pooled_differences_are_of_seeds_with_all_fractions():
     found = pooled_differences(results, "caption", "PLATON", [0.25, 0.5], ID, NONE)
     assert found["loss"] == {0: 0, 1: 0.375, 3: 1.125}
     assert pooled_differences(results, "caption", "PLATON", [0.25, 0.1], ID, NONE) == {}
+
+
+def test_comparisons_are_with_the_baselines_and_of_ids_with_their_controls():
+    assert comparisons([NONE, ID, SHUFFLED]) == [(ID, NONE), (SHUFFLED, NONE), (ID, SHUFFLED)]
+    both = comparisons(list(WEIGHTINGS))
+    assert both[-2:] == [(ID, WITHIN), (ID, MEAN)]
+    assert (NONE, SHUFFLED) not in both and (SHUFFLED, SHUFFLED) not in both
+
+
+# --- page and figures
+
+
+@pytest.fixture
+def reported(tmp_path) -> Path:
+    """The file of a study with half of its results: two fractions, six seeds, ID better by 0.1."""
+    cells = grid("caption", ["PLATON"], [0.2, 0.1], [NONE, ID, "1/ID"], range(6))
+    sparsity = {"overall": 0.8, "vision": 0.9, "language": 0.7}
+    results = {
+        cell: {
+            "loss": 1 + cell.seed - 0.25 * (cell.weighting == ID) + cell.remaining,
+            "CIDEr": 4.0 + cell.seed,
+            "sparsity": sparsity,
+            "seconds": 900,
+            "processor": "a CPU",
+            "torch": "2",
+        }
+        for cell in cells
+        if cell.weighting != "1/ID"
+    }
+    path = tmp_path / "study.json"
+    Study({}, cells, results, {"rule": RULE}, [0.2, 0.1]).write(path)
+    return path
+
+
+def test_the_page_says_what_the_file_holds_and_keeps_what_people_wrote(reported):
+    page = reported.with_suffix(".md")
+    page.write_text(f"# Ours\n\nWords.\n{MARK}\nstale\n")
+    assert report(reported) == page
+    text = page.read_text()
+    assert text.startswith(f"# Ours\n\nWords.\n{MARK}\n") and "stale" not in text
+    assert "24 of 36 planned cells are done, in 6.0 hours of one process" in text
+    assert "on a CPU, torch 2 (24 cells)" in text and RULE in text
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    pooled = ["caption", "PLATON", "80 % and 90 %", ID, NONE]
+    assert [*pooled, "loss", "6", "-0.2500", "-0.2500 to -0.2500", "p 0.031", BETTER] in rows
+    assert [
+        *pooled,
+        "CIDEr",
+        "6",
+        "+0.0000",
+        "+0.0000 to +0.0000",
+        "p 1.000",
+        UNSEEN,
+    ] in rows
+    # seeds 0 to 5: mean 2.5, standard deviation sqrt(3.5)
+    spread = ["6", "3.7000 ± 1.8708", "6.5000 ± 1.8708", "90.0%", "70.0%"]
+    assert [NONE, *spread] in rows
+    for figure in ("scores", "differences", "sparsity"):
+        with Image.open(reported.with_name(f"study_{figure}.png")) as image:
+            image.verify()
+        assert f"](study_{figure}.png)" in text
+
+
+def test_a_study_without_results_has_a_page(tmp_path):
+    Study({}, embedded().cells, {}, {"rule": RULE}).write(tmp_path / "study.json")
+    assert "0 of 306 planned" in report(tmp_path / "study.json").read_text()
+
+
+def test_figures_draw_means_differences_and_shares(reported):
+    study_ = Study.read(reported)
+    loss, cider = plot_scores(study_)[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+    assert lines == {
+        NONE: [[80, pytest.approx(3.7)], [90, pytest.approx(3.6)]],
+        ID: [[80, pytest.approx(3.45)], [90, pytest.approx(3.35)]],
+    }
+    assert cider.get_ylabel() == "validation CIDEr"
+    to_none, to_shuffled, *_ = plot_differences(study_)[0].axes
+    dots = to_none.lines[0].get_xydata()
+    assert dots.tolist() == [[pytest.approx(-0.25), 1]] * 6
+    assert to_none.get_title() == "caption, PLATON, 80 % pruned, against none"
+    assert [t.get_text() for t in to_none.get_yticklabels()] == [NONE, ID]
+    shares = plot_sparsity_shares(study_)[0].axes[0]
+    assert [line.get_ydata()[0] for line in shares.lines[:2]] == pytest.approx([90, 70])
 
 
 # --- a tiny grid through the script
