@@ -9,7 +9,7 @@
 A study is a JSON file with its cells (task, method, remaining fraction, weighting, seed), their
 settings and the results so far. The command goes on where it was stopped, at whatever moment. With
 --config it first writes the file, the flags after `--` being the training script's; then one job a
-GPU runs its share, --cells I/N.
+GPU runs its share, --cells I/N. --file alone goes on with a file that is there.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from configs import COUNT, FROM_ZERO
 from engine.flags import FRACTION
 from engine.stopping import stop_signals_to
-from studies.grid import Study, changing, share
+from studies.grid import Study, changing, open_study, share
 from studies.presets import PRESETS, of_config
 from studies.statistics import SCORES
 from studies.weightings import WEIGHTINGS
@@ -33,8 +33,7 @@ from utils import UserError, launch
 def main(args: argparse.Namespace) -> None:
     """Writes the study's file if it is not there, runs its cells, and reports."""
     path = args.file or Path("docs/study.json" if args.preset else "output/study/study.json")
-    if not path.exists():
-        new_study(args).write(path)
+    open_study(path, wanted_study(args))
     if args.again:
         run_again(path, args.output_dir, args.again)
         return
@@ -50,17 +49,19 @@ def main(args: argparse.Namespace) -> None:
         print(f"wrote {report(path)}")
 
 
-def new_study(args: argparse.Namespace) -> Study:
-    """The study that the flags describe.
+def wanted_study(args: argparse.Namespace) -> Study | None:
+    """The study that the flags describe; None where --file alone names one.
 
     Raises:
-        UserError: neither --preset nor --config with --id_profile is given.
+        UserError: the flags describe none.
     """
     if args.preset:
         return PRESETS[args.preset]()
-    if not (args.config and args.id_profile):
-        raise UserError("what to study? Give --preset, or --config and --id_profile")
-    return of_config(args)
+    if args.config and args.id_profile:
+        return of_config(args)
+    if args.file and not args.config:
+        return None
+    raise UserError("what to study? Give --preset, --config with --id_profile, or --file")
 
 
 def default_processes(args: argparse.Namespace) -> int:

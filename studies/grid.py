@@ -111,17 +111,46 @@ class Study:
 
 
 @contextmanager
-def changing(path: Path) -> Iterator[Study]:
-    """The study of a file, written when the block ends; other processes wait for their turn."""
-    lock = path.with_name(f".{path.name}.lock")
-    handle = os.open(lock, os.O_CREAT | os.O_WRONLY, 0o666)
+def locked(path: Path) -> Iterator[None]:
+    """Inside the block no other process is in such a block for this file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_WRONLY, 0o666)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[Study]:
+    """The study of a file, written when the block ends; other processes wait for their turn."""
+    with locked(path):
         study = Study.read(path)
         yield study
         study.write(path)
-    finally:
-        os.close(handle)
+
+
+def open_study(path: Path, wanted: Study | None) -> None:
+    """Writes the study that is wanted, unless the file holds it already.
+
+    Args:
+        path: of the study.
+        wanted: without results; None takes what the file holds.
+
+    Raises:
+        UserError: there is no file, or it holds another study.
+    """
+    with locked(path):
+        if wanted is not None and not path.exists():
+            wanted.write(path)
+            return
+        kept = Study.read(path)
+    if wanted is not None and (kept.cells, kept.settings) != (wanted.cells, wanted.settings):
+        raise UserError(
+            f"{path} is of another study: its cells or settings are not those that the flags ask "
+            "for. Give another --file, or --file alone to go on with what it holds"
+        )
 
 
 def share(cells: list[Cell], part: str) -> list[Cell]:

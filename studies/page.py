@@ -44,7 +44,8 @@ def report(path: Path) -> Path:
     text = page.read_text() if page.exists() else HEAD + MARK
     parts = [text.partition(MARK)[0] + MARK, progress(study)]
     if groups(study.results):
-        parts += ["## Verdicts\n", study.notes["rule"] + "\n", verdict_table(study)]
+        rules = [f"{note}\n" for note in study.notes.values()]
+        parts += ["## Verdicts\n", *rules, verdict_table(study)]
         parts += ["## Figures\n", *draw(study, path)]
         parts += ["## Scores\n", *score_tables(study)]
         parts += ["## Paired differences\n", *difference_tables(study)]

@@ -8,7 +8,13 @@ from studies.statistics import RULE, SCORES
 from studies.weightings import ID, NONE, SHUFFLED, WEIGHTINGS, weigh
 from utils import UserError
 
-SEEDS = range(8)
+SEEDS, DECISIVE_SEEDS = range(8), range(10)
+PILOT = (
+    "Seeds 100 to 103, captions, PLATON, 90 %: the paired differences of ID to none had a standard "
+    "deviation s of 0.0056 in loss and 0.11 in CIDEr. If the two fractions' differences are "
+    "independent, 10 seeds find a difference of one s by the rule with a probability of about 0.8, "
+    "8 seeds of about 0.5. So the cells that decide have 10 seeds, the others 8."
+)
 STEPS = 130
 SHORT = [f"--max_steps={STEPS}", f"--warmup_steps={STEPS // 5}", "--num_workers=0"]
 
@@ -32,14 +38,14 @@ def embedded() -> Study:
     few = (NONE, ID, SHUFFLED)
     cells = [
         Cell("caption", DENSE, 1.0, NONE, 0),
-        *grid("caption", ["PLATON"], [0.1, 0.05], WEIGHTINGS, SEEDS),
+        *grid("caption", ["PLATON"], [0.1, 0.05], WEIGHTINGS, DECISIVE_SEEDS),
         *grid("caption", ["PLATON"], [0.2, 0.025], WEIGHTINGS, SEEDS),
         *grid("caption", ["PLATON"], [0.1], ["ID^0.5", "ID^2"], SEEDS),
         *grid("caption", ["Magnitude"], [0.2, 0.1], few, SEEDS),
         Cell("nlvr", DENSE, 1.0, NONE, 0),
         *grid("nlvr", ["PLATON"], [0.1, 0.05], few, SEEDS),
     ]
-    return Study(settings, cells, notes={"rule": RULE}, pooled=[0.1, 0.05])
+    return Study(settings, cells, notes={"rule": RULE, "pilot": PILOT}, pooled=[0.1, 0.05])
 
 
 PRESETS = {"embedded": embedded}

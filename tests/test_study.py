@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import study
 from configs import load_config
 from models import build_captioner, prunable_layers
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
-from studies.grid import DENSE, Cell, Setting, Study, changing, grid, share
+from studies.grid import DENSE, Cell, Setting, Study, changing, grid, open_study, share
 from studies.page import MARK, report
 from studies.presets import embedded
 from studies.statistics import (
@@ -109,6 +110,39 @@ def test_a_study_comes_back_from_its_file_with_its_results(tmp_path):
     records = json.loads(path.read_text())["cells"]
     assert records[1] == asdict(cells[1]) | {"result": {"loss": 1.25}}
     assert records[0] == asdict(cells[0])
+
+
+def test_a_file_of_another_study_is_refused_and_one_alone_goes_on(tmp_path):
+    path = tmp_path / "study.json"
+    with pytest.raises(UserError, match="no study that study.py wrote"):
+        open_study(path, None)
+    one = Study({}, grid("nlvr", ["Taylor"], [0.1], [NONE, ID], [0]))
+    open_study(path, one)
+    with changing(path) as changed:
+        changed.results[one.cells[0]] = {"loss": 1.0}
+    open_study(path, one)
+    open_study(path, None)
+    assert Study.read(path).results == {one.cells[0]: {"loss": 1.0}}
+    with pytest.raises(UserError, match="of another study"):
+        open_study(path, Study({}, one.cells[:1]))
+    with pytest.raises(UserError, match="of another study"):
+        open_study(path, Study({"nlvr": Setting("c", "p")}, one.cells))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "what to study"),
+        (["--config", "configs/caption_demo.yaml"], "what to study"),
+        (["--config=configs/retrieval_demo.yaml", "--id_profile=p"], "tasks caption, nlvr"),
+        (["--config=configs/nlvr_demo.yaml", "--id_profile=p", "--weightings", "ID^x"], "ID\\^x"),
+    ],
+)
+def test_flags_that_describe_no_study_are_refused(tmp_path, argv, sentence):
+    file = [] if not argv else ["--file", str(tmp_path / "study.json")]
+    with pytest.raises(UserError, match=sentence):
+        study.main(study.parse_args([*file, *argv]))
+    assert not (tmp_path / "study.json").exists()
 
 
 def test_names_of_cells_differ_and_are_fit_for_folders():
@@ -252,7 +286,7 @@ def test_the_page_says_what_the_file_holds_and_keeps_what_people_wrote(reported)
 
 def test_a_study_without_results_has_a_page(tmp_path):
     Study({}, embedded().cells, {}, {"rule": RULE}).write(tmp_path / "study.json")
-    assert "0 of 306 planned" in report(tmp_path / "study.json").read_text()
+    assert "0 of 330 planned" in report(tmp_path / "study.json").read_text()
 
 
 def test_figures_draw_means_differences_and_shares(reported):
@@ -288,11 +322,11 @@ def tiny(tmp_path_factory):
 
 
 def flags(folder: Path, name: str) -> list[str]:
-    """Of a study of four cells and the dense start; one file of results a name."""
+    """Of a study of two cells and the dense start; one file of results a name."""
     return [
         *("--config", str(folder / "tiny.yaml"), "--id_profile", str(folder / "ids.json")),
         *("--file", str(folder / f"{name}.json"), "--output_dir", str(folder / name)),
-        *("--weightings", NONE, SHUFFLED, "--seeds", "2", "--remaining", "0.5"),
+        *("--weightings", NONE, SHUFFLED, "--seeds", "1", "--remaining", "0.5"),
         *("--validation", "4"),
         *("--", "--max_steps=6", "--warmup_steps=1", "--deltaT=2", "--device=cpu"),
     ]
@@ -306,17 +340,17 @@ def scores(path: Path) -> dict[str, tuple]:
 def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(tiny):
     assert finish(start(flags(tiny, "whole"), script="study")) == [0]
     whole, file = scores(tiny / "whole.json"), tiny / "killed.json"
-    study_of_it = Study.read(tiny / "whole.json")
-    assert list(whole) == [cell.name for cell in study_of_it.cells] and len(whole) == 5
+    plan = Study.read(tiny / "whole.json")
+    assert list(whole) == [cell.name for cell in plan.cells] and len(whole) == 3
 
     (process,) = start(flags(tiny, "killed"), script="study")
-    while process.is_alive() and not (file.exists() and len(Study.read(file).results) >= 2):
+    while process.is_alive() and not (file.exists() and len(Study.read(file).results) >= 1):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     before = scores(file)
     kept = {cell: result for cell, result in Study.read(file).results.items()}
-    assert 2 <= len(before) < 5
+    assert 1 <= len(before) < 3
     assert finish(start(flags(tiny, "killed"), script="study")) == [0]
     assert scores(file) == whole
     after = Study.read(file).results
@@ -326,7 +360,7 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(tiny):
 def test_cells_are_pruned_as_asked_and_by_their_weighting(tiny):
     found = scores(tiny / "whole.json")
     losses = [loss for loss, _, _ in found.values()]
-    assert len(set(losses)) == 5
+    assert len(set(losses)) == 3
     for name, (loss, _, sparsity) in found.items():
         # the k-th score, which stays, is one of more than 10,000
         assert DENSE in name or sparsity["overall"] == pytest.approx(0.5, abs=1e-4)
