@@ -1,7 +1,6 @@
 """Runs cells one after another in one process, through the training scripts' functions."""
 
 import contextlib
-import importlib
 import platform
 import shutil
 import time
@@ -13,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+import train_caption
+import train_nlvr
 from data.caption_dataset import CaptionTrainDataset
 from data.records import read_references
 from dimension.profile import load_profile
@@ -31,7 +32,7 @@ from studies.weightings import write_weighting
 from utils import UserError
 
 CACHE_BYTES = 300e6  # of decoded images; cells of one seed read the same ones
-SCORED = {"caption": CAPTION, "nlvr": NLVR}
+TRAINERS = {"caption": (CAPTION, train_caption), "nlvr": (NLVR, train_nlvr)}
 
 
 @dataclass
@@ -98,12 +99,11 @@ class Runner:
     def prepare(self, cell: Cell) -> tuple[Run, Bench]:
         """The cell's run, and its task's bench with the model at the weights cells start from."""
         setting = self.settings[cell.task]
-        task = SCORED[cell.task]
-        parse_args = importlib.import_module(Path(task.script).stem).parse_args
+        task, script = TRAINERS[cell.task]
         ids = load_profile(setting.id_profile)
         path = self.folder / cell.name / "weighting.json"
         profile = write_weighting(path, cell.weighting, ids, cell.seed)
-        args = parse_args(trainer_flags(cell, setting, self.folder, profile))
+        args = script.parse_args(trainer_flags(cell, setting, self.folder, profile))
         bench = self.benches.get(cell.task)
         if bench is None:
             run, model, train_set, splits = prepare_run(args, task)
