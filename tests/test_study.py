@@ -5,15 +5,20 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from ruamel.yaml import YAML
+from torch.utils.data import Subset
 
 import study
-from configs import load_config
+from configs import SCHEMAS, load_config
+from evaluation import metrics
 from models import build_captioner, prunable_layers
+from studies.cells import Runner, cache_images, cider, mean_loss, with_references
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
 from studies.grid import DENSE, Cell, Setting, Study, changing, grid, open_study, share
 from studies.page import MARK, report
@@ -30,7 +35,7 @@ from studies.statistics import (
     pooled_differences,
 )
 from studies.weightings import ID, MEAN, NONE, SHUFFLED, WEIGHTINGS, WITHIN, weigh, write_weighting
-from tests.runs import finish, make_scenes, start, write_config
+from tests.runs import finish, make_scenes, same, start, write_config
 from utils import UserError
 
 VISION = [f"visual_encoder.blocks.{i}.mlp.fc1" for i in range(6)]
@@ -365,3 +370,88 @@ def test_cells_are_pruned_as_asked_and_by_their_weighting(tiny):
         # the k-th score, which stays, is one of more than 10,000
         assert DENSE in name or sparsity["overall"] == pytest.approx(0.5, abs=1e-4)
         assert math.isfinite(loss)
+
+
+# --- what a cell is made of
+
+
+@pytest.fixture
+def runner(tiny, tmp_path):
+    setting = Setting(
+        str(tiny / "tiny.yaml"), str(tiny / "ids.json"), 4, ["--max_steps=6", "--device=cpu"]
+    )
+    return Runner({"caption": setting}, tmp_path)
+
+
+def test_the_second_cell_starts_from_the_same_weights_with_its_own_seed_and_weighting(runner, tiny):
+    ids = json.loads((tiny / "ids.json").read_text())
+    run, bench = runner.prepare(Cell("caption", "PLATON", 0.5, NONE, 3))
+    start = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    assert run.layer_id is None and bench.train_set.seed == 3
+    assert (run.args.seed, run.args.final_threshold, run.args.pruner_name) == (3, 0.5, "PLATON")
+    for parameter in bench.model.parameters():
+        parameter.data.zero_()
+    run, again = runner.prepare(Cell("caption", "Magnitude", 0.25, SHUFFLED, 7))
+    assert again is bench and same(bench.model.state_dict(), start)
+    assert run.layer_id == weigh(SHUFFLED, ids, 7) and bench.train_set.seed == 7
+    assert (run.args.seed, run.args.final_threshold, run.args.pruner_name) == (7, 0.25, "Magnitude")
+    assert run.args.max_steps == 6 and len(bench.validation) == 4
+
+
+def test_images_are_decoded_once_unless_each_look_at_one_is_another(runner):
+    run, bench = runner.prepare(Cell("caption", "PLATON", 0.5, NONE, 0))
+    path = bench.train_set.image_paths(0)[0]
+    assert bench.train_set.open(path) is bench.train_set.open(path)
+    dataset = bench.splits["test"]
+    del dataset.open
+    cache_images(replace(run, config={"augment": True}), dataset)
+    assert dataset.open(path) is not dataset.open(path)
+
+
+def test_every_reference_of_a_validation_image_counts_in_the_loss(runner):
+    run, bench = runner.prepare(Cell("caption", "PLATON", 0.5, NONE, 0))
+    first, second = (bench.splits["val"].records[i] for i in range(2))
+    references = {first["image_id"]: ["a", "b"], second["image_id"]: ["c"]}
+    pairs = with_references(run, Subset(bench.splits["val"], range(2)), references)
+    assert [(r["image"], r["caption"]) for r in pairs.records] == [
+        *[(first["image"], "a"), (first["image"], "b")],
+        (second["image"], "c"),
+    ]
+    assert pairs[2][1] == "a picture of c"
+
+
+def test_the_mean_loss_weighs_batches_by_their_terms():
+    class Model:
+        def prepare(self, loss, terms):
+            return (loss,), int(terms)
+
+        def __call__(self, loss):
+            return loss.squeeze()
+
+    batches = [(torch.tensor([1.0]), 1), (torch.tensor([4.0]), 2)]
+    assert mean_loss(Model(), batches, torch.device("cpu")) == pytest.approx(9 / 3)
+
+
+def test_cider_is_of_the_tokens_of_the_python_tokenizer():
+    references = {7: ["A red ring.", "one ring"], 8: ["two blue squares"], 9: ["a cat"]}
+    results = [
+        {"image_id": 7, "caption": "a red ring"},
+        {"image_id": 8, "caption": "Two blue squares!"},
+        {"image_id": 9, "caption": "the dog"},
+    ]
+    tokens = {7: ["a red ring", "one ring"], 8: ["two blue squares"], 9: ["a cat"]}
+    captions = {7: ["a red ring"], 8: ["two blue squares"], 9: ["the dog"]}
+    assert cider(results, references) == metrics.cider(tokens, captions)["scores"]["CIDEr"] > 0
+
+
+def test_statements_are_scored_by_loss_and_accuracy(tiny, tmp_path):
+    config = load_config(str(tiny / "tiny.yaml"))
+    keys = SCHEMAS["nlvr"].keys() & config.keys()
+    with open(tmp_path / "nlvr.yaml", "w") as file:
+        YAML().dump({key: config[key] for key in keys}, file)
+    setting = Setting(str(tmp_path / "nlvr.yaml"), str(tiny / "ids.json"), 4, ["--device=cpu"])
+    found = Runner({"nlvr": setting}, tmp_path).run_cell(Cell("nlvr", DENSE, 1.0, NONE, 0))
+    assert found["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
+    # an untrained head's logits are near each other: ln 2 and little more
+    assert 0.6 < found["loss"] < 0.8
+    assert found["seconds"] > 0 and found["torch"] == torch.__version__
