@@ -38,7 +38,8 @@ def main(args: argparse.Namespace) -> None:
         run_again(path, args.output_dir, args.again)
         return
     if not args.report:
-        processes = args.processes or (default_processes(args) if not args.cells else 1)
+        # a share is one process's, whatever --processes says: it was started by that flag
+        processes = 1 if args.cells else args.processes or default_processes(args)
         if processes > 1:
             run_side_by_side(processes)
         else:
