@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -148,6 +149,33 @@ def test_flags_that_describe_no_study_are_refused(tmp_path, argv, sentence):
     with pytest.raises(UserError, match=sentence):
         study.main(study.parse_args([*file, *argv]))
     assert not (tmp_path / "study.json").exists()
+
+
+def test_a_command_starts_its_shares_and_a_share_runs_itself(monkeypatch, tmp_path):
+    file = tmp_path / "study.json"
+    Study({}, grid("nlvr", ["Taylor"], [0.1], [NONE, ID], [0]), notes={"rule": RULE}).write(file)
+    started, ran = [], []
+
+    class Started:
+        def __init__(self, command, env):
+            started.append((command, env["OMP_NUM_THREADS"]))
+
+        def wait(self):
+            return 0
+
+    argv = ["study.py", "--processes", "2", "--file", str(file), "--", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(study.subprocess, "Popen", Started)
+    monkeypatch.setattr(study, "run_cells", lambda path, folder, part: ran.append((path, part)))
+    study.main(study.parse_args(argv[1:]))
+    flags = [*argv[:-2], "--cells={}/2", *argv[-2:]]
+    assert started == [
+        ([sys.executable, *(flag.format(number) for flag in flags)], "1") for number in (1, 2)
+    ]
+    assert ran == []
+    for command, _ in list(started):
+        study.main(study.parse_args(command[2:]))
+    assert ran == [(file, "1/2"), (file, "2/2")] and len(started) == 2
 
 
 def test_names_of_cells_differ_and_are_fit_for_folders():
