@@ -3,35 +3,51 @@
     python ComputeID.py -n 2000 --Path ID/Blip_coco --cpu          # or --gpu 0
     python ComputeID.py -n 500 --Path ID/demo --config configs/caption_demo.yaml
     python -m torch.distributed.run --nproc_per_node=2 ComputeID.py -n 2000 --Path ID/Blip_coco
+    python ComputeID.py --hf openai/clip-vit-base-patch32 --images pictures --texts captions.txt
     python ComputeID.py -s --Path ID/Blip_coco --fraction 0.9      # after --save_distances
 
 Writes to --Path: profile.json (for --id_profile of the training scripts), the original's ID.txt,
 result_id.txt, result_bar.txt and dim.txt, and figures. A run that was stopped goes on where it was
-when the same command is given again.
+when the same command is given again, but for one with --hf. That measures any model of Hugging
+Face's, by its name or in a folder, on pictures and, where it takes texts, on a text for each.
 """
 
 import argparse
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
+from configs import load_config
+from engine.profile_flags import check_profile_flags, parse_profile_flags
+from utils import UserError, launch
+
+if __name__ == "__main__":  # before what takes seconds to import, for mistakes do not wait for it
+    ARGS = parse_profile_flags(__doc__)
+    launch(check_profile_flags, ARGS)
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from configs import COUNT, FROM_ZERO, Number, load_config
-from dimension.budget import plan_capture, share_layers
+from data.image_dataset import ImageDataset
+from data.images import find_pictures
+from dimension import measure as measure_any
+from dimension.any_model import choose_layers
+from dimension.budget import default_budget, plan_capture, share_layers
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.figures import plot_comparison, plot_depth, plot_scale, save_figure
 from dimension.profile import (
     IDProfile,
     LayerID,
     PartialProfile,
+    block_permutations,
     clear_distances,
     load_distances,
+    load_kinds,
     load_profile,
     make_remarks,
     measure_layer,
@@ -39,20 +55,20 @@ from dimension.profile import (
     partial_profiles,
     save_distances,
 )
-from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS, draw_permutations
+from dimension.twonn import ENOUGH_POINTS
 from engine.tasks import TASKS
 from models import prunable_layers
 from models.checkpoint import load_trained
+from models.hub import HubInputs, check_forward, layer_kinds, open_hub_model, read_texts
 from models.layers import modality
 from models.weight_files import fetch
-from utils import (
+from utils.processes import (
     Process,
-    UserError,
+    available_cpus,
     barrier,
     free_memory,
     init_distributed,
     keep_freed_memory,
-    launch,
     main_process_first,
 )
 
@@ -60,7 +76,7 @@ from utils import (
 MODEL_AND_DATA_KEYS = (
     "task vit clip image_size tokenizer image_root ann_root prompt max_words max_tokens"
 ).split()
-SHARE_ON_CPU, SHARE_ON_ACCELERATOR = 0.5, 0.8  # of the free memory
+HUB_BATCH_SIZE = 8
 PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
 
@@ -87,16 +103,32 @@ class Images(Sequence):
         return self.dataset.open(paths[self.which])
 
 
-def choose_samples(n: int, available: int, seed: int) -> list[int]:
-    """Indices of n random samples.
+def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int], int]:
+    """Indices of n random samples, and how many had to be passed over for them.
+
+    With `dataset.skip_bad_images` the images are read once for it: a sample with one that cannot
+    be read gives way to the next of the random order.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer samples.
     """
-    if n > available:
-        raise UserError(f"-n {n}: the training set has only {available} samples")
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(available, generator=generator)[:n].tolist()
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    chosen = order[:n]
+    seen = len(chosen)
+    if dataset.skip_bad_images:
+        chosen, seen = [], 0
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            while len(chosen) < n and seen < len(order):
+                tried = order[seen : seen + n - len(chosen)]
+                good = pool.map(dataset.is_readable, tried)
+                chosen += [index for index, ok in zip(tried, good, strict=True) if ok]
+                seen += len(tried)
+    if len(chosen) < n:
+        bad = len(order) - len(chosen) if dataset.skip_bad_images else 0
+        damaged = f", of which {bad} have images that cannot be read" if bad else ""
+        raise UserError(f"-n {n}: the training set has only {len(order)} samples{damaged}")
+    return chosen, seen - n
 
 
 def build_samples(
@@ -127,11 +159,6 @@ def build_samples(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-
-
-def block_permutations(n: int, seed: int) -> Tensor:
-    """The same blocks for all layers; samples and blocks have different random numbers."""
-    return draw_permutations(n, torch.Generator().manual_seed(seed + 1))
 
 
 def require_writable(folder: Path) -> None:
@@ -184,8 +211,7 @@ def plan_share(
     layers, device = prunable_layers(model), process.device
     if memory_gb is None:
         free = free_memory(device)
-        share = SHARE_ON_CPU if device.type == "cpu" else SHARE_ON_ACCELERATOR
-        memory_gb = share * free / 1e9
+        memory_gb = default_budget(device) / 1e9
         print_once(process, f"--memory_gb {memory_gb:.2f} of {free / 1e9:.2f} GB free per process")
     shapes = trace_stages(model.stages(), layers, samples, device)
     share = share_layers(shapes, set(layers) - done, process.world_size)[process.rank]
@@ -247,22 +273,49 @@ def gather_layers(process: Process, mine: dict[str, LayerID]) -> dict[str, Layer
     return {name: layer for one in everyone for name, layer in one.items()}
 
 
-def measure(args: argparse.Namespace) -> IDProfile | None:
-    """Measures a model; returns its profile on the main process, None on the others."""
-    folder = Path(args.Path)
+def measure(
+    folder: Path,
+    config: dict,
+    weights: str,
+    device: str,
+    *,
+    n: int,
+    batch_size: int,
+    fraction: float,
+    keep_padding: bool,
+    skip_bad_images: bool,
+    keep_distances: bool,
+    memory_gb: float | None,
+    seed: int,
+) -> IDProfile | None:
+    """Measures the layers of trained or pruned weights, with the samples of a training set.
+
+    Args:
+        folder: of the results.
+        config: of the model and its data.
+        weights: a file, the folder of a run, or an address.
+        device: see `init_distributed`.
+        n: samples.
+        batch_size: samples in a forward pass.
+        fraction: of the points, see `estimate_id`.
+        keep_padding: see `counted_positions`.
+        skip_bad_images: whether other samples stand for those that cannot be read.
+        keep_distances: whether to keep all layers' distances for `estimate_again`.
+        memory_gb: see `plan_share`.
+        seed: of the choice of samples and of the blocks.
+
+    Returns:
+        The profile, which is written, on the main process; None on the others.
+    """
     require_writable(folder)
-    config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
-    process = init_distributed(chosen_device(args.cpu, args.gpu), timeout_s=PATIENCE_S)
+    process = init_distributed(device, timeout_s=PATIENCE_S)
     keep_freed_memory(process.device)
     task = TASKS[config["task"]]
-    batch_size = args.batch_size or config["eval_batch_size"]
-    dataset = task.build_datasets(config, args.seed)[0]
+    dataset = task.build_datasets(config, seed)[0]
+    dataset.skip_bad_images = skip_bad_images
     dataset.check()
-    indices = choose_samples(args.nsamples, len(dataset), args.seed)
+    indices, bad = choose_samples(dataset, n, seed)
     model = task.build_model(config)
-    weights = args.pruned or config["pretrained"]
-    if not weights:
-        raise UserError("nothing to measure: give --pretrained or --pruned")
     with main_process_first():  # which downloads, where it is an address
         fetch(weights)
     print_once(process, str(load_trained(model, weights)))
@@ -273,35 +326,101 @@ def measure(args: argparse.Namespace) -> IDProfile | None:
         model.tokenize,
         task.images,
         batch_size,
-        args.keep_padding,
+        keep_padding,
         config["num_workers"],
     )
     settings = {  # all that the IDs depend on
-        "nsamples": args.nsamples,
-        "seed": args.seed,
-        "fraction": args.fraction,
+        "nsamples": n,
+        "bad_images": bad,
+        "seed": seed,
+        "fraction": fraction,
         "enough_points": ENOUGH_POINTS,
-        "keep_padding": args.keep_padding,
+        "keep_padding": keep_padding,
         "batch_size": batch_size,
         "device": process.device.type,
         "dtype": "float32",
-        "save_distances": args.save_distances,
+        "save_distances": keep_distances,
         "config": {key: config[key] for key in MODEL_AND_DATA_KEYS if key in config},
         "checkpoint": weights,
         "checkpoint_sha256": model_hash(model),
     }
     partial = PartialProfile(folder, settings, process.rank)
-    capture = plan_share(process, model, samples, set(partial.found), args.memory_gb)
-    clear_other_runs(process, partial, args.save_distances)
-    permutations = block_permutations(args.nsamples, args.seed)
-    found = estimate(capture, permutations, args.fraction, partial, args.save_distances)
+    capture = plan_share(process, model, samples, set(partial.found), memory_gb)
+    clear_other_runs(process, partial, keep_distances)
+    permutations = block_permutations(n, seed)
+    found = estimate(capture, permutations, fraction, partial, keep_distances)
     found = gather_layers(process, found)
     if not process.is_main:
         return None
     layers = {name: found[name] for name in prunable_layers(model)}
-    profile = IDProfile(settings, layers, make_remarks(args.nsamples, layers))
+    profile = IDProfile(settings, layers, make_remarks(n, layers, bad))
     profile.write(folder)
     partial.clear()
+    return profile
+
+
+def measure_hub(
+    folder: Path,
+    name: str,
+    images: str | None,
+    texts: str | None,
+    device: str,
+    *,
+    n: int,
+    batch_size: int,
+    fraction: float,
+    memory_gb: float | None,
+    seed: int,
+) -> IDProfile:
+    """Measures the linear layers of any model of Hugging Face's.
+
+    Args:
+        folder: of the results.
+        name: of a folder, or on the hub.
+        images: folder of pictures; None for a model of texts.
+        texts: file with a text on each line; None for a model of images.
+        device: see `init_distributed`.
+        n: samples at most; of more, random ones are taken.
+        batch_size: samples in a forward pass.
+        fraction: of the points, see `estimate_id`.
+        memory_gb: see `dimension.measure`.
+        seed: of the choice of samples and of the blocks.
+
+    Returns:
+        The profile, which is written.
+
+    Raises:
+        UserError: there are several processes, or see `HubInputs`.
+    """
+    process = init_distributed(device)
+    if process.world_size > 1:
+        raise UserError("--hf runs in one process: start it without torchrun")
+    require_writable(folder)
+    pictures = None
+    if images is not None:
+        if not Path(images).is_dir():
+            raise UserError(f"--images: there is no folder {images}")
+        pictures = find_pictures([Path(images)])
+    lines = None if texts is None else read_texts(texts)
+    keep_freed_memory(process.device)
+    hub = open_hub_model(name)
+    inputs = HubInputs(hub, name, pictures, lines, batch_size)
+    count = min(n, inputs.samples())
+    generator = torch.Generator().manual_seed(seed)
+    inputs.take(sorted(torch.randperm(inputs.samples(), generator=generator)[:count].tolist()))
+    check_forward(hub, inputs, name)
+    layers = [x for x in choose_layers(hub.model) if x not in hub.untrained]
+    model = hub.model.to(process.device)
+    profile = measure_any(model, inputs, layers, memory_gb, count, fraction, seed)
+    own = {"hf": name, "images": images, "texts": texts, "batch_size": batch_size}
+    own["checkpoint_sha256"] = model_hash(model)
+    kinds = layer_kinds(model, list(profile.layers))
+    found = {x: replace(layer, kind=kinds[x]) for x, layer in profile.layers.items()}
+    profile = replace(profile, settings=profile.settings | own, layers=found)
+    if hub.untrained:
+        left_out = f"left out, for the checkpoint lacks them: {', '.join(hub.untrained)}"
+        profile.remarks.append(left_out)
+    profile.write(folder)
     return profile
 
 
@@ -335,7 +454,8 @@ def estimate_again(folder: Path, fraction: float, seed: int) -> IDProfile:
     }
     changes = {"fraction": fraction, "block_seed": seed, "enough_points": ENOUGH_POINTS}
     settings = before.settings | changes
-    profile = replace(before, settings=settings, layers=layers, remarks=make_remarks(n, layers))
+    remarks = make_remarks(n, layers, settings.get("bad_images", 0))
+    profile = replace(before, settings=settings, layers=layers, remarks=remarks)
     profile.write(folder)
     return profile
 
@@ -355,7 +475,8 @@ def draw(profile: IDProfile, folder: Path, compare: list[str]) -> list[str]:
     if compare:
         own = {name: layer.id for name, layer in profile.layers.items()}
         others = {path: load_profile(path) for path in compare}
-        figures["compare.png"] = plot_comparison({str(folder): own} | others)
+        kinds = {path: load_kinds(path) for path in compare} | {str(folder): profile.kinds()}
+        figures["compare.png"] = plot_comparison({str(folder): own} | others, kinds)
     for name, figure in figures.items():
         save_figure(figure, folder / name)
     return list(figures)
@@ -365,7 +486,7 @@ def summary(profile: IDProfile) -> str:
     """Lines with the mean ID of each modality, and the remarks."""
     ids: dict[str, list[float]] = {}
     for name, layer in profile.layers.items():
-        ids.setdefault(modality(name), []).append(layer.id)
+        ids.setdefault(layer.kind or modality(name), []).append(layer.id)
     lines = [f"{k}: {len(v)} layers, mean ID {sum(v) / len(v):.2f}" for k, v in ids.items()]
     return "\n".join([*lines, *(f"remark: {remark}" for remark in profile.remarks)])
 
@@ -375,58 +496,52 @@ def main(args: argparse.Namespace) -> None:
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
     folder = Path(args.Path)
-    profile = estimate_again(folder, args.fraction, args.seed) if args.skip else measure(args)
+    if args.skip:
+        profile = estimate_again(folder, args.fraction, args.seed)
+    elif args.hf:
+        profile = measure_hub(
+            folder,
+            args.hf,
+            args.images,
+            args.texts,
+            chosen_device(args.cpu, args.gpu),
+            n=args.nsamples,
+            batch_size=args.batch_size or HUB_BATCH_SIZE,
+            fraction=args.fraction,
+            memory_gb=args.memory_gb,
+            seed=args.seed,
+        )
+    else:
+        config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
+        weights = args.pruned or config["pretrained"]
+        if not weights:
+            raise UserError("nothing to measure: give --pretrained or --pruned")
+        profile = measure(
+            folder,
+            config,
+            weights,
+            chosen_device(args.cpu, args.gpu),
+            n=args.nsamples,
+            batch_size=args.batch_size or config["eval_batch_size"],
+            fraction=args.fraction,
+            keep_padding=args.keep_padding,
+            skip_bad_images=args.skip_bad_images,
+            keep_distances=args.save_distances,
+            memory_gb=args.memory_gb,
+            seed=args.seed,
+        )
     if profile is not None:
         figures = draw(profile, folder, args.compare)
         print(summary(profile))
         print(f"wrote to {folder}: profile.json, {', '.join(figures)}")
-        print(f"prune with these IDs: --id_profile {folder}")
+        if not args.hf:
+            print(f"prune with these IDs: --id_profile {folder}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "-n",
-        "--nsamples",
-        type=Number(int, FEWEST_POINTS),
-        default=2000,
-        help="samples of the training set (2000)",
-    )
-    add("--Path", default="ID/Blip_coco", help="folder for the results")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cpu", action="store_true", help="run on the CPU")
-    device.add_argument(
-        "--gpu", type=FROM_ZERO, metavar="N", help="run on GPU N; default: a GPU if there is one"
-    )
-    add("-s", "--skip", action="store_true", help="no model: estimate again from kept distances")
-    add("--save_distances", action="store_true", help="keep distances for -s, 4 n^2 bytes a layer")
-    add(
-        "--fraction",
-        type=Number(float, 0, 1),
-        default=1.0,
-        help="share of the points that is fitted, in (0, 1]",
-    )
-    add("--keep_padding", action="store_true", help="as the original: a batch's padding counts")
-    add(
-        "--memory_gb",
-        type=Number(float, 0),
-        help="for activations, states and matrices of each process",
-    )
-    add("--compare", nargs="+", default=[], metavar="PROFILE", help="draw these profiles, too")
-    add("--batch_size", type=COUNT, help="samples in a forward pass; default: the config's")
-    add("--seed", type=FROM_ZERO, default=0, help="of the choice of samples and blocks")
-    add("--config", default="configs/caption_coco.yaml")
-    add("--pretrained", help="weights instead of the config's")
-    add("--pruned", help="measure pruned weights (a file, or the folder of a pruning run)")
-    args = parser.parse_args(argv)
-    if args.fraction == 0:
-        parser.error("argument --fraction: no points are left to fit; 1 takes all")
-    return args
+    return parse_profile_flags(__doc__, argv)
 
 
 if __name__ == "__main__":
-    launch(main, parse_args())
+    launch(main, ARGS)

@@ -3,102 +3,17 @@
     python export.py --config configs/caption_coco.yaml --pruned output/coco/PLATON80 \
         --to compressed --out blip80.safetensors
     python export.py --config configs/caption_coco.yaml --pruned output/coco/PLATON80 \
-        --to huggingface --out blip80 --dtype float16
+        --to huggingface --out blip80 --dtype float16 --split val
     python export.py --config configs/caption_coco.yaml --pruned output/coco/PLATON80 --report
 
 A compressed file is read wherever weights are: --pruned, --pretrained, a config's `pretrained`.
 """
 
 import argparse
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-
 from configs import load_config
-from engine.tasks import TASKS
-from evaluation import costs
-from models import compressed, sparsify_
-from models.checkpoint import load_trained, stored_tensors
-from models.huggingface import write_folder
 from utils import UserError, launch
-
-
-@contextmanager
-def written_whole(out: Path) -> Iterator[None]:
-    """Turns a failure to write into a sentence. What is written must appear under its name whole.
-
-    Raises:
-        UserError: the disk is full, say; nothing is there.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out} ({error}): make room, or choose --out") from error
-
-
-def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file of the model, one by one as `dtype`.
-
-    Raises:
-        UserError: one has values beyond the range of `dtype`.
-    """
-    for name, tensor in stored_tensors(model):
-        converted = tensor.to(dtype) + 0.0  # of zeros, which pruners may leave negative, one kind
-        if not converted.isfinite().all():
-            raise UserError(f"--dtype: {name} has values beyond float16's range; take bfloat16")
-        yield name, converted
-
-
-def write_compressed(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
-    """Writes the compressed file."""
-    with written_whole(out):
-        compressed.write(out, rounded(model, dtype))
-
-
-def write_huggingface(model: nn.Module, config: dict, out: Path, dtype: torch.dtype) -> None:
-    """Writes the folder, under another name until it is whole."""
-    with written_whole(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-        unfinished.mkdir()
-        try:
-            write_folder(model, config, unfinished, dict(rounded(model, dtype)))
-            unfinished.rename(out)
-        except BaseException:
-            shutil.rmtree(unfinished)
-            raise
-
-
-def report(model: nn.Module, config: dict) -> dict:
-    """Measures what a model costs, here; sparse as well, which makes it sparse.
-
-    Returns:
-        Fit for JSON: what `costs.sizes` and `costs.multiply_adds` return, and for the model as it
-        is ("dense") and with sparse layers ("sparse") milliseconds a sample and resident bytes.
-    """
-    sample = costs.example(config["task"], config["image_size"])
-    found = costs.sizes(model) | {"multiply_adds": costs.multiply_adds(model, sample)}
-    found["dense"] = measured(model, config, sample)
-    found["sparse_layers"] = str(sparsify_(model))
-    found["sparse"] = measured(model, config, sample)
-    return found
-
-
-def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
-    """Milliseconds of one sample (a caption; the judgement of a pair), and resident bytes."""
-    if config["task"] == "caption":
-        lengths = config["num_beams"], config["max_length"], config["min_length"]
-        time = costs.milliseconds(lambda: model.generate(sample[0], *lengths))
-    else:
-        with torch.no_grad():
-            time = costs.milliseconds(lambda: model.logits_from_ids(*sample[:-1]))
-    return {"milliseconds": time, "resident_bytes": costs.resident_bytes()}
 
 
 def show(found: dict) -> None:
@@ -131,15 +46,18 @@ def check_flags(args: argparse.Namespace, config: dict) -> None:
     Raises:
         UserError: naming the flag.
     """
-    if not args.to and not args.report:
-        raise UserError("nothing to do: give --to with --out, or --report")
+    if not (args.to or args.report or args.split):
+        raise UserError("nothing to do: give --to with --out, --split or --report")
     if bool(args.to) != bool(args.out):
         raise UserError("--to and --out go together")
-    if args.to == "huggingface" and config["task"] == "nlvr":
+    if args.to == "huggingface" and config["task"] != "caption":
+        why = "; transformers has no class for BLIP's NLVR2 model" * (config["task"] == "nlvr")
         raise UserError(
-            "--to huggingface: transformers has no class for BLIP's NLVR2 model; take --to "
-            "compressed, which this project reads"
+            f"--to huggingface writes captioners alone{why}; take --to compressed, which this "
+            "project reads"
         )
+    if args.split and args.dtype == "float32":
+        raise UserError("--split shows what rounding does: give --dtype float16 or bfloat16, too")
     if args.out and args.out.exists():
         raise UserError(f"--out: {args.out} exists; remove it or choose another")
 
@@ -148,6 +66,15 @@ def main(args: argparse.Namespace) -> None:
     """Exports, then reports."""
     config = load_config(args.config)
     check_flags(args, config)
+    # here, so that a mistake above does not wait for what takes seconds to import
+    import torch
+
+    from engine.exports import held_out_set, show_rounding, write_compressed, write_huggingface
+    from engine.tasks import TASKS
+    from evaluation import costs
+    from models.checkpoint import load_trained
+
+    dataset = held_out_set(config, args.split) if args.split else None
     model = TASKS[config["task"]].build_model(config).eval()
     print(load_trained(model, args.pruned))
     dtype = getattr(torch, args.dtype)
@@ -160,8 +87,10 @@ def main(args: argparse.Namespace) -> None:
         if args.to == "huggingface":
             reader += f", or BlipForConditionalGeneration.from_pretrained('{args.out}')"
         print(f"{args.out}: {bytes_of(args.out) / 1e6:.1f} MB; read it with {reader}")
+    if args.split:
+        show_rounding(model, config, dtype, dataset, args.split)
     if args.report:
-        show(report(model, config))
+        show(costs.report(model, config))
 
 
 def bytes_of(path: Path) -> int:
@@ -181,6 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file (compressed) or folder (huggingface)")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of weights"
+    )
+    parser.add_argument(
+        "--split", metavar="SPLIT", help="evaluate this split before and after rounding to --dtype"
     )
     parser.add_argument("--report", action="store_true", help="sizes, multiply-adds, time, memory")
     return parser.parse_args(argv)

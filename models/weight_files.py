@@ -27,6 +27,7 @@ INDEX = "model.safetensors.index.json"  # Hugging Face's: {"weight_map": {tensor
 _SHARD = re.compile(r"^(.+)-(\d+)-of-(\d+)\.safetensors$")
 _WRAPPERS = ("model", "model_state_dict", "state_dict")
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not eight bits to scale
+_MAPPED = 32 << 20  # bytes of a mapped file that may stay in memory
 _UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError)
 _UNREADABLE += (pickle.UnpicklingError,)
 _GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")  # in torch's sentence on pickled code
@@ -210,22 +211,62 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     )
 
 
+class SafetensorsFile:
+    """A safetensors file whose tensors are read one by one.
+
+    Pages of a mapped file that were read count as the process's memory until the file is closed, so
+    it is opened anew from time to time; for each tensor would take longer than to read it.
+    """
+
+    def __init__(self, path: Path):
+        """Opens the file."""
+        self.path = path
+        self._open()
+
+    def _open(self) -> None:
+        self._file, self._bytes_read = safe_open(self.path, "pt"), 0
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside its tensors."""
+        return self._file.metadata() or {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors."""
+        names = self._file.keys()
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+
+    def get(self, name: str) -> Tensor:
+        """A tensor, perhaps in the file's own pages: copy it, and let go of it."""
+        if self._bytes_read > _MAPPED:
+            self._open()
+        tensor = self._file.get_tensor(name)
+        self._bytes_read += tensor.nbytes
+        return tensor
+
+
 def _open_safetensors(path: Path) -> dict[str, Entry]:
-    with safe_open(path, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        metadata = file.metadata() or {}
+    file = SafetensorsFile(path)
+    shapes = file.shapes()
+    metadata = file.metadata()
     packed = compressed.shapes(path, metadata, shapes) if compressed.claims(metadata) else {}
     for name in packed:
         for part in compressed.parts(name):
             del shapes[part]
-    return {name: Entry(shape, partial(_read, path, name)) for name, shape in shapes.items()} | {
-        name: Entry(shape, partial(compressed.read, path, name)) for name, shape in packed.items()
+    return {name: Entry(shape, partial(_read, file, name)) for name, shape in shapes.items()} | {
+        name: Entry(shape, partial(_read_packed, file, name)) for name, shape in packed.items()
     }
 
 
-def _read(path: Path, name: str, target: Tensor) -> None:
-    with safe_open(path, "pt") as file:  # opened anew, so that no more than a tensor is mapped
-        _copy(path, name, file.get_tensor(name), target)
+def _read(file: SafetensorsFile, name: str, target: Tensor) -> None:
+    _copy(file.path, name, file.get(name), target)
+
+
+def _read_packed(file: SafetensorsFile, name: str, target: Tensor) -> None:
+    bitmask, values = (file.get(part) for part in compressed.parts(name))
+    try:
+        compressed.unpack_into(target, bitmask, values)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"the compressed file {file.path} is damaged: {name}: {error}") from error
 
 
 def _copy(path: Path, name: str, value: Tensor, target: Tensor) -> None:

@@ -555,7 +555,7 @@ def work(rank: int, port: int, folder):
     dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE)
     torch.manual_seed(0)
     # nothing but the gathering keeps buffers equal
-    model = DistributedDataParallel(build_clip(CONFIG), broadcast_buffers=False)
+    model = DistributedDataParallel(build_clip(CONFIG), forward_sync_buffers=False)
     losses, state = train(model, rank, WORLD_SIZE)
     torch.save((losses, state), folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 
 import ComputeID
 from configs import load_config
-from data import build_caption_datasets
+from data.caption_dataset import build_caption_datasets
+from data.image_dataset import BadImageError
+from data.nlvr_dataset import NlvrDataset
 from data.scenes import __main__ as scenes
 from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile, load_distances
 from models import build_captioner, build_nlvr, prunable_layers
 from tests.runs import finish, start, write_config
-from utils import Process, UserError, launch
+from utils import UserError, launch
+from utils.processes import Process
 
 N = 45
 LITTLE_MEMORY = ["--memory_gb", "0.1353"]
@@ -66,8 +70,7 @@ def whole(captioner, tmp_path_factory):
 
 def longest_caption(config):
     dataset = build_caption_datasets(config)[0]
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:N]
-    texts = [dataset.text(index) for index in chosen.tolist()]
+    texts = [dataset.text(index) for index in random_order(dataset)[:N]]
     return build_captioner(config).tokenize(texts)[0].shape[1]
 
 
@@ -389,3 +392,58 @@ def test_wrong_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         ComputeID.parse_args(flags)
     assert message in capsys.readouterr().err
+
+
+def random_order(dataset, seed=0):
+    return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def damage(path):
+    content = Path(path).read_bytes()
+    Path(path).unlink()  # scenes' files may be links of each other
+    Path(path).write_bytes(content[: len(content) // 2])
+
+
+def test_bad_images_give_way_to_the_next_samples(captioner, tmp_path, capsys):
+    """One is cut off and one is missing among the first 44 of the random order."""
+    shutil.copytree(Path(captioner[1]).parent / "scenes", tmp_path / "scenes")
+    config = write_config(tmp_path / "config.yaml", tmp_path / "scenes", batch_size=16)
+    flags = ["--config", config, *captioner[2:-1], "44"]
+    dataset = build_caption_datasets(load_config(config) | {"augment": False})[0]
+    order = random_order(dataset)
+    damage(*dataset.image_paths(order[3]))
+    with pytest.raises(BadImageError, match=r"go on without such images under --skip_bad_images"):
+        measure(flags, tmp_path / "id")
+    (missing,) = dataset.image_paths(order[40])
+    Path(missing).unlink()
+    with pytest.raises(UserError, match="1 of 48 images do not exist"):
+        measure(flags, tmp_path / "id")
+
+    profile = measure([*flags, "--skip_bad_images"], tmp_path / "id")
+    assert profile.settings["bad_images"] == 2
+    assert profile.remarks[0].startswith("2 samples were passed over for others")
+    assert "remark: 2 samples were passed over" in capsys.readouterr().out
+    dataset.skip_bad_images = True
+    expected = [index for place, index in enumerate(order) if place not in (3, 40)][:44]
+    assert ComputeID.choose_samples(dataset, 44, seed=0) == (expected, 2)
+    with pytest.raises(UserError, match="-n 47: .* only 48 samples, of which 2 have images that"):
+        ComputeID.choose_samples(dataset, 47, seed=0)
+    flags[-1] = "47"
+    with pytest.raises(UserError, match="-n 47"):
+        measure([*flags, "--skip_bad_images"], tmp_path / "id")
+
+
+def test_a_pair_with_one_bad_image_gives_way(captioner, tmp_path):
+    shutil.copytree(Path(captioner[1]).parent / "scenes", tmp_path / "scenes")
+    records = json.loads((tmp_path / "scenes" / "annotation" / "nlvr_train.json").read_text())
+    dataset = NlvrDataset(records, tmp_path / "scenes" / "images", None, 50, swap=False)
+    dataset.skip_bad_images = True
+    order = random_order(dataset)
+    damage(dataset.image_paths(order[1])[1])
+    bad = {
+        index for index in order if dataset.image_names(order[1])[1] in dataset.image_names(index)
+    }
+    expected = [index for index in order if index not in bad][:20]
+    passed_over = order.index(expected[-1]) + 1 - 20
+    assert ComputeID.choose_samples(dataset, 20, seed=0) == (expected, passed_over)
+    assert passed_over >= 1

@@ -10,10 +10,21 @@ from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 import export
+from configs import load_config
 from data.transforms import CLIP_STD, build_transform
-from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
+from engine.exports import held_out_set, scores
+from evaluation import costs
+from models import (
+    build_captioner,
+    build_clip,
+    build_nlvr,
+    checkpoint,
+    load_checkpoint,
+    prunable_layers,
+)
 from models.text import load_tokenizer
 from tests.conftest import read_golden
+from tests.runs import make_scenes, write_config
 from utils import UserError
 
 RUN_KEYS = {"image_root": "x", "ann_root": "x", "init_lr": 0.1, "max_epoch": 1}
@@ -176,6 +187,30 @@ def test_nlvr_has_no_class_at_hugging_face(nlvr, tmp_path):
         run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
 
 
+def test_clip_is_compressed_and_reported_but_not_for_hugging_face(tmp_path, capsys):
+    config = Path("configs/retrieval_demo.yaml").read_text()
+    (tmp_path / "clip.yaml").write_text(config)
+    model = build_clip(load_config(str(tmp_path / "clip.yaml")))
+    torch.save(pruned(model).state_dict(), tmp_path / "clip.pth")
+    flags = ["--config", str(tmp_path / "clip.yaml"), "--pruned", str(tmp_path / "clip.pth")]
+    with pytest.raises(UserError, match="writes captioners alone; take --to compressed"):
+        run(flags, "--to", "huggingface", "--out", tmp_path / "clip")
+    out = tmp_path / "clip.safetensors"
+    run(flags, "--to", "compressed", "--out", out, "--report")
+    other = build_clip(load_config(flags[1]))
+    load_checkpoint(other, out)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    lines = capsys.readouterr().out.splitlines()
+    nonzeros = {"vision": 0, "language": 0}
+    for name, parameter in model.named_parameters():
+        kind = "vision" if name.startswith("visual.") else "language"
+        nonzeros[kind] += int(parameter.count_nonzero())
+    (shown,) = (line for line in lines if line.startswith("nonzeros"))
+    assert shown.split(maxsplit=1)[1] == export.shares(nonzeros)
+    assert sum(line.startswith(("dense, here", "sparse, here")) for line in lines) == 2
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -255,7 +290,7 @@ def test_the_report(request, monkeypatch, capsys, task):
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     nonzeros = sum(int(p.count_nonzero()) for p in model.parameters()) / 1e6
     made = []
-    monkeypatch.setattr(export, "sparsify_", lambda m: made.append(m) or "all are sparse")
+    monkeypatch.setattr(costs, "sparsify_", lambda m: made.append(m) or "all are sparse")
     run(flags, "--report")
     lines = {line[:24].strip(): line[24:] for line in capsys.readouterr().out.splitlines()}
     assert lines["parameters"].startswith(f" {parameters:.1f} M (vision ")
@@ -264,3 +299,45 @@ def test_the_report(request, monkeypatch, capsys, task):
     assert {"multiply-adds, dense", "multiply-adds, effective", "compressed float16"} <= set(lines)
     assert "ms a sample" in lines["dense, here"] and "ms a sample" in lines["sparse, here"]
     assert len(made) == 1
+
+
+def test_what_rounding_does_to_a_splits_scores(tmp_path, capsys):
+    """A captioner that says "blue" because 1.001 is more than 1.0005, which bfloat16 forgets."""
+    config = write_config(tmp_path / "config.yaml", make_scenes(tmp_path / "scenes"))
+    torch.manual_seed(0)
+    model = build_captioner(load_config(config)).eval()
+    with torch.no_grad():
+        head = model.text_decoder.cls.predictions
+        head.transform.LayerNorm.weight.zero_()
+        head.transform.LayerNorm.bias.fill_(1)  # so the decoder always sees ones
+        head.decoder.weight.zero_()
+        head.decoder.bias.zero_()
+        red, blue = model.tokenizer.convert_tokens_to_ids(["red", "blue"])
+        head.decoder.bias[blue], head.decoder.bias[red] = 1.001, 1
+        head.decoder.weight[red, 0] = 0.0005
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    flags = ["--config", config, "--pruned", str(tmp_path / "weights.pth"), "--dtype", "bfloat16"]
+    out = tmp_path / "small.safetensors"
+    run(flags, "--to", "compressed", "--out", out, "--split", "val")
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("val ")]
+    shown = {name[4:-1]: numbers for name, numbers in (x.split(" float32 ") for x in lines)}
+    dataset = held_out_set(load_config(config), "val")
+    before = scores(model, load_config(config), dataset, "val")
+    load_checkpoint(model, out)
+    after = scores(model, load_config(config), dataset, "val")
+    assert before["Bleu_1"] != after["Bleu_1"]
+    assert list(shown) == list(before)
+    for name, numbers in shown.items():
+        change = after[name] - before[name]
+        assert numbers == f"{before[name]:.4f}, bfloat16 {after[name]:.4f}, {change:+.4f}"
+
+
+def test_mistakes_about_a_split_are_told_before_the_model_is_built(
+    captioner, tmp_path, monkeypatch
+):
+    _, flags = captioner
+    monkeypatch.setattr(checkpoint, "load_trained", None)
+    with pytest.raises(UserError, match="--split dev: this config's are val and test"):
+        run(flags, "--split", "dev", "--dtype", "float16")
+    with pytest.raises(UserError, match="--split shows what rounding does: give --dtype"):
+        run(flags, "--split", "val")

@@ -111,6 +111,7 @@ def test_remarks():
     few = {"a": layer_with(40), "b": layer_with(0)}
     assert make_remarks(400, few) == []
     assert len(make_remarks(399, few)) == 2  # too few for 20 levels, and more than a tenth
+    assert make_remarks(400, few, bad=3)[0].startswith("3 samples were passed over")
     many = {"a": layer_with(41), "b": layer_with(0), "c": layer_with(60)}
     (remark,) = make_remarks(400, many)
     assert remark.startswith("in 2 of 3 layers many samples")
