@@ -5,7 +5,7 @@ import argparse
 from configs import load_config
 from studies.grid import DENSE, Cell, Setting, Study, grid
 from studies.statistics import RULE, SCORES
-from studies.weightings import ID, NONE, SHUFFLED, WEIGHTINGS, weigh
+from studies.weightings import ID, NONE, SHUFFLED, WEIGHTINGS, check_weighting
 from utils import UserError
 
 SEEDS, DECISIVE_SEEDS = range(8), range(10)
@@ -58,7 +58,7 @@ def of_config(args: argparse.Namespace) -> Study:
         UserError: the config or a weighting is wrong.
     """
     for weighting in args.weightings:
-        weigh(weighting, {}, seed=0)  # refuses an unknown one
+        check_weighting(weighting)
     task = load_config(args.config)["task"]
     if task not in SCORES:
         raise UserError(f"--config {args.config}: a study knows the tasks {', '.join(SCORES)}")

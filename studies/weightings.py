@@ -7,15 +7,25 @@ Only the ratios between the numbers matter, for the threshold is global.
 import random
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
-from models.layers import modality
 from utils import UserError, write_json
 
 NONE, ID, SHUFFLED = "none", "ID", "shuffled"
 WITHIN, MEAN, INVERSE = "shuffled within modality", "modality mean", "1/ID"
 WEIGHTINGS = (NONE, ID, SHUFFLED, WITHIN, MEAN, INVERSE)
 POWER = re.compile(r"^ID\^(-?\d+(?:\.\d+)?)$")  # "ID^0.5"
+
+
+def check_weighting(weighting: str) -> None:
+    """Passes the names that `weigh` takes.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if weighting not in WEIGHTINGS and not POWER.match(weighting):
+        raise UserError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)} and ID^A")
 
 
 def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float] | None:
@@ -32,27 +42,34 @@ def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float] 
     Raises:
         UserError: there is no such weighting.
     """
-    modalities = defaultdict(list)
-    for name in ids:
-        modalities[modality(name)].append(name)
+    check_weighting(weighting)
     if weighting == NONE:
         return None
-    if weighting == ID:
-        return dict(ids)
     if weighting == SHUFFLED:
         return shuffle(ids, list(ids), seed)
-    if weighting == WITHIN:
-        shuffled = [shuffle(ids, names, seed) for names in modalities.values()]
-        merged = {name: value for part in shuffled for name, value in part.items()}
+    if weighting in (WITHIN, MEAN):
+        parts = [
+            shuffle(ids, names, seed)
+            if weighting == WITHIN
+            else dict.fromkeys(names, sum(map(ids.get, names)) / len(names))
+            for names in by_modality(ids)
+        ]
+        merged = {name: value for part in parts for name, value in part.items()}
         return {name: merged[name] for name in ids}
-    if weighting == MEAN:
-        means = {kind: sum(map(ids.get, names)) / len(names) for kind, names in modalities.items()}
-        return {name: means[modality(name)] for name in ids}
-    if weighting == INVERSE:
-        return {name: 1 / value for name, value in ids.items()}
-    if power := POWER.match(weighting):
-        return {name: value ** float(power.group(1)) for name, value in ids.items()}
-    raise UserError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)} and ID^A")
+    power = {ID: 1.0, INVERSE: -1.0}.get(weighting)
+    if power is None:
+        power = float(POWER.match(weighting).group(1))
+    return {name: value**power for name, value in ids.items()}
+
+
+def by_modality(names: Iterable[str]) -> list[list[str]]:
+    """The layers of each modality."""
+    from models.layers import modality  # torch takes seconds to import
+
+    found = defaultdict(list)
+    for name in names:
+        found[modality(name)].append(name)
+    return list(found.values())
 
 
 def shuffle(ids: dict[str, float], names: list[str], seed: int) -> dict[str, float]:
