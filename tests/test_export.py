@@ -189,7 +189,8 @@ def test_nlvr_has_no_class_at_hugging_face(nlvr, tmp_path):
 
 def test_clip_is_compressed_and_reported_but_not_for_hugging_face(tmp_path, capsys):
     config = Path("configs/retrieval_demo.yaml").read_text()
-    (tmp_path / "clip.yaml").write_text(config)
+    tokenizer = "datasets/scenes/tokenizer", "pretrained/tokenizer"
+    (tmp_path / "clip.yaml").write_text(config.replace(*tokenizer))
     model = build_clip(load_config(str(tmp_path / "clip.yaml")))
     torch.save(pruned(model).state_dict(), tmp_path / "clip.pth")
     flags = ["--config", str(tmp_path / "clip.yaml"), "--pruned", str(tmp_path / "clip.pth")]
