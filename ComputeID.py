@@ -3,11 +3,13 @@
     python ComputeID.py -n 2000 --Path ID/Blip_coco --cpu          # or --gpu 0
     python ComputeID.py -n 500 --Path ID/demo --config configs/caption_demo.yaml
     python -m torch.distributed.run --nproc_per_node=2 ComputeID.py -n 2000 --Path ID/Blip_coco
+    python ComputeID.py --hf openai/clip-vit-base-patch32 --images pictures --texts captions.txt
     python ComputeID.py -s --Path ID/Blip_coco --fraction 0.9      # after --save_distances
 
 Writes to --Path: profile.json (for --id_profile of the training scripts), the original's ID.txt,
 result_id.txt, result_bar.txt and dim.txt, and figures. A run that was stopped goes on where it was
-when the same command is given again.
+when the same command is given again, but for one with --hf. That measures any model of Hugging
+Face's, by its name or in a folder, on pictures and, where it takes texts, on a text for each.
 """
 
 import argparse
@@ -18,22 +20,34 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from configs import load_config
+from engine.profile_flags import check_profile_flags, parse_profile_flags
+from utils import UserError, launch
+
+if __name__ == "__main__":  # before what takes seconds to import, for mistakes do not wait for it
+    ARGS = parse_profile_flags(__doc__)
+    launch(check_profile_flags, ARGS)
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from configs import COUNT, FROM_ZERO, Number, load_config
 from data.image_dataset import ImageDataset
-from dimension.budget import plan_capture, share_layers
+from data.images import find_pictures
+from dimension import measure as measure_any
+from dimension.any_model import choose_layers
+from dimension.budget import default_budget, plan_capture, share_layers
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.figures import plot_comparison, plot_depth, plot_scale, save_figure
 from dimension.profile import (
     IDProfile,
     LayerID,
     PartialProfile,
+    block_permutations,
     clear_distances,
     load_distances,
+    load_kinds,
     load_profile,
     make_remarks,
     measure_layer,
@@ -41,21 +55,20 @@ from dimension.profile import (
     partial_profiles,
     save_distances,
 )
-from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS, draw_permutations
+from dimension.twonn import ENOUGH_POINTS
 from engine.tasks import TASKS
 from models import prunable_layers
 from models.checkpoint import load_trained
+from models.hub import HubInputs, check_forward, layer_kinds, open_hub_model, read_texts
 from models.layers import modality
 from models.weight_files import fetch
-from utils import (
+from utils.processes import (
     Process,
-    UserError,
     available_cpus,
     barrier,
     free_memory,
     init_distributed,
     keep_freed_memory,
-    launch,
     main_process_first,
 )
 
@@ -63,7 +76,7 @@ from utils import (
 MODEL_AND_DATA_KEYS = (
     "task vit clip image_size tokenizer image_root ann_root prompt max_words max_tokens"
 ).split()
-SHARE_ON_CPU, SHARE_ON_ACCELERATOR = 0.5, 0.8  # of the free memory
+HUB_BATCH_SIZE = 8
 PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
 
@@ -148,11 +161,6 @@ def build_samples(
     )
 
 
-def block_permutations(n: int, seed: int) -> Tensor:
-    """The same blocks for all layers; samples and blocks have different random numbers."""
-    return draw_permutations(n, torch.Generator().manual_seed(seed + 1))
-
-
 def require_writable(folder: Path) -> None:
     """Makes the folder of the results and tries to write to it, before the work for them begins.
 
@@ -203,8 +211,7 @@ def plan_share(
     layers, device = prunable_layers(model), process.device
     if memory_gb is None:
         free = free_memory(device)
-        share = SHARE_ON_CPU if device.type == "cpu" else SHARE_ON_ACCELERATOR
-        memory_gb = share * free / 1e9
+        memory_gb = default_budget(device) / 1e9
         print_once(process, f"--memory_gb {memory_gb:.2f} of {free / 1e9:.2f} GB free per process")
     shapes = trace_stages(model.stages(), layers, samples, device)
     share = share_layers(shapes, set(layers) - done, process.world_size)[process.rank]
@@ -352,6 +359,71 @@ def measure(
     return profile
 
 
+def measure_hub(
+    folder: Path,
+    name: str,
+    images: str | None,
+    texts: str | None,
+    device: str,
+    *,
+    n: int,
+    batch_size: int,
+    fraction: float,
+    memory_gb: float | None,
+    seed: int,
+) -> IDProfile:
+    """Measures the linear layers of any model of Hugging Face's.
+
+    Args:
+        folder: of the results.
+        name: of a folder, or on the hub.
+        images: folder of pictures; None for a model of texts.
+        texts: file with a text on each line; None for a model of images.
+        device: see `init_distributed`.
+        n: samples at most; of more, random ones are taken.
+        batch_size: samples in a forward pass.
+        fraction: of the points, see `estimate_id`.
+        memory_gb: see `dimension.measure`.
+        seed: of the choice of samples and of the blocks.
+
+    Returns:
+        The profile, which is written.
+
+    Raises:
+        UserError: there are several processes, or see `HubInputs`.
+    """
+    process = init_distributed(device)
+    if process.world_size > 1:
+        raise UserError("--hf runs in one process: start it without torchrun")
+    require_writable(folder)
+    pictures = None
+    if images is not None:
+        if not Path(images).is_dir():
+            raise UserError(f"--images: there is no folder {images}")
+        pictures = find_pictures([Path(images)])
+    lines = None if texts is None else read_texts(texts)
+    keep_freed_memory(process.device)
+    hub = open_hub_model(name)
+    inputs = HubInputs(hub, name, pictures, lines, batch_size)
+    count = min(n, inputs.samples())
+    generator = torch.Generator().manual_seed(seed)
+    inputs.take(sorted(torch.randperm(inputs.samples(), generator=generator)[:count].tolist()))
+    check_forward(hub, inputs, name)
+    layers = [x for x in choose_layers(hub.model) if x not in hub.untrained]
+    model = hub.model.to(process.device)
+    profile = measure_any(model, inputs, layers, memory_gb, count, fraction, seed)
+    own = {"hf": name, "images": images, "texts": texts, "batch_size": batch_size}
+    own["checkpoint_sha256"] = model_hash(model)
+    kinds = layer_kinds(model, list(profile.layers))
+    found = {x: replace(layer, kind=kinds[x]) for x, layer in profile.layers.items()}
+    profile = replace(profile, settings=profile.settings | own, layers=found)
+    if hub.untrained:
+        left_out = f"left out, for the checkpoint lacks them: {', '.join(hub.untrained)}"
+        profile.remarks.append(left_out)
+    profile.write(folder)
+    return profile
+
+
 def estimate_again(folder: Path, fraction: float, seed: int) -> IDProfile:
     """Other IDs from the distances that an earlier run kept, without the model.
 
@@ -403,7 +475,8 @@ def draw(profile: IDProfile, folder: Path, compare: list[str]) -> list[str]:
     if compare:
         own = {name: layer.id for name, layer in profile.layers.items()}
         others = {path: load_profile(path) for path in compare}
-        figures["compare.png"] = plot_comparison({str(folder): own} | others)
+        kinds = {path: load_kinds(path) for path in compare} | {str(folder): profile.kinds()}
+        figures["compare.png"] = plot_comparison({str(folder): own} | others, kinds)
     for name, figure in figures.items():
         save_figure(figure, folder / name)
     return list(figures)
@@ -413,7 +486,7 @@ def summary(profile: IDProfile) -> str:
     """Lines with the mean ID of each modality, and the remarks."""
     ids: dict[str, list[float]] = {}
     for name, layer in profile.layers.items():
-        ids.setdefault(modality(name), []).append(layer.id)
+        ids.setdefault(layer.kind or modality(name), []).append(layer.id)
     lines = [f"{k}: {len(v)} layers, mean ID {sum(v) / len(v):.2f}" for k, v in ids.items()]
     return "\n".join([*lines, *(f"remark: {remark}" for remark in profile.remarks)])
 
@@ -425,6 +498,19 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.Path)
     if args.skip:
         profile = estimate_again(folder, args.fraction, args.seed)
+    elif args.hf:
+        profile = measure_hub(
+            folder,
+            args.hf,
+            args.images,
+            args.texts,
+            chosen_device(args.cpu, args.gpu),
+            n=args.nsamples,
+            batch_size=args.batch_size or HUB_BATCH_SIZE,
+            fraction=args.fraction,
+            memory_gb=args.memory_gb,
+            seed=args.seed,
+        )
     else:
         config = load_config(args.config, {"pretrained": args.pretrained, "augment": False})
         weights = args.pruned or config["pretrained"]
@@ -448,58 +534,14 @@ def main(args: argparse.Namespace) -> None:
         figures = draw(profile, folder, args.compare)
         print(summary(profile))
         print(f"wrote to {folder}: profile.json, {', '.join(figures)}")
-        print(f"prune with these IDs: --id_profile {folder}")
+        if not args.hf:
+            print(f"prune with these IDs: --id_profile {folder}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "-n",
-        "--nsamples",
-        type=Number(int, FEWEST_POINTS),
-        default=2000,
-        help="samples of the training set (2000)",
-    )
-    add("--Path", default="ID/Blip_coco", help="folder for the results")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cpu", action="store_true", help="run on the CPU")
-    device.add_argument(
-        "--gpu", type=FROM_ZERO, metavar="N", help="run on GPU N; default: a GPU if there is one"
-    )
-    add("-s", "--skip", action="store_true", help="no model: estimate again from kept distances")
-    add("--save_distances", action="store_true", help="keep distances for -s, 4 n^2 bytes a layer")
-    add(
-        "--fraction",
-        type=Number(float, 0, 1),
-        default=1.0,
-        help="share of the points that is fitted, in (0, 1]",
-    )
-    add("--keep_padding", action="store_true", help="as the original: a batch's padding counts")
-    add(
-        "--skip_bad_images",
-        action="store_true",
-        help="take other samples for those whose images cannot be read, and count them",
-    )
-    add(
-        "--memory_gb",
-        type=Number(float, 0),
-        help="for activations, states and matrices of each process",
-    )
-    add("--compare", nargs="+", default=[], metavar="PROFILE", help="draw these profiles, too")
-    add("--batch_size", type=COUNT, help="samples in a forward pass; default: the config's")
-    add("--seed", type=FROM_ZERO, default=0, help="of the choice of samples and blocks")
-    add("--config", default="configs/caption_coco.yaml")
-    add("--pretrained", help="weights instead of the config's")
-    add("--pruned", help="measure pruned weights (a file, or the folder of a pruning run)")
-    args = parser.parse_args(argv)
-    if args.fraction == 0:
-        parser.error("argument --fraction: no points are left to fit; 1 takes all")
-    return args
+    return parse_profile_flags(__doc__, argv)
 
 
 if __name__ == "__main__":
-    launch(main, parse_args())
+    launch(main, ARGS)

@@ -13,15 +13,10 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageOps
 
 from configs import load_config
-from data.image_dataset import to_rgb
-from data.transforms import build_transform
-from models import build_captioner, sparsify_
-from models.captioner import Captioner
-from models.checkpoint import load_trained
+from data.images import find_pictures, to_rgb
 from utils import UserError, launch
 
 ROOT = Path(__file__).parent
@@ -33,8 +28,12 @@ EMBEDDED_FILES = {
 }
 
 
-def load_model(args: argparse.Namespace) -> tuple[Captioner, dict]:
-    """The captioner that the flags name, in eval mode on its device, and its config."""
+def read_model_config(args: argparse.Namespace) -> dict:
+    """The config of the captioner that the flags name.
+
+    Raises:
+        UserError: a flag or the config is wrong.
+    """
     if args.config:
         config = load_config(args.config, {"pretrained": args.pruned}, task="caption")
         if not config["pretrained"]:
@@ -44,6 +43,16 @@ def load_model(args: argparse.Namespace) -> tuple[Captioner, dict]:
     else:
         config = load_config(str(EMBEDDED), EMBEDDED_FILES, task="caption")
         tell("with the small embedded model, which knows scenes of coloured shapes only")
+    return config
+
+
+def load_model(args: argparse.Namespace, config: dict):
+    """The captioner in eval mode on its device."""
+    import torch
+
+    from models import build_captioner, sparsify_
+    from models.checkpoint import load_trained
+
     model = build_captioner(config).eval()
     report = load_trained(model, config["pretrained"])
     if args.config:
@@ -52,31 +61,12 @@ def load_model(args: argparse.Namespace) -> tuple[Captioner, dict]:
         tell(str(sparsify_(model)))
     elif torch.cuda.is_available():
         model.cuda()
-    return model, config
+    return model
 
 
 def tell(message: str) -> None:
     """Prints beside the captions, which alone go to standard output."""
     print(message, file=sys.stderr, flush=True)
-
-
-def find_pictures(places: list[Path]) -> list[Path]:
-    """The files among `places`, and in folders those whose names end as pictures' do.
-
-    Raises:
-        UserError: a folder has none.
-    """
-    pictures = []
-    for place in places:
-        if not place.is_dir():
-            pictures.append(place)
-            continue
-        known = Image.registered_extensions()
-        found = sorted(file for file in place.iterdir() if file.suffix.lower() in known)
-        if not found:
-            raise UserError(f"there are no pictures in the folder {place}")
-        pictures += found
-    return pictures
 
 
 def open_upright(path: Path) -> Image.Image:
@@ -102,7 +92,11 @@ def show(args: argparse.Namespace, path: Path, what: str, text: str) -> None:
 def main(args: argparse.Namespace) -> None:
     """Captions picture by picture; one that cannot be read is reported, and the others go on."""
     pictures = find_pictures(args.pictures)
-    model, config = load_model(args)
+    config = read_model_config(args)
+    # here and above, so that a mistake does not wait for what takes seconds to import
+    from data.transforms import build_transform
+
+    model = load_model(args, config)
     transform = build_transform(config["image_size"], augment=False)
     lengths = config["num_beams"], config["max_length"], config["min_length"]
     device, unread = model.visual_encoder.cls_token.device, 0

@@ -10,137 +10,10 @@ A compressed file is read wherever weights are: --pruned, --pretrained, a config
 """
 
 import argparse
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-
 from configs import load_config
-from engine.run import Run
-from engine.tasks import TASKS
-from evaluation import costs
-from models import compressed, sparsify_
-from models.checkpoint import load_trained, stored_tensors
-from models.huggingface import write_folder
-from utils import Process, UserError, launch
-
-
-@contextmanager
-def written_whole(out: Path) -> Iterator[None]:
-    """Turns a failure to write into a sentence. What is written must appear under its name whole.
-
-    Raises:
-        UserError: the disk is full, say; nothing is there.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out} ({error}): make room, or choose --out") from error
-
-
-def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file of the model, one by one as `dtype`.
-
-    Raises:
-        UserError: one has values beyond the range of `dtype`.
-    """
-    for name, tensor in stored_tensors(model):
-        converted = tensor.to(dtype) + 0.0  # of zeros, which pruners may leave negative, one kind
-        if not converted.isfinite().all():
-            raise UserError(f"--dtype: {name} has values beyond float16's range; take bfloat16")
-        yield name, converted
-
-
-def write_compressed(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
-    """Writes the compressed file."""
-    with written_whole(out):
-        compressed.write(out, rounded(model, dtype))
-
-
-def write_huggingface(model: nn.Module, config: dict, out: Path, dtype: torch.dtype) -> None:
-    """Writes the folder, under another name until it is whole."""
-    with written_whole(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-        unfinished.mkdir()
-        try:
-            write_folder(model, config, unfinished, dict(rounded(model, dtype)))
-            unfinished.rename(out)
-        except BaseException:
-            shutil.rmtree(unfinished)
-            raise
-
-
-def report(model: nn.Module, config: dict) -> dict:
-    """Measures what a model costs, here; sparse as well, which makes it sparse.
-
-    Returns:
-        Fit for JSON: what `costs.sizes` and `costs.multiply_adds` return, and for the model as it
-        is ("dense") and with sparse layers ("sparse") milliseconds a sample and resident bytes.
-    """
-    sample = costs.example(config["task"], config["image_size"])
-    found = costs.sizes(model) | {"multiply_adds": costs.multiply_adds(model, sample)}
-    found["dense"] = measured(model, config, sample)
-    found["sparse_layers"] = str(sparsify_(model))
-    found["sparse"] = measured(model, config, sample)
-    return found
-
-
-def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
-    """Milliseconds of one sample (a caption; the judgement of a pair), and resident bytes."""
-    if config["task"] == "caption":
-        lengths = config["num_beams"], config["max_length"], config["min_length"]
-        time = costs.milliseconds(lambda: model.generate(sample[0], *lengths))
-    else:
-        with torch.no_grad():
-            time = costs.milliseconds(lambda: model.logits_from_ids(*sample[:-1]))
-    return {"milliseconds": time, "resident_bytes": costs.resident_bytes()}
-
-
-def held_out_set(config: dict, split: str) -> Dataset:
-    """A held-out split, whose files are there.
-
-    Raises:
-        UserError: they are not, or there is no such split.
-    """
-    task = TASKS[config["task"]]
-    if split not in task.held_out:
-        raise UserError(f"--split {split}: this config's are {' and '.join(task.held_out)}")
-    dataset = dict(zip(task.held_out, task.build_datasets(config, 0)[1:], strict=True))[split]
-    dataset.check()
-    return dataset
-
-
-def scores(model: nn.Module, config: dict, dataset: Dataset, split: str) -> dict[str, float]:
-    """The scores of a held-out split, which is evaluated as a trainer validates."""
-    task = TASKS[config["task"]]
-    flags = argparse.Namespace(seed=0, amp="off", evaluate=False, spice=False)
-    process = Process(rank=0, world_size=1, device=torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(flags, task, config, process, Path(folder), id_profile="")
-        return task.evaluate(run, model, dataset, split)["scores"]
-
-
-def show_rounding(
-    model: nn.Module, config: dict, dtype: torch.dtype, dataset: Dataset, split: str
-) -> None:
-    """Prints what rounding does to the scores of a split; the model is rounded after it."""
-    before = scores(model, config, dataset, split)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in rounded(model, dtype):
-            parameters[name].copy_(tensor)
-    kind = str(dtype).removeprefix("torch.")
-    for name, after in scores(model, config, dataset, split).items():
-        change = after - before[name]
-        print(f"{split} {name}: float32 {before[name]:.4f}, {kind} {after:.4f}, {change:+.4f}")
+from utils import UserError, launch
 
 
 def show(found: dict) -> None:
@@ -177,10 +50,11 @@ def check_flags(args: argparse.Namespace, config: dict) -> None:
         raise UserError("nothing to do: give --to with --out, --split or --report")
     if bool(args.to) != bool(args.out):
         raise UserError("--to and --out go together")
-    if args.to == "huggingface" and config["task"] == "nlvr":
+    if args.to == "huggingface" and config["task"] != "caption":
+        why = "; transformers has no class for BLIP's NLVR2 model" * (config["task"] == "nlvr")
         raise UserError(
-            "--to huggingface: transformers has no class for BLIP's NLVR2 model; take --to "
-            "compressed, which this project reads"
+            f"--to huggingface writes captioners alone{why}; take --to compressed, which this "
+            "project reads"
         )
     if args.split and args.dtype == "float32":
         raise UserError("--split shows what rounding does: give --dtype float16 or bfloat16, too")
@@ -192,6 +66,14 @@ def main(args: argparse.Namespace) -> None:
     """Exports, then reports."""
     config = load_config(args.config)
     check_flags(args, config)
+    # here, so that a mistake above does not wait for what takes seconds to import
+    import torch
+
+    from engine.exports import held_out_set, show_rounding, write_compressed, write_huggingface
+    from engine.tasks import TASKS
+    from evaluation import costs
+    from models.checkpoint import load_trained
+
     dataset = held_out_set(config, args.split) if args.split else None
     model = TASKS[config["task"]].build_model(config).eval()
     print(load_trained(model, args.pruned))
@@ -208,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     if args.split:
         show_rounding(model, config, dtype, dataset, args.split)
     if args.report:
-        show(report(model, config))
+        show(costs.report(model, config))
 
 
 def bytes_of(path: Path) -> int:

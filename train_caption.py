@@ -13,17 +13,9 @@ import argparse
 import json
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset, Subset
-
 from configs import FROM_ZERO, load_config
-from engine.flags import add_flags
-from engine.loop import train
-from engine.run import Run, prepare_run
-from engine.tasks import CAPTION, ground_truth, results_path
-from evaluation import contact_sheet, generate_captions, score_results
-from models import load_checkpoint
-from models.weight_files import fetch
-from utils import UserError, launch, main_process_first
+from engine.flags import add_flags, read_experiment
+from utils import UserError, launch
 
 
 def main(args: argparse.Namespace) -> None:
@@ -33,6 +25,12 @@ def main(args: argparse.Namespace) -> None:
         return
     if not args.evaluate and (args.spice or args.samples):
         raise UserError("--spice and --samples go with --evaluate")
+    read_experiment(args, "caption")  # its mistakes do not wait for what takes seconds to import
+    from engine.loop import train
+    from engine.run import prepare_run
+    from engine.samples import draw_samples, find_dense
+    from engine.tasks import CAPTION
+
     run, model, train_set, splits = prepare_run(args, CAPTION)
     if not args.evaluate:
         train(run, model, train_set, splits)
@@ -54,9 +52,13 @@ def score_again(args: argparse.Namespace) -> None:
         UserError: the file's name does not tell its split.
     """
     split = args.score_only.stem
-    if split not in CAPTION.held_out:
+    if split not in ("val", "test"):
         raise UserError("--score_only takes the val.json or test.json of an evaluation")
-    references = ground_truth(load_config(args.config, task="caption"), split)
+    config = load_config(args.config, task="caption")
+    from engine.tasks import ground_truth
+    from evaluation.scoring import score_results
+
+    references = ground_truth(config, split)
     show({split: score_results(args.score_only, references, args.spice)})
 
 
@@ -71,47 +73,12 @@ def show(reports: dict[str, dict]) -> None:
         print(f"note: {remark}")
 
 
-def find_dense(run: Run) -> Path | None:
-    """The dense weights whose captions stand beside the pruned ones', if there are any.
-
-    All processes call it, before the work: a download must not keep the others waiting later.
-    """
-    if not (run.args.pruned and run.config["pretrained"]):
-        return None
-    with main_process_first():
-        return fetch(run.config["pretrained"])
-
-
-def draw_samples(run: Run, dataset: Dataset, split: str, dense: Path | None) -> None:
-    """Draws a few images of a split with their captions, and with the dense model's beside them.
-
-    Args:
-        run: of `prepare_run`, on the main process.
-        dataset: the split, evaluated before.
-        split: "val" or "test".
-        dense: weights of `find_dense`.
-    """
-    samples = min(run.args.samples, len(dataset))
-    captions = {"pruned": json.loads(results_path(run, split).read_text())}
-    if dense is not None:
-        model = run.task.build_model(run.config).eval().to(run.process.device)
-        load_checkpoint(model, dense)
-        drawn = Subset(dataset, [place * len(dataset) // samples for place in range(samples)])
-        batches = DataLoader(drawn, run.config["eval_batch_size"])
-        with run.autocast():
-            of_dense = generate_captions(model, batches, run.config, run.process.device)
-        captions = {"dense": of_dense, **captions}
-    sheet = run.folder / "results" / f"{split}_samples.png"
-    contact_sheet(dataset, captions, sheet, samples)
-    print(f"samples: {sheet}", flush=True)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    scores = add_flags(parser, CAPTION.config, CAPTION.warmups)
+    scores = add_flags(parser, "caption")
     scores.add_argument("--spice", action="store_true", help="also SPICE; downloads its models")
     scores.add_argument(
         "--samples", type=FROM_ZERO, default=0, help="images to draw with their captions"

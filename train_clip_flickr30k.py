@@ -12,15 +12,17 @@ configs/retrieval_demo.yaml` takes the embedded scenes.
 import argparse
 import json
 
-from engine.flags import add_flags
-from engine.loop import train
-from engine.run import prepare_run
-from engine.tasks import RETRIEVAL
+from engine.flags import add_flags, read_experiment
 from utils import launch, write_json
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the recalls of weights."""
+    read_experiment(args, "retrieval")  # its mistakes do not wait for what takes seconds to import
+    from engine.loop import train
+    from engine.run import prepare_run
+    from engine.tasks import RETRIEVAL
+
     run, model, train_set, splits = prepare_run(args, RETRIEVAL)
     if not args.evaluate:
         train(run, model, train_set, splits)
@@ -43,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_flags(parser, RETRIEVAL.config, RETRIEVAL.warmups)
+    add_flags(parser, "retrieval")
     for flag in (
         "--use_ceph",
         "--w_sp_attn",

@@ -11,15 +11,17 @@ embedded scenes.
 
 import argparse
 
-from engine.flags import add_flags
-from engine.loop import train
-from engine.run import prepare_run
-from engine.tasks import NLVR
+from engine.flags import add_flags, read_experiment
 from utils import launch, write_json
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the accuracy of weights."""
+    read_experiment(args, "nlvr")  # its mistakes do not wait for what takes seconds to import
+    from engine.loop import train
+    from engine.run import prepare_run
+    from engine.tasks import NLVR
+
     run, model, train_set, splits = prepare_run(args, NLVR)
     if not args.evaluate:
         train(run, model, train_set, splits)
@@ -40,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_flags(parser, NLVR.config, NLVR.warmups)
+    add_flags(parser, "nlvr")
     return parser.parse_args(argv)
 
 

@@ -4,6 +4,7 @@
     python -m benchmarks.id distances --n 2000 --features 28416
     python -m benchmarks.id blocks --n 2000
     python -m benchmarks.id capture --n 96 --memory_gb 6
+    python -m benchmarks.id general --n 12
     python -m benchmarks.id straightforward --n 12 --disk /tmp/activations
     python -m benchmarks.id plan --n 2000 --memory_gb 12
 
@@ -21,8 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dimension import measure
 from dimension.budget import plan_capture
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
+from dimension.profile import block_permutations, measure_layer
 from dimension.twonn import (
     FEWEST_POINTS,
     PRODUCT_FEATURES,
@@ -35,7 +38,8 @@ from dimension.twonn import (
 )
 from models import build_captioner, prunable_layers
 from models.layers import sees_image
-from utils import keep_freed_memory, write_json
+from utils import write_json
+from utils.processes import keep_freed_memory
 
 CAPTION_LENGTHS = (9, 16)  # tokens, prompt included
 
@@ -240,6 +244,61 @@ def capture(args: argparse.Namespace) -> None:
         write_json(args.ids, found)
 
 
+class Whole(nn.Module):
+    """A captioner as a model like any other: its `forward` is that of `plain_forward`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.visual_encoder, self.text_decoder = model.visual_encoder, model.text_decoder
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Runs what has profiled layers."""
+        self.text_decoder.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=self.visual_encoder(image),
+            is_decoder=True,
+        )
+
+
+def general(args: argparse.Namespace) -> None:
+    """`dimension.measure`, which knows nothing of stages, against the staged engine."""
+    n = args.n or 12
+    keep_freed_memory(torch.device(args.device))
+    captioner, samples = random_model(args), random_samples(args, n)
+    model, layers = Whole(captioner), list(prunable_layers(captioner))
+    values = {"image": samples.images["image"], **samples.tensors}
+    parts = zip(*(x.split(args.batch_size) for x in values.values()), strict=True)
+    batches = [dict(zip(values, part, strict=True)) for part in parts]
+    print(f"general, vit {args.vit}, {args.image_size} px, n {n}")
+    permutations = block_permutations(n, 0)
+    plan = plan_for(args, captioner, samples, n)
+    found, runs = {}, []
+    model.register_forward_pre_hook(lambda *call: runs.append(1))
+
+    def staged() -> None:
+        modules = prunable_layers(captioner)
+        for layer, matrix in Capture(plan, modules, samples, torch.device(args.device), False):
+            found[layer.name] = measure_layer(layer.name, 0, matrix, 1.0, permutations).id
+
+    plain_forward(captioner, samples, args.device, slice(args.batch_size))  # warm-up
+    plain = seconds(lambda: plain_forward(captioner, samples, args.device))
+    ours = seconds(staged)
+    report("plain forward", plain)
+    report("staged", ours)
+    print(f"  {'staged / plain forward':44}{ours / plain:9.3f}")
+    for budget in (args.memory_gb, args.small_memory_gb):
+        runs.clear()
+        profile = []
+        whole = seconds(lambda: profile.append(measure(model, batches, layers, budget)))  # noqa: B023
+        passes = (len(runs) - 1) // len(batches)
+        report(f"general, {budget:g} GB, {passes} passes", whole, ours)
+        ratio, most = whole / plain, 1 + 1.3 * passes
+        print(f"  {'general / plain forward':44}{ratio:9.3f}, accepted: {most:.1f}")
+        errors = [abs(layer.id / found[name] - 1) for name, layer in profile[0].layers.items()]
+        print(f"  largest relative difference of an ID {max(errors):.1e}")
+
+
 def straightforward(args: argparse.Namespace) -> None:
     """Hooks keep all activations; then torch.pdist and full sorts, layer by layer."""
     n = args.n or 12
@@ -304,7 +363,9 @@ def plan(args: argparse.Namespace) -> None:
     print(f"plan, vit {args.vit}, {args.image_size} px, n {n}\n{plan_for(args, model, samples, n)}")
 
 
-PARTS = {part.__name__: part for part in (distances, blocks, capture, straightforward, plan)}
+PARTS = {
+    part.__name__: part for part in (distances, blocks, capture, general, straightforward, plan)
+}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -324,6 +385,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, help="samples; each part has its default")
     parser.add_argument("--features", type=int, default=28416)
     parser.add_argument("--memory_gb", type=float, default=12)
+    parser.add_argument(
+        "--small_memory_gb", type=float, default=1.5, help="for several passes of `general`"
+    )
     parser.add_argument("--vit", default="base", choices=["tiny", "base", "large"])
     parser.add_argument("--image_size", type=int, default=384)
     parser.add_argument("--batch_size", type=int, default=4)

@@ -36,7 +36,7 @@ from engine.run import Run, start
 from engine.state import build_pruner, build_state
 from engine.tasks import CAPTION
 from models import Captioner, build_captioner
-from utils import keep_freed_memory
+from utils.processes import keep_freed_memory
 
 DELTA_T = 10
 EVENTS = {"cubic": 1 / DELTA_T, "run": (3 / DELTA_T + 1) / 5}  # share of the steps

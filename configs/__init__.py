@@ -52,7 +52,7 @@ class Number:
             value, int if self.kind is int else int | float
         ):
             raise ValueError(f"must be {self}")
-        if not self.least <= value <= self.most or not math.isfinite(value):
+        if not self.least <= value <= self.most or abs(value) == math.inf:
             raise ValueError(f"must be {self}")
         return self.kind(value)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils import UserError, download, is_main
+from utils import UserError, download
+from utils.processes import is_main
 
 PUBLISHED_AT = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 

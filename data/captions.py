@@ -1,6 +1,8 @@
-"""Caption normalisation, shared by COCO captions and NLVR2 statements."""
+"""Words of COCO captions and NLVR2 statements."""
 
 import re
+
+OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 def normalize_caption(text: str, max_words: int) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data.images import to_rgb
 from data.records import listed
 from data.samplers import derived_seed
 from utils import UserError, mistaken_for
@@ -41,21 +41,6 @@ def open_image(path: str) -> Image.Image:
             f"cannot read image {path}: {why}. Mend or replace it; training and profiling "
             "go on without such images under --skip_bad_images"
         ) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts as Pillow does, and grey of 16 bits, which Pillow cuts off at 255, by its high byte.
-
-    That is what Pillow makes of colours of 16 bits. (The original code sees 16-bit grey as white.)
-
-    Raises:
-        ValueError: If the pixels are integers of 32 bits or floats, whose range is not known.
-    """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels ({image.mode}) are of unknown range: save it with 8 bits")
-    return image.convert("RGB")
 
 
 def missing_files(paths: Iterable[str]) -> list[str]:

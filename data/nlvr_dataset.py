@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 
 from data.annotation import annotation_files
-from data.captions import normalize_caption
+from data.captions import OTHER_SIDE, normalize_caption
 from data.image_dataset import ImageDataset
 from data.records import STATEMENTS, read_all, read_records
 from data.transforms import build_transform
-
-OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 class NlvrDataset(ImageDataset):

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
+import compat  # noqa: F401
+
 import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F

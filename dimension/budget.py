@@ -11,8 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from models.stages import Stage
 from utils import UserError
+from utils.processes import free_memory
 
 FLOAT32 = 4  # bytes
 ALIGNMENT = 16  # elements: 64 bytes, at which every segment starts; see `Segment.room`
@@ -20,22 +23,31 @@ SEGMENT_ELEMENTS = 2**26  # of all samples: 256 MB
 WORKSPACE = 2**27  # bytes for chunks of features and their products
 MATRICES = 4  # (n, n) in float64: a layer's sum, a segment's term, and what the estimate needs
 BATCH_OUTPUTS = 4  # of the widest layer, alive at a time within a stage
+SHARE_ON_CPU, SHARE_ON_ACCELERATOR = 0.5, 0.8  # of the free memory
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that a capture may hold where nobody says how many: a share of what is free."""
+    share = SHARE_ON_CPU if device.type == "cpu" else SHARE_ON_ACCELERATOR
+    return int(share * free_memory(device))
 
 
 class LayerShape(NamedTuple):
-    """A layer of a stage.
+    """A layer of a stage, or one of its calls where a forward calls it several times.
 
     Attributes:
         name: of the module.
         tokens: L of its output (B, L, width).
         width: elements of a token.
         flops: floating-point operations for one sample, from the stage's start to this output.
+        call: which of the calls, from 0.
     """
 
     name: str
     tokens: int
     width: int
     flops: int
+    call: int = 0
 
     @property
     def features(self) -> int:
@@ -103,7 +115,7 @@ class StagePlan:
 
     def pass_flops(self) -> list[int]:
         """Floating-point operations for one sample, of each pass."""
-        flops = [kept[-1].layer.flops if kept else 0 for kept in self.passes]
+        flops = [max((x.layer.flops for x in kept), default=0) for kept in self.passes]
         return [*flops[:-1], self.shape.flops] if self.advances else flops
 
 
@@ -126,13 +138,18 @@ class CapturePlan:
     stages: list[StagePlan]
 
     @property
+    def row(self) -> int:
+        """Bytes that one element of each sample and of their centre takes."""
+        return (self.n + 1) * FLOAT32
+
+    @property
     def work(self) -> float:
         """Forward work as a multiple of one plain forward."""
         return sum(sum(stage.pass_flops()) for stage in self.stages) / self.plain_flops
 
     def held(self, stage: StagePlan) -> int:
         """Bytes held while a stage runs."""
-        return self.fixed + stage.carried + stage.captured() * (self.n + 1) * FLOAT32
+        return self.fixed + stage.carried + stage.captured() * self.row
 
     @property
     def peak(self) -> int:
@@ -144,6 +161,30 @@ class CapturePlan:
         """Floating-point operations of the products behind all distances."""
         segments = [x for stage in self.stages for kept in stage.passes for x in kept]
         return self.n * (self.n + 1) * sum(segment.elements for segment in segments)
+
+    def fill(self, stage: StagePlan, segments: list[Segment]) -> list[list[Segment]]:
+        """Puts segments of a stage into passes in order; one empty pass if there are none.
+
+        Raises:
+            UserError: the budget is too small for one of them.
+        """
+        room = (self.budget - self.fixed - stage.carried) // self.row  # elements of one sample
+        needed = max((segment.room for segment in segments), default=0)
+        if needed > room:
+            least = (self.fixed + stage.carried + needed * self.row) / 1e9
+            raise UserError(
+                f"--memory_gb {self.budget / 1e9:g} is too little: {stage.shape.stage.name} needs "
+                f"{least:.2f} GB for {self.n} samples; allow that, or take fewer samples"
+            )
+        passes: list[list[Segment]] = [[]]
+        free = room
+        for segment in segments:
+            if segment.room > free:
+                passes.append([])
+                free = room
+            passes[-1].append(segment)
+            free -= segment.room
+        return passes
 
     def __str__(self) -> str:
         """A table; stages whose names differ in a number only share a row, which tells the most."""
@@ -193,27 +234,26 @@ def plan_capture(
     widest = max((x.features for shape in wanted for x in shape.layers), default=0)
     outputs = BATCH_OUTPUTS * min(batch_size, n) * widest * FLOAT32
     fixed = MATRICES * n * n * 8 + WORKSPACE + outputs
-    stages = []
+    plan = CapturePlan(n, budget, plain_flops, fixed, [])
     for index, shape in enumerate(wanted):
         carried = n * _carried(wanted, index, inputs)
-        room = (budget - fixed - carried) // ((n + 1) * FLOAT32)  # samples and their centre
-        segments = [segment for layer in shape.layers for segment in _segments(layer, n)]
-        needed = max((segment.room for segment in segments), default=0)
-        if needed > room:
-            least = (fixed + carried + needed * (n + 1) * FLOAT32) / 1e9
-            raise UserError(
-                f"--memory_gb {budget / 1e9:g} is too little: {shape.stage.name} needs "
-                f"{least:.2f} GB for {n} samples; allow that, or take fewer samples"
-            )
-        passes = _fill(segments, room)
-        stages.append(StagePlan(shape, carried, passes, advances=index + 1 < len(wanted)))
-    return CapturePlan(n, budget, plain_flops, fixed, stages)
+        segments = [segment for layer in shape.layers for segment in cut(layer, n)]
+        stage = StagePlan(shape, carried, [segments], advances=index + 1 < len(wanted))
+        plan.stages.append(stage)
+        stage.passes = plan.fill(stage, segments)
+    return plan
 
 
-def _segments(layer: LayerShape, n: int) -> list[Segment]:
-    """A layer's output in segments of `SEGMENT_ELEMENTS` elements of n samples, or of one token."""
+def cut(layer: LayerShape, n: int, first: int = 0) -> list[Segment]:
+    """A layer's output in segments of `SEGMENT_ELEMENTS` elements of n samples, or of one token.
+
+    Args:
+        layer: which.
+        n: samples.
+        first: token at which to begin.
+    """
     step = max(1, SEGMENT_ELEMENTS // (n * layer.width))
-    starts = range(0, layer.tokens, step)
+    starts = range(first, layer.tokens, step)
     return [Segment(layer, start, min(start + step, layer.tokens)) for start in starts]
 
 
@@ -235,24 +275,6 @@ def live_states(stages: list[Stage], index: int) -> set[str]:
     for stage in reversed(stages[index:]):
         alive = (alive - {stage.writes}) | set(stage.reads)
     return alive
-
-
-def _fill(segments: list[Segment], room: int) -> list[list[Segment]]:
-    """Puts segments into passes in order; one empty pass if there are none.
-
-    Args:
-        segments: of a stage.
-        room: elements of one sample that a pass can keep, no fewer than any segment needs.
-    """
-    passes: list[list[Segment]] = [[]]
-    free = room
-    for segment in segments:
-        if segment.room > free:
-            passes.append([])
-            free = room
-        passes[-1].append(segment)
-        free -= segment.room
-    return passes
 
 
 def share_layers(shapes: list[StageShape], layers: set[str], processes: int) -> list[set[str]]:

@@ -125,8 +125,11 @@ def trace_stages(
     return shapes
 
 
-class _LastOutputKept(Exception):
-    """Leaves a stage early: this pass keeps no output after the present one."""
+class LastOutputKept(BaseException):
+    """Leaves a forward early: this pass keeps no output after the present one.
+
+    It is no `Exception`, so that no model takes it for a failure of its own.
+    """
 
 
 class Capture:
@@ -236,7 +239,7 @@ class Capture:
                 torch.mean(output, 0, out=centre)
             torch.sub(output, centre, out=values[rows])
             if final:
-                raise _LastOutputKept
+                raise LastOutputKept
 
         with ExitStack() as hooks:
             hooks.enter_context(full_float32())
@@ -248,7 +251,7 @@ class Capture:
             batches = zip(*(self._batches(name) for name in stage.reads), strict=True)
             for number, batch in enumerate(batches):
                 rows = slice(rows.stop, rows.stop + len(batch[0]))
-                with suppress(_LastOutputKept):
+                with suppress(LastOutputKept):
                     written[number : number + 1] = [stage.run(*batch)]
                 self.bar.update(flops * len(batch[0]))
 

@@ -14,6 +14,8 @@ KINDS = {  # of layers: colour, marker, and the marker's filling
     "language": ("tab:orange", "o", "none"),
     "cross-attention key, value": ("tab:red", "^", "full"),
 }
+OTHER = {"other": ("tab:green", "s", "none")}  # in models that are not ours
+STYLES = KINDS | OTHER
 
 
 def layer_kind(name: str) -> str:
@@ -33,11 +35,12 @@ def plot_depth(profile: IDProfile) -> Figure:
     """ID of each layer with its error bar, against its position in the model."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    for kind, (colour, marker, fill) in KINDS.items():
+    kinds = profile.kinds()
+    for kind, (colour, marker, fill) in STYLES.items():
         layers = [
             (position, layer.id, math.nan if layer.error is None else layer.error)
             for position, (name, layer) in enumerate(profile.layers.items())
-            if layer_kind(name) == kind
+            if (kinds.get(name) or layer_kind(name)) == kind
         ]
         if layers:
             x, y, error = zip(*layers, strict=True)
@@ -49,23 +52,31 @@ def plot_depth(profile: IDProfile) -> Figure:
     return figure
 
 
-def plot_comparison(profiles: dict[str, dict[str, float]]) -> Figure:
+def plot_comparison(
+    profiles: dict[str, dict[str, float]], kinds: dict[str, dict[str, str]] | None = None
+) -> Figure:
     """IDs of several models against relative depth, overlaid as in the paper's figure.
 
     Args:
         profiles: label to a mapping from layer name to ID, layers in forward order.
+        kinds: label to a mapping from layer name to kind, where the names do not tell it.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
+    present = set(KINDS)
     for number, (label, layers) in enumerate(profiles.items()):
         colour, ids = f"C{number}", list(layers.values())
         depth = [position / max(1, len(ids) - 1) for position in range(len(ids))]
         axes.plot(depth, ids, lw=0.5, color=colour, label=label)
-        for kind, (_, marker, fill) in KINDS.items():
-            chosen = [i for i, name in enumerate(layers) if layer_kind(name) == kind]
+        known = (kinds or {}).get(label, {})
+        own = [known.get(name) or layer_kind(name) for name in layers]
+        present |= set(own)
+        for kind, (_, marker, fill) in STYLES.items():
+            chosen = [i for i, other in enumerate(own) if other == kind]
             x, y = [depth[i] for i in chosen], [ids[i] for i in chosen]
             axes.plot(x, y, marker, ms=4, color=colour, fillstyle=fill)
-    for kind, (_, marker, fill) in KINDS.items():
+    for kind in [kind for kind in STYLES if kind in present]:
+        _, marker, fill = STYLES[kind]
         axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill, label=kind)
     axes.set(xlabel="relative depth", ylabel="intrinsic dimension")
     axes.set_ylim(bottom=0)
@@ -84,10 +95,10 @@ def plot_scale(profile: IDProfile) -> Figure:
     for name, layer in profile.layers.items():
         sizes = [profile.settings["nsamples"] // b for b in range(1, len(layer.block_means) + 1)]
         means = [math.nan if mean is None else mean for mean in layer.block_means]
-        kind = layer_kind(name)
+        kind = layer.kind or layer_kind(name)
         label = None if kind in labelled else kind
         labelled.add(kind)
-        axes.plot(sizes, means, color=KINDS[kind][0], lw=0.6, alpha=0.6, label=label)
+        axes.plot(sizes, means, color=STYLES[kind][0], lw=0.6, alpha=0.6, label=label)
     axes.set(xlabel="points in a block", ylabel="mean intrinsic dimension", xscale="log")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dimension.twonn import BLOCK_COUNTS, ENOUGH_POINTS, block_analysis
+from dimension.twonn import BLOCK_COUNTS, ENOUGH_POINTS, block_analysis, draw_permutations
 from utils import UserError, atomic_write, write_json
 
 PROFILE = "profile.json"
@@ -31,6 +31,8 @@ class LayerID:
         points: samples used.
         duplicates: samples dropped because another has the same representation.
         features: elements in the representation of a sample.
+        kind: "vision", "language" or "other" where the layer's name does not tell it (see
+            `figures.layer_kind`), else None.
     """
 
     id: float
@@ -39,6 +41,7 @@ class LayerID:
     points: int
     duplicates: int
     features: int
+    kind: str | None = None
 
 
 @dataclass
@@ -70,6 +73,10 @@ class IDProfile:
             return cls(content["settings"], layers, content.get("remarks", []))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no profile that ComputeID.py wrote: {error}") from error
+
+    def kinds(self) -> dict[str, str]:
+        """Layer name to kind of those layers whose names do not tell it."""
+        return {name: layer.kind for name, layer in self.layers.items() if layer.kind}
 
     def write(self, folder: str | Path) -> None:
         """Writes the JSON and the original's four text files, one line a layer."""
@@ -114,6 +121,20 @@ def _read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} is no ID profile: expected a mapping")
     return content
+
+
+def load_kinds(path: str | Path) -> dict[str, str]:
+    """Layer name to kind of those layers of a profile whose names do not tell it."""
+    path = Path(path)
+    path = path / PROFILE if path.is_dir() else path
+    if "layers" not in _read_json(path):
+        return {}
+    return IDProfile.read(path).kinds()
+
+
+def block_permutations(n: int, seed: int) -> Tensor:
+    """The same blocks for all layers; samples and blocks have different random numbers."""
+    return draw_permutations(n, torch.Generator().manual_seed(seed + 1))
 
 
 def measure_layer(

@@ -1,23 +1,29 @@
-"""The flags of the training scripts."""
+"""The flags of the training scripts, and the experiment that they and a config come to."""
 
 import argparse
 import os
 from pathlib import Path
 
-from configs import COUNT, FROM_ZERO, RATE, Number
+from configs import COUNT, FROM_ZERO, RATE, Number, load_config
 from utils import UserError
 
 FRACTION = Number(float, 0, 1)
+# by task: defaults of --config, and of --initial_warmup and --final_warmup (in --warmup_steps)
+DEFAULTS = {
+    "caption": ("configs/caption_coco.yaml", 1, 1),
+    "nlvr": ("configs/nlvr.yaml", 0, 5),
+    "retrieval": ("configs/retrieval_flickr_clip.yaml", 0, 2),
+}
 
 
-def add_flags(parser: argparse.ArgumentParser, config: str, warmups: tuple[int, int]):
+def add_flags(parser: argparse.ArgumentParser, task: str):
     """Adds the flags that all training scripts have; returns the group of evaluation.
 
     Args:
         parser: gets them.
-        config: default of --config.
-        warmups: defaults of --initial_warmup and --final_warmup, in units of --warmup_steps.
+        task: a key of DEFAULTS.
     """
+    config, *warmups = DEFAULTS[task]
     run = parser.add_argument_group("the run")
     run.add_argument("--config", default=config, help="YAML file of the experiment")
     run.add_argument(
@@ -131,6 +137,28 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("eval_test", "check", "compile"):
         if args.evaluate and getattr(args, flag):
             raise UserError(f"--{flag} goes with training, not with --evaluate")
+
+
+def read_experiment(args: argparse.Namespace, task: str) -> tuple[dict, str]:
+    """The config with the flags' values in place of its own, and the ID profile.
+
+    Args:
+        args: of `add_flags`.
+        task: a key of `configs.SCHEMAS`.
+
+    Returns:
+        The config of `load_config`, and the path of the profile that weights scores or "".
+
+    Raises:
+        UserError: a flag or the config is wrong.
+    """
+    check_flags(args)
+    keys = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers")
+    config = load_config(args.config, {key: getattr(args, key) for key in keys}, task)
+    id_profile = args.id_profile or (config["id_profile"] if args.useID else "")
+    if args.useID and not id_profile:
+        raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
+    return config, id_profile
 
 
 def results_folder(args: argparse.Namespace) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data import EvalSampler, TrainBatchSampler
+from data.samplers import EvalSampler, TrainBatchSampler
 from engine.run import Run
 from utils import UserError
 

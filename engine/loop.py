@@ -18,7 +18,7 @@ from engine.state import TrainState, build_state, resume, save
 from engine.stopping import EXIT_STOPPED, exit_stopped, listen_for_stop, stop_signals_to
 from models import prunable_layers
 from pruners import NonFiniteScores, off_target, sparsity_report
-from utils import barrier, gather_from_processes, sum_over_processes
+from utils.processes import barrier, gather_from_processes, sum_over_processes
 
 LOG_SECONDS = 10.0  # between progress lines
 CHECKPOINT_SECONDS = 600.0  # between checkpoints within an epoch, if they are cheap

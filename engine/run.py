@@ -14,23 +14,21 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from configs import load_config
 from dimension.profile import load_profile
-from engine.flags import check_flags, results_folder
+from engine.flags import read_experiment, results_folder
 from models import load_checkpoint, prunable_layers, sparsify_
 from models.checkpoint import load_trained
 from models.text import truncated
 from models.weight_files import fetch
 from pruners import sparsity_report
-from utils import (
+from utils import UserError, write_json
+from utils.processes import (
     Process,
-    UserError,
     available_cpus,
     init_distributed,
     keep_freed_memory,
     main_process_first,
     seed_everything,
-    write_json,
 )
 
 LOOKED_AT = 5000  # training texts whose length is counted, at most
@@ -95,8 +93,6 @@ class Task:
     Attributes:
         name: a key of `configs.SCHEMAS`.
         script: that trains it.
-        config: default of --config.
-        warmups: defaults of --initial_warmup and --final_warmup, in units of --warmup_steps.
         build_datasets: (config, seed) -> training set and two held-out sets.
         held_out: names of the two held-out splits; the first validates.
         build_model: config -> model with random weights. `model.prepare(*inputs)` turns a batch of
@@ -111,8 +107,6 @@ class Task:
 
     name: str
     script: str
-    config: str
-    warmups: tuple[int, int]
     build_datasets: Callable[[dict, int], tuple[Dataset, Dataset, Dataset]]
     held_out: tuple[str, str]
     build_model: Callable[[dict], nn.Module]
@@ -223,17 +217,12 @@ def start(args: argparse.Namespace, task: Task) -> Run:
     Raises:
         UserError: a flag, the config or the folder is wrong.
     """
-    check_flags(args)
-    keys = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers")
-    config = load_config(args.config, {key: getattr(args, key) for key in keys}, task.name)
-    id_profile = args.id_profile or (config["id_profile"] if args.useID else "")
-    if args.useID and not id_profile:
-        raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
+    config, id_profile = read_experiment(args, task.name)
     process = init_distributed(args.device)
     run = Run(args, task, config, process, results_folder(args), id_profile)
     if process.is_main:
         take_folder(run.folder)
-        if not args.evaluate:
+        if not (args.evaluate or args.check):
             write_json(run.folder / "config.json", {"config": config, "flags": vars(args)})
     seed_everything(args.seed)
     return run

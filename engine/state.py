@@ -11,20 +11,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from configs import read_med_config
 from dimension.profile import model_hash
 from engine import checkpoints
 from engine.loading import train_loader
 from engine.plan import StepPlan, plan_steps
 from engine.reporter import Reporter
 from engine.run import Run
+from models.clip import OPENAI_TOKENIZER
+from models.text import vocabulary_file
 from pruners import Pruner
-from utils import UserError, barrier, gather_from_processes, seed_everything
+from utils import UserError
+from utils.processes import barrier, gather_from_processes, seed_everything
 
 TORCHRUN_GRACE = 30  # seconds; torchrun's --shutdown-timeout
 
 # What a resumed run must have in common with the run that wrote the checkpoint.
 _IDENTITY_CONFIG = (
-    "vit med_config clip queue_size momentum alpha image_size prompt max_words max_tokens "
+    "vit clip queue_size momentum alpha image_size prompt max_words max_tokens "
     "augment init_lr min_lr weight_decay"
 ).split()
 _IDENTITY_FLAGS = (
@@ -136,10 +140,21 @@ def run_identity(run: Run, model: nn.Module, dataset: Dataset, plan: StepPlan) -
         "samples": len(dataset),
         **asdict(plan),
         "content of the starting weights": model_hash(model),
+        "content of the tokenizer": vocabulary_hash(run.config["tokenizer"]),
         "content of the training annotation": content_hash(dataset.records),
         "content of the ID profile": content_hash(run.layer_id),
     }
+    if "med_config" in run.config:
+        fields = read_med_config(run.config["med_config"])
+        identity["content of med_config"] = content_hash(sorted(fields.items()))
     return identity
+
+
+def vocabulary_hash(tokenizer: str) -> str:
+    """SHA-256 of a tokenizer's vocabulary; CLIP's own, which comes with its library, by name."""
+    if tokenizer == OPENAI_TOKENIZER:
+        return tokenizer
+    return content_hash(vocabulary_file(tokenizer).read_bytes())
 
 
 def content_hash(content) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import Dataset
 
-from data import build_caption_datasets, build_flickr_datasets, build_nlvr_datasets
+from data.caption_dataset import build_caption_datasets
+from data.flickr_dataset import build_flickr_datasets
+from data.nlvr_dataset import build_nlvr_datasets
 from engine.loading import EvalBatches
 from engine.run import Run, Task
 from evaluation.captions import caption_split
@@ -13,7 +15,7 @@ from evaluation.nlvr import count_correct
 from evaluation.retrieval import recalls, retrieval_features
 from evaluation.scoring import score_results
 from models import build_captioner, build_clip, build_nlvr
-from utils import sum_over_processes
+from utils.processes import sum_over_processes
 
 
 def evaluate_captions(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
@@ -86,8 +88,6 @@ def evaluate_retrieval(run: Run, model: nn.Module, dataset: Dataset, split: str)
 CAPTION = Task(
     name="caption",
     script="train_caption.py",
-    config="configs/caption_coco.yaml",
-    warmups=(1, 1),
     build_datasets=build_caption_datasets,
     held_out=("val", "test"),
     build_model=build_captioner,
@@ -98,8 +98,6 @@ CAPTION = Task(
 NLVR = Task(
     name="nlvr",
     script="train_nlvr.py",
-    config="configs/nlvr.yaml",
-    warmups=(0, 5),
     build_datasets=build_nlvr_datasets,
     held_out=("dev", "test"),
     build_model=build_nlvr,
@@ -110,8 +108,6 @@ NLVR = Task(
 RETRIEVAL = Task(
     name="retrieval",
     script="train_clip_flickr30k.py",
-    config="configs/retrieval_flickr_clip.yaml",
-    warmups=(0, 2),
     build_datasets=build_flickr_datasets,
     held_out=("val", "test"),
     build_model=build_clip,

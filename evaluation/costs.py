@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import compressed, modality
+from models import compressed, modality, sparsify_
 from models.checkpoint import stored_tensors
 
 BYTES = {"float32": 4, "float16": 2}  # of an element
@@ -19,15 +19,21 @@ BYTES = {"float32": 4, "float16": 2}  # of an element
 TOKENS = {"caption": 15, "nlvr": 36}
 
 
-def example(task: str, image_size: int, device: str = "cpu") -> tuple[Tensor, ...]:
-    """One sample as tensors that the model takes: random pixels, a text of UPop's length."""
-    ids = torch.ones(1, TOKENS[task], dtype=torch.int64, device=device)
+def example(model: nn.Module, task: str, image_size: int, device: str = "cpu") -> tuple:
+    """One sample as tensors of `infer`: random pixels, a text of UPop's length or of CLIP's own."""
+    length = TOKENS.get(task) or model.context_length
+    ids = torch.ones(1, length, dtype=torch.int64, device=device)
     pictures = [
         torch.randn(1, 3, image_size, image_size, device=device)
-        for _ in range(1 if task == "caption" else 2)
+        for _ in range(2 if task == "nlvr" else 1)
     ]
-    labels = ids if task == "caption" else torch.ones(1, dtype=torch.int64, device=device)
-    return (*pictures, ids, torch.ones_like(ids), labels)
+    texts = {"caption": (ids, torch.ones_like(ids), ids), "nlvr": (ids, torch.ones_like(ids))}
+    return (*pictures, *texts.get(task, (ids,)))
+
+
+def infer(model: nn.Module, tensors: tuple) -> Tensor:
+    """A forward pass: a captioner's loss of a caption, or what another model makes of a sample."""
+    return getattr(model, "logits_from_ids", model)(*tensors)
 
 
 @torch.no_grad()
@@ -39,7 +45,7 @@ def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, di
 
     Args:
         model: in eval mode.
-        tensors: that the model takes, for one sample.
+        tensors: of `example`.
 
     Returns:
         "dense" and "effective", each by modality; the effective ones without products by zero.
@@ -48,17 +54,23 @@ def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, di
     hooks = [
         module.register_forward_hook(_adds_to(saved, modality(name)))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
     ]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         # the counter sees products of matrices, but not every device's kernel for attention
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(*tensors)
+            infer(model, tensors)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for hook in hooks:
             hook.remove()
     counts = {name: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items()}
-    vision = counts[f"{type(model).__name__}.visual_encoder"]
+    encoder = "visual_encoder" if hasattr(model, "visual_encoder") else "visual"
+    # the counter names modules from the outermost one that was called
+    names = f"{type(model).__name__}.{encoder}", type(getattr(model, encoder)).__name__
+    vision = next(counts[name] for name in names if name in counts)
     dense = {"vision": vision, "language": counts["Global"] - vision}
     return {"dense": dense, "effective": {kind: dense[kind] - saved[kind] for kind in dense}}
 
@@ -66,10 +78,17 @@ def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, di
 def _adds_to(saved: dict[str, int], kind: str) -> Callable:
     """A forward hook that adds a layer's products by zero weights."""
 
-    def hook(module: nn.Linear | nn.Conv2d, inputs: tuple, output: Tensor) -> None:
-        weight = module.weight
-        zeros = weight.numel() - int(weight.count_nonzero()) if not weight.is_meta else 0
-        saved[kind] += zeros * (output.numel() // weight.shape[0])  # uses of each weight
+    def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        weights = (
+            [module.weight]
+            if hasattr(module, "weight")
+            else [module.in_proj_weight, module.out_proj.weight]
+        )
+        output = output[0] if isinstance(output, tuple) else output
+        channels = weights[-1].shape[0]
+        for weight in weights:
+            zeros = weight.numel() - int(weight.count_nonzero()) if not weight.is_meta else 0
+            saved[kind] += zeros * (output.numel() // channels)  # uses of each weight
 
     return hook
 
@@ -114,3 +133,29 @@ def resident_bytes() -> int | None:
     except OSError:
         return None
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def report(model: nn.Module, config: dict) -> dict:
+    """Measures what a model costs, here; sparse as well, which makes it sparse.
+
+    Returns:
+        Fit for JSON: what `sizes` and `multiply_adds` return, and for the model as it
+        is ("dense") and with sparse layers ("sparse") milliseconds a sample and resident bytes.
+    """
+    sample = example(model, config["task"], config["image_size"])
+    found = sizes(model) | {"multiply_adds": multiply_adds(model, sample)}
+    found["dense"] = measured(model, config, sample)
+    found["sparse_layers"] = str(sparsify_(model))
+    found["sparse"] = measured(model, config, sample)
+    return found
+
+
+def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
+    """Milliseconds of one sample (a caption, or a forward pass), and resident bytes."""
+    if config["task"] == "caption":
+        lengths = config["num_beams"], config["max_length"], config["min_length"]
+        time = milliseconds(lambda: model.generate(sample[0], *lengths))
+    else:
+        with torch.no_grad():
+            time = milliseconds(lambda: infer(model, sample))
+    return {"milliseconds": time, "resident_bytes": resident_bytes()}

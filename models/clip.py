@@ -175,6 +175,11 @@ class ClipRetrieval(CLIP):
         """The loss of a batch: `contrastive_loss` with the alpha of this step."""
         return self.contrastive_loss(image, ids, image_ids, self.alpha * self.ramp)
 
+    def logits_from_ids(self, image: Tensor, ids: Tensor) -> Tensor:
+        """Similarities (B, B) of images (B, 3, S, S) and token ids (B, context_length), scaled."""
+        images, texts = _normalised_features(self, image, ids)
+        return self.logit_scale.exp() * images @ texts.T
+
     def contrastive_loss(
         self, image: Tensor, ids: Tensor, image_ids: Tensor, alpha: float
     ) -> Tensor:

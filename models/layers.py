@@ -26,8 +26,6 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
         model: a captioner, NLVR2 or retrieval model, wrapped in DistributedDataParallel or not.
 
     Returns:
-    from models.sparse import SparseLinear
-
         Layer name to module: 168 for BLIP base captioning, 222 for NLVR2, 108 for CLIP large.
     """
     model = getattr(model, "module", model)

@@ -27,7 +27,9 @@ TINY_TEXT = {
 
 # A server process imports everything once; the runs are forked from it.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["train_caption"])  # found where the current folder is the root
+processes.set_forkserver_preload(
+    ["engine.loop", "engine.tasks", "train_caption"]
+)  # found where the current folder is the root
 
 
 def make_scenes(folder: Path) -> Path:

@@ -21,7 +21,6 @@ import ComputeID
 import train_caption
 import train_clip_flickr30k
 import train_nlvr
-import utils
 from configs import load_config
 from dimension import twonn
 from dimension.capture import Capture
@@ -34,7 +33,8 @@ from pruners.mask import mask_checksums
 from tests.runs import make_scenes, result, same, write_config
 from tests.simulated import SimTensor, attached
 from tests.test_train_clip import CLIP
-from utils import UserError, choose_device, init_distributed
+from utils import UserError, processes
+from utils.processes import choose_device, init_distributed
 
 SCRIPTS = {"caption": train_caption, "nlvr": train_nlvr, "retrieval": train_clip_flickr30k}
 N = 45  # samples of a profile
@@ -188,22 +188,22 @@ def test_an_accelerator_of_any_kind_is_chosen(sim):
     assert choose_device("auto", 1) == choose_device("sim", 1) == torch.device("sim:0")
     assert choose_device("cpu", 1) == torch.device("cpu")
     assert init_distributed("auto").device == torch.device("sim:0")
-    for device, processes, message in [
+    for device, world_size, message in [
         ("cuda", 1, "cuda is asked for, but torch sees sim: take the CPU"),
         ("gpu", 1, "--device gpu: choose auto, cpu, cuda, cuda:N, mps or xpu"),
         ("sim:1", 1, "sim:1 is asked for, but there are 1 such devices"),
         ("sim:0", 2, "each process needs a device of its own"),
     ]:
         with pytest.raises(UserError, match=message):
-            choose_device(device, processes)
+            choose_device(device, world_size)
     assert ComputeID.chosen_device(cpu=False, gpu=0) == "sim:0"
 
 
 def test_host_values_go_over_gloo_and_gradients_over_nccl(monkeypatch):
     """A host value in a NCCL group would be copied to the GPU, and wait for all its work."""
     begun = []
-    monkeypatch.setattr(utils, "launched_processes", lambda: 2)
-    monkeypatch.setattr(utils, "choose_device", lambda *_: torch.device("cuda", 1))
+    monkeypatch.setattr(processes, "launched_processes", lambda: 2)
+    monkeypatch.setattr(processes, "choose_device", lambda *_: torch.device("cuda", 1))
     monkeypatch.setattr(torch.accelerator, "set_device_index", begun.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: begun.append(backend))
     monkeypatch.setenv("RANK", "1")

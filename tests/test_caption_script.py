@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 import caption
+import models
 from data.scenes.words import vocabulary
+from data.transforms import build_transform
 from models import build_captioner
 from tests.conftest import read_golden
 from utils import UserError
@@ -130,14 +132,14 @@ def test_another_model(tiny, capsys):
     out, err = capsys.readouterr()
     assert "embedded" not in err
     assert "loaded" in err
-    pixels = caption.build_transform(32, augment=False)(caption.open_upright(PICTURE))
+    pixels = build_transform(32, augment=False)(caption.open_upright(PICTURE))
     (expected,) = model.generate(pixels[None], 2, 9, 5)
     assert out == f"{PICTURE}: {expected}\n"
 
 
 def test_sparse_layers_are_asked_for(tiny, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(caption, "sparsify_", lambda model: made.append(model) or "all")
+    monkeypatch.setattr(models, "sparsify_", lambda model: made.append(model) or "all")
     folder, _ = tiny
     run(PICTURE, "--config", folder / "tiny.yaml", "--pruned", folder / "tiny.pth", "--sparse")
     assert len(made) == 1

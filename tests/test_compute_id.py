@@ -10,7 +10,7 @@ import torch
 
 import ComputeID
 from configs import load_config
-from data import build_caption_datasets
+from data.caption_dataset import build_caption_datasets
 from data.image_dataset import BadImageError
 from data.nlvr_dataset import NlvrDataset
 from data.scenes import __main__ as scenes
@@ -18,7 +18,8 @@ from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile, load_distances
 from models import build_captioner, build_nlvr, prunable_layers
 from tests.runs import finish, start, write_config
-from utils import Process, UserError, launch
+from utils import UserError, launch
+from utils.processes import Process
 
 N = 45
 LITTLE_MEMORY = ["--memory_gb", "0.1353"]

@@ -1,5 +1,6 @@
 """Configs: what the shipped ones hold, and what is wrong with others."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,10 @@ def test_batch_sizes_have_one_name():
             "'Total', but must be one of total",
         ),
         (lambda text: text.replace("vit: base", "vit: huge"), "'huge', but must be one of tiny, b"),
+        (lambda text: text.replace("num_beams: 3", "num_beams: true"), "num_beams is True, but"),
+        (lambda text: text.replace("init_lr: 1e-5", "init_lr: -1e-5"), "a number from 0 to 10"),
+        (lambda text: text + f"max_tokens: 1{'0' * 400}", "max_position_embeddings 512"),
+        (lambda text: text + "max_tokens: 1", "max_tokens is 1, but must be a whole number of at"),
         (lambda text: text.replace("num_beams: 3", "num_beams: 0"), "whole number from 1 to"),
         (lambda text: text.replace("batch_size: 20", "batch_size: 0"), "whole number from 1 to"),
         (lambda text: text.replace("init_lr: 1e-5", "init_lr: .nan"), "a number from 0 to 10"),
@@ -96,6 +101,26 @@ def test_bad_configs_are_named(tmp_path, edit, message):
     with pytest.raises(ValueError, match=message) as error:
         load_config(path)
     assert "bad.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["momentum", "alpha"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_fractions_of_retrieval(key, value):
+    with pytest.raises(UserError, match=f"{key} is {value}, but must be a number from 0 to 1"):
+        load_config("configs/retrieval_demo.yaml", {key: value})
+
+
+def test_values_at_the_ends_of_their_ranges():
+    ends = {"min_length": 20, "init_lr": 10, "max_tokens": 512, "num_beams": 15262}
+    config = load_config("configs/caption_coco.yaml", ends)
+    assert {key: config[key] for key in ends} == ends
+    assert isinstance(config["init_lr"], float)  # whole numbers are numbers
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "-1"])
+def test_a_number_without_an_upper_end_is_finite(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a number of at least 0"):
+        Number(float, 0)(text)
 
 
 # --- any value of any key ------------------------------------------------------------------------

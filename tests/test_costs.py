@@ -7,9 +7,25 @@ import pytest
 import torch
 
 from evaluation import costs
-from models import build_captioner, build_nlvr
+from models import build_captioner, build_clip, build_nlvr
 
 BASE = {"vit": "base", "image_size": 384, "med_config": "configs/med_config.json"}
+SMALL_CLIP = {
+    "clip": {
+        "embed_dim": 16,
+        "patch_size": 8,
+        "vision_width": 32,
+        "vision_layers": 2,
+        "vision_heads": 2,
+        "context_length": 12,
+        "vocab_size": 40,
+        "text_width": 32,
+        "text_heads": 2,
+        "text_layers": 2,
+    },
+    "image_size": 32,
+    "queue_size": 8,
+}
 
 
 @pytest.fixture
@@ -24,7 +40,7 @@ def total(counts) -> int:
 def test_base_captioner_counts_as_published(base_config):
     with torch.device("meta"):
         model = build_captioner(base_config).eval()
-    counts = costs.multiply_adds(model, costs.example("caption", 384, "meta"))
+    counts = costs.multiply_adds(model, costs.example(model, "caption", 384, "meta"))
     # UPop's published 65.7 G and 224.0 M
     assert total(counts["dense"]) == pytest.approx(65.7e9, rel=0.001)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(224.0e6, rel=0.001)
@@ -36,10 +52,37 @@ def test_base_nlvr_counts_as_published(base_config):
     model.to_empty(device="cpu")  # random values would take longer than all else
     for buffer in model.buffers():
         buffer.zero_()
-    counts = costs.multiply_adds(model, costs.example("nlvr", 384))
+    counts = costs.multiply_adds(model, costs.example(model, "nlvr", 384))
     # UPop's published 132.5 G and 259.5 M
     assert total(counts["dense"]) == pytest.approx(132.5e9, rel=0.001)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(259.5e6, rel=0.001)
+
+
+def test_large_clip_by_hand():
+    with torch.device("meta"):
+        model = build_clip({"clip": "large", "image_size": 336, "queue_size": 8}).eval()
+    counts = costs.multiply_adds(model, costs.example(model, "retrieval", 336, "meta"))
+    tokens, width = 577, 1024
+    patches = 576 * (3 * 14 * 14) * width
+    vision = patches + 24 * (12 * tokens * width**2 + 2 * tokens**2 * width) + width * 768
+    language = 12 * (12 * 77 * 768**2 + 2 * 77**2 * 768) + 768**2
+    similarity = 768
+    assert counts["dense"] == {"vision": vision, "language": language + similarity}
+
+
+def test_zeros_of_clips_attention_save_their_products():
+    torch.manual_seed(0)
+    model = build_clip(SMALL_CLIP).eval()
+    for parameter in model.parameters():
+        parameter.data[parameter == 0] = 1.0
+    with torch.no_grad():
+        block = model.visual.transformer.resblocks[1]
+        block.attn.in_proj_weight[:5] = 0
+        block.attn.out_proj.weight[0] = 0
+        model.transformer.resblocks[0].mlp.c_fc.weight[:, 2] = 0
+    counts = costs.multiply_adds(model, costs.example(model, "retrieval", 32))
+    saved = {kind: counts["dense"][kind] - counts["effective"][kind] for kind in counts["dense"]}
+    assert saved == {"vision": 17 * 32 * (5 + 1), "language": 12 * 4 * 32}
 
 
 def expected_vision(layers_products: float) -> float:
@@ -57,7 +100,7 @@ def tiny(caption_tiny_config):
 
 
 def test_a_small_captioner_by_hand(tiny):
-    counts = costs.multiply_adds(tiny, costs.example("caption", 32))
+    counts = costs.multiply_adds(tiny, costs.example(tiny, "caption", 32))
     block = 17 * 48 * 48 * (3 + 1 + 4 + 4)  # qkv, proj, fc1, fc2
     assert counts["dense"]["vision"] == expected_vision(2 * block)
     tokens, images, width = 15, 17, 32
@@ -76,14 +119,14 @@ def test_zeros_save_their_products(tiny):
         attention.key.weight[3] = 0
         attention.query.weight[3] = 0
         attention.query.bias.zero_()  # an addition, no product
-    counts = costs.multiply_adds(tiny, costs.example("caption", 32))
+    counts = costs.multiply_adds(tiny, costs.example(tiny, "caption", 32))
     saved = {kind: counts["dense"][kind] - counts["effective"][kind] for kind in counts["dense"]}
     assert saved["vision"] == 17 * 5 * 192 + 16 * 192
     assert saved["language"] == 17 * 48 + 15 * 32
 
 
 def test_counting_leaves_no_hooks(tiny):
-    costs.multiply_adds(tiny, costs.example("caption", 32))
+    costs.multiply_adds(tiny, costs.example(tiny, "caption", 32))
     assert not any(module._forward_hooks for module in tiny.modules())
 
 

@@ -15,19 +15,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader
 
-from data import (
-    EvalSampler,
-    TrainBatchSampler,
-    annotation,
-    build_caption_datasets,
-    build_nlvr_datasets,
-    build_transform,
-    normalize_caption,
-)
+from data import annotation
 from data.annotation import annotation_files
+from data.caption_dataset import build_caption_datasets
+from data.captions import normalize_caption
 from data.image_dataset import BadImageError, open_image, seeded
-from data.nlvr_dataset import mirror
-from data.transforms import CLIP_MEAN, CLIP_STD, operations
+from data.nlvr_dataset import build_nlvr_datasets, mirror
+from data.samplers import EvalSampler, TrainBatchSampler
+from data.transforms import CLIP_MEAN, CLIP_STD, build_transform, operations
 from utils import UserError, download
 
 

@@ -9,10 +9,10 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from data import EvalSampler
 from data.caption_dataset import CaptionEvalDataset
-from evaluation import caption_split, contact_sheet
-from evaluation.figures import draw_sheet
+from data.samplers import EvalSampler
+from evaluation.captions import caption_split, generate_captions
+from evaluation.figures import contact_sheet, draw_sheet
 from models import build_captioner
 
 IMAGES, BATCH = 101, 8
@@ -49,6 +49,20 @@ def test_two_processes_write_the_captions_of_one(caption_tiny_config, tmp_path):
     assert two == one
 
 
+def test_captions_are_decoded_as_the_config_says():
+    asked = []
+
+    class Model(torch.nn.Module):
+        def generate(self, images, **lengths):
+            asked.append(lengths)
+            return ["a"] * len(images)
+
+    split = TensorDataset(torch.zeros(3, 3, 2, 2), torch.arange(3))
+    config = {**DECODING, "batch_size": 7}
+    generate_captions(Model(), DataLoader(split, 2), config, torch.device("cpu"))
+    assert asked == [DECODING] * 2
+
+
 def colours(path) -> set[tuple]:
     """Those that fill a good part of a picture, white aside."""
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
@@ -71,6 +85,9 @@ def test_contact_sheet_shows_captioned_images(tmp_path):
     assert colours(sheet) == {green, blue}
     contact_sheet(split, {"dense": dense, "pruned": dense[1:]}, sheet, samples=1)
     assert colours(sheet) == {green}
+    twice = CaptionEvalDataset([*records[:2], *records[1:]], tmp_path, transform=None)
+    contact_sheet(twice, {"dense": dense}, sheet, samples=2)  # the first and the third of four
+    assert colours(sheet) == {red, green}
 
 
 def test_contact_sheet_shows_the_captions(tmp_path):

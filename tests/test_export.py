@@ -12,7 +12,16 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 import export
 from configs import load_config
 from data.transforms import CLIP_STD, build_transform
-from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
+from engine.exports import held_out_set, scores
+from evaluation import costs
+from models import (
+    build_captioner,
+    build_clip,
+    build_nlvr,
+    checkpoint,
+    load_checkpoint,
+    prunable_layers,
+)
 from models.text import load_tokenizer
 from tests.conftest import read_golden
 from tests.runs import make_scenes, write_config
@@ -178,6 +187,30 @@ def test_nlvr_has_no_class_at_hugging_face(nlvr, tmp_path):
         run(flags, "--to", "huggingface", "--out", tmp_path / "blip")
 
 
+def test_clip_is_compressed_and_reported_but_not_for_hugging_face(tmp_path, capsys):
+    config = Path("configs/retrieval_demo.yaml").read_text()
+    (tmp_path / "clip.yaml").write_text(config)
+    model = build_clip(load_config(str(tmp_path / "clip.yaml")))
+    torch.save(pruned(model).state_dict(), tmp_path / "clip.pth")
+    flags = ["--config", str(tmp_path / "clip.yaml"), "--pruned", str(tmp_path / "clip.pth")]
+    with pytest.raises(UserError, match="writes captioners alone; take --to compressed"):
+        run(flags, "--to", "huggingface", "--out", tmp_path / "clip")
+    out = tmp_path / "clip.safetensors"
+    run(flags, "--to", "compressed", "--out", out, "--report")
+    other = build_clip(load_config(flags[1]))
+    load_checkpoint(other, out)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    lines = capsys.readouterr().out.splitlines()
+    nonzeros = {"vision": 0, "language": 0}
+    for name, parameter in model.named_parameters():
+        kind = "vision" if name.startswith("visual.") else "language"
+        nonzeros[kind] += int(parameter.count_nonzero())
+    (shown,) = (line for line in lines if line.startswith("nonzeros"))
+    assert shown.split(maxsplit=1)[1] == export.shares(nonzeros)
+    assert sum(line.startswith(("dense, here", "sparse, here")) for line in lines) == 2
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -257,7 +290,7 @@ def test_the_report(request, monkeypatch, capsys, task):
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     nonzeros = sum(int(p.count_nonzero()) for p in model.parameters()) / 1e6
     made = []
-    monkeypatch.setattr(export, "sparsify_", lambda m: made.append(m) or "all are sparse")
+    monkeypatch.setattr(costs, "sparsify_", lambda m: made.append(m) or "all are sparse")
     run(flags, "--report")
     lines = {line[:24].strip(): line[24:] for line in capsys.readouterr().out.splitlines()}
     assert lines["parameters"].startswith(f" {parameters:.1f} M (vision ")
@@ -288,10 +321,10 @@ def test_what_rounding_does_to_a_splits_scores(tmp_path, capsys):
     run(flags, "--to", "compressed", "--out", out, "--split", "val")
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("val ")]
     shown = {name[4:-1]: numbers for name, numbers in (x.split(" float32 ") for x in lines)}
-    dataset = export.held_out_set(load_config(config), "val")
-    before = export.scores(model, load_config(config), dataset, "val")
+    dataset = held_out_set(load_config(config), "val")
+    before = scores(model, load_config(config), dataset, "val")
     load_checkpoint(model, out)
-    after = export.scores(model, load_config(config), dataset, "val")
+    after = scores(model, load_config(config), dataset, "val")
     assert before["Bleu_1"] != after["Bleu_1"]
     assert list(shown) == list(before)
     for name, numbers in shown.items():
@@ -303,7 +336,7 @@ def test_mistakes_about_a_split_are_told_before_the_model_is_built(
     captioner, tmp_path, monkeypatch
 ):
     _, flags = captioner
-    monkeypatch.setattr(export, "load_trained", None)
+    monkeypatch.setattr(checkpoint, "load_trained", None)
     with pytest.raises(UserError, match="--split dev: this config's are val and test"):
         run(flags, "--split", "dev", "--dtype", "float16")
     with pytest.raises(UserError, match="--split shows what rounding does: give --dtype"):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dimension.figures import KINDS
 from evaluation.figures import plot_sparsity
 from models import build_captioner, prunable_layers
 from pruners import sparsity_report
@@ -28,6 +29,17 @@ def test_every_layer_is_a_point_and_every_block_a_mean(report):
     blocks = [[s for n, s in shares if n.startswith(f"visual_encoder.blocks.{b}.")] for b in (0, 1)]
     assert list(vision.get_xdata()) == [0, 1]
     assert vision.get_ydata() == pytest.approx([sum(block) / len(block) for block in blocks])
+
+
+def test_all_shares_are_within_the_axes_and_modalities_have_their_colours(report):
+    (panel,) = plot_sparsity({"one": report}).axes
+    low, high = panel.get_ylim()
+    assert low <= 0 and high >= 1
+    assert panel.get_ylabel() == "share of zeros"
+    assert panel.get_xlabel() == "transformer block"
+    for kind in ("vision", "language"):
+        (line,) = [line for line in panel.get_lines() if line.get_label().startswith(kind)]
+        assert line.get_color() == KINDS[kind][0]
 
 
 def test_labels_tell_the_shares(report):

@@ -7,8 +7,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import TrainBatchSampler, annotation, build_flickr_datasets, build_transform
+from data import annotation
+from data.flickr_dataset import build_flickr_datasets
+from data.samplers import TrainBatchSampler
 from data.scenes.generate import make
+from data.transforms import build_transform
 from utils import UserError
 
 

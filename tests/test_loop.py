@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_caption
-from data import TrainBatchSampler
+from data.samplers import TrainBatchSampler
 from engine.loop import is_best
 from models import Captioner, vit
 from tests.runs import finish, make_scenes, result, same, start, write_config
@@ -48,6 +48,7 @@ def test_result_does_not_depend_on_the_spread_of_a_batch(tmp_path, scenes):
     for other, other_weights in [
         run("accumulated", 1, "--batch_size", "2", "--gradient_accumulation_steps", "2"),
         run("two", 2, "--batch_size", "2"),
+        run("both", 2, "--batch_size", "1", "--gradient_accumulation_steps", "2"),
     ]:
         assert other == pytest.approx(losses, rel=1e-5)
         for name, value in weights.items():

@@ -79,6 +79,23 @@ def test_prepared_tensors_give_the_loss_of_statements(model):
         assert torch.equal(model.loss(*tensors), expected)
 
 
+def test_base_drops_paths_up_to_a_tenth(golden_tokenizer):
+    """Of a captioner only the large transformer does."""
+    shape = {"image_size": 384, "tokenizer": golden_tokenizer, "med_config": {}}
+    for build, vit, rate in [
+        (build_nlvr, "base", 0.1),
+        (build_nlvr, "large", 0.1),
+        (build_captioner, "base", 0.0),
+        (build_captioner, "large", 0.1),
+    ]:
+        with torch.device("meta"):
+            blocks = build(shape | {"vit": vit}).visual_encoder.blocks
+        rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
+        # linear in depth
+        expected = [rate * n / (len(blocks) - 1) for n in range(len(blocks))]
+        assert rates == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("max_tokens", [2, 65])
 def test_max_tokens_must_fit(nlvr_tiny_config, max_tokens):
     with pytest.raises(UserError, match=f"max_tokens: {max_tokens} must be from 3 .* to 64"):

@@ -23,6 +23,10 @@ def test_max_steps_replaces_epochs():
     assert plan == StepPlan(10, 3, 25, 3)
 
 
+def test_a_warm_up_may_have_no_step():
+    assert plan_steps(schedule(warmup_steps=0), 100, 10, max_epoch=1).warmup_steps == 0
+
+
 def test_an_epoch_needs_a_step():
     with pytest.raises(UserError, match=r"takes 21 samples .* training set has 20"):
         plan_steps(schedule(), samples=20, samples_per_step=21, max_epoch=5)

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import build_caption_datasets, build_nlvr_datasets
+from data.caption_dataset import build_caption_datasets
+from data.nlvr_dataset import build_nlvr_datasets
 from data.records import read_id, read_label, read_references
 from utils import UserError
 

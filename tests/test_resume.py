@@ -86,12 +86,12 @@ def test_signal_to_all_processes_of_a_run(tmp_path):
     argv = ["--config", config, "--output_dir", str(tmp_path), "--final_threshold", "0.3"]
     argv += ["--warmup_steps", "4", "--checkpoint_steps", "2", "--eval_epochs", "0"]
     assert finish(start([*argv, "--model_dir", "whole"], 2)) == [0, 0]
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number, told in ((signal.SIGTERM, [0, 1]), (signal.SIGINT, [1])):  # one tells the other
         stopped = tmp_path / number.name
         started = start([*argv, "--model_dir", stopped.name], 2)
         wait_for_step(stopped, started[0], 14)
-        for process in started:
-            os.killpg(process.pid, number)
+        for rank in told:
+            os.killpg(started[rank].pid, number)
         assert finish(started) == [EXIT_STOPPED] * 2
         assert saved_steps(stopped)[-1] < 36
         assert finish(start([*argv, "--model_dir", stopped.name], 2)) == [0, 0]

@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import EvalSampler
 from data.flickr_dataset import TextDataset
+from data.samplers import EvalSampler
 from evaluation.retrieval import recalls, retrieval_features
 from tests.conftest import read_golden
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,20 +14,17 @@ import torch
 import torch.distributed as dist
 
 import train_caption
-from configs import SCHEMAS
-from data import TrainBatchSampler
+from configs import SCHEMAS, load_config
+from data.samplers import TrainBatchSampler
 from engine import loop
-from engine.run import Mistakes, take_folder
-from engine.tasks import TASKS
+from engine.checkpoints import save_weights
+from engine.flags import DEFAULTS
+from engine.run import Mistakes, find_weights, prepare_run, take_folder
+from engine.run import start as begin
+from engine.tasks import CAPTION, TASKS
 from tests.runs import finish, make_scenes, start, write_config
-from utils import (
-    LAUNCHER,
-    UserError,
-    choose_device,
-    init_distributed,
-    launch,
-    launched_processes,
-)
+from utils import UserError, launch
+from utils.processes import LAUNCHER, choose_device, init_distributed, launched_processes
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +150,7 @@ def test_check_stops_before_the_first_step(scenes, tmp_path, capsys, monkeypatch
     argv = ["--config", config, "--output_dir", str(tmp_path), "--check"]
     train_caption.main(train_caption.parse_args(argv))
     assert "all is there: 96 steps in 4 epochs" in capsys.readouterr().out
+    assert not (tmp_path / "c/config.json").exists()  # which may be that of a run before
     with pytest.raises(UserError, match="schedule is longer"):
         train_caption.main(train_caption.parse_args([*argv, "--max_steps", "9"]))
 
@@ -170,6 +169,63 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(tmp_path):
         other.wait()
     take_folder(tmp_path)
     take_folder(tmp_path)  # a later run of the same process
+
+
+# --- what a run is made of -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "profile"),
+    [
+        ("", ""),
+        ("--useID", "configs.json"),
+        ("--id_profile own.json", "own.json"),
+        ("--useID --id_profile own.json", "own.json"),
+    ],
+)
+def test_scores_are_weighted_where_it_is_asked_for(flags, profile, scenes, tmp_path):
+    config = write_config(tmp_path / "c.yaml", scenes, id_profile="configs.json")
+    argv = ["--config", config, "--output_dir", str(tmp_path), *flags.split()]
+    assert begin(train_caption.parse_args(argv), CAPTION).id_profile == profile
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [("", "dense.pth"), ("--evaluate", "dense.pth"), ("--evaluate --pruned p.pth", "p.pth")],
+)
+def test_pruned_weights_go_before_the_configs(flags, found, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dense.pth", "p.pth"):
+        (tmp_path / name).touch()
+    config = write_config(tmp_path / "c.yaml", scenes, pretrained="dense.pth")
+    argv = ["--config", config, "--output_dir", str(tmp_path), *flags.split()]
+    assert find_weights(begin(train_caption.parse_args(argv), CAPTION)).name == found
+
+
+def test_images_are_looked_for_where_they_are_needed(scenes, tmp_path):
+    """Held-out ones before training, too; training images not for an evaluation."""
+    copy = tmp_path / "scenes"
+    shutil.copytree(scenes, copy)
+    config = write_config(tmp_path / "c.yaml", copy)
+    weights = tmp_path / "weights.safetensors"
+    save_weights(CAPTION.build_model(load_config(config)), weights)
+    argv = ["--config", config, "--output_dir", str(tmp_path), "--pretrained", str(weights)]
+
+    def prepare(*flags):
+        return prepare_run(train_caption.parse_args([*argv, *flags]), CAPTION)
+
+    next((copy / "images/train").iterdir()).unlink()
+    prepare("--evaluate")
+    with pytest.raises(UserError, match="1 of 48 images do not exist"):
+        prepare()
+    _, _, train_set, held_out = prepare("--skip_bad_images")
+    assert train_set.skip_bad_images
+    assert not any(split.skip_bad_images for split in held_out.values())
+    shutil.copytree(scenes / "images/train", copy / "images/train", dirs_exist_ok=True)
+    next((copy / "images/test").iterdir()).unlink()
+    for flags in ((), ("--evaluate",), ("--skip_bad_images",)):
+        with pytest.raises(UserError, match="1 of 6 images do not exist"):
+            prepare(*flags)
 
 
 # --- devices and launchers -----------------------------------------------------------------------
@@ -290,5 +346,6 @@ def test_every_task_is_a_schema_and_a_script():
     for task in TASKS.values():
         module = __import__(task.script.removesuffix(".py"))
         args = module.parse_args([])
-        assert isinstance(args, argparse.Namespace) and args.config == task.config
-        assert (args.initial_warmup, args.final_warmup) == task.warmups
+        assert isinstance(args, argparse.Namespace)
+        defaults = args.config, args.initial_warmup, args.final_warmup
+        assert defaults == DEFAULTS[task.name]

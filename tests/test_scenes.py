@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from transformers import BertTokenizer
 
-from data import build_caption_datasets, build_nlvr_datasets
+from data.caption_dataset import build_caption_datasets
+from data.nlvr_dataset import build_nlvr_datasets
 from data.scenes import __main__ as scenes
 from data.scenes import attribute_accuracy, generate
 from data.scenes.pictures import PAINT

@@ -10,7 +10,9 @@ from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import default_collate
 
 from configs import load_config
-from data import build_caption_datasets, build_flickr_datasets, build_nlvr_datasets
+from data.caption_dataset import build_caption_datasets
+from data.flickr_dataset import build_flickr_datasets
+from data.nlvr_dataset import build_nlvr_datasets
 from data.scenes import __main__ as scenes
 from data.scenes import attribute_accuracy
 from evaluation.retrieval import recalls, retrieval_features

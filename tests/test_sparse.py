@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers, sparsify_
+from models import (
+    build_captioner,
+    build_clip,
+    build_nlvr,
+    load_checkpoint,
+    prunable_layers,
+    sparsify_,
+)
 from models.generation import linear as few_rows
 from models.sparse import SparseLinear, kernels, linear, product
 from tests.conftest import read_golden
+from tests.test_costs import SMALL_CLIP
 
 ROUNDING = 2.0**-24  # of a float32 operation, relative
 
@@ -306,6 +314,20 @@ def test_nlvr_logits_stay_the_same(nlvr_tiny_config, every_layer_gains):
         torch.testing.assert_close(
             model.logits_from_ids(*images, ids, mask), dense, atol=1e-4, rtol=0
         )
+
+
+def test_clips_similarities_stay_the_same(every_layer_gains):
+    """open_clip asks a layer's weight for its type; its attention uses the weight of `out_proj`."""
+    torch.manual_seed(0)
+    model = build_clip(SMALL_CLIP).eval()
+    prune_(model, 0.2)
+    images, ids = torch.randn(3, 3, 32, 32), torch.randint(1, 40, (3, 12))
+    with torch.no_grad():
+        dense = model.logits_from_ids(images, ids)
+        report = sparsify_(model)
+        assert len(report.sparse) == 2 * 4
+        assert all(".attn." in name for name in report.layers if name not in report.sparse)
+        torch.testing.assert_close(model.logits_from_ids(images, ids), dense, atol=1e-4, rtol=0)
 
 
 def test_a_state_loads_into_a_sparse_model(caption_tiny_config, tmp_path, every_layer_gains):

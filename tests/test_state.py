@@ -1,16 +1,21 @@
 """The state of a run: what flags and config become of it, and whose checkpoints it goes on from."""
 
+import argparse
 import json
 import math
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_caption
-from configs import load_config
+from configs import SCHEMAS, load_config
 from engine import loop, state
+from engine.plan import StepPlan
 from engine.run import prepare_run
 from engine.state import build_state, check_identity
 from engine.stopping import EXIT_STOPPED
@@ -114,6 +119,31 @@ def test_length_normalization_comes_from_the_config(scenes, tmp_path):
         assert model.length_normalization == word
 
 
+def test_the_learning_rate_falls_to_the_configs_least(scenes, tmp_path):
+    config = write_config(tmp_path / "c.yaml", scenes, max_epoch=2, init_lr=1e-3, min_lr=5e-4)
+    train(["--config", config, "--output_dir", str(tmp_path)], "--final_threshold", "1")
+    log = [json.loads(line) for line in (tmp_path / "c/log.txt").read_text().splitlines()]
+    assert [line["lr"] for line in log] == pytest.approx([1e-3, 7.5e-4])
+
+
+@pytest.mark.parametrize(("method", "averages"), [("PLATON", 3), ("Taylor", 0), ("Magnitude", 0)])
+def test_the_disk_must_hold_all_checkpoints_and_averages(flags, monkeypatch, method, averages):
+    """Float32: the weights, two averages of AdamW's, PLATON's three; and three files of weights."""
+    more = ["--pruner_name", method, "--keep_checkpoints", "3"]
+    _, of_run = built(flags, *more)
+    parameters = sum(p.numel() for p in of_run.model.parameters())
+    checkpoint = 4 * (3 * parameters + averages * of_run.pruner.numel)
+    needed = 4 * checkpoint + 3 * 4 * parameters
+    for free, fits in ((needed, True), (needed - 1, False)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            built(flags, *more)
+            continue
+        with pytest.raises(UserError, match="make room"):
+            built(flags, *more)
+
+
 # --- a run owns its checkpoints ------------------------------------------------------------------
 
 
@@ -189,6 +219,32 @@ def test_a_file_of_weights_is_no_checkpoint(flags, tmp_path):
             train(flags, "--resume", str(path))
 
 
+def test_a_run_killed_before_its_last_line_writes_it(flags, tmp_path, monkeypatch):
+    """Though the log of a run before says that all steps are done."""
+    more = ["--model_dir", "run", "--max_steps", "30"]
+    train(flags, *more)
+    old = result(tmp_path / "run")
+    for stage, first in (("first", ["--resume", "off"]), ("last", [])):
+        with monkeypatch.context() as patch:
+            finish_epoch = loop.finish_epoch
+
+            def killed(run, of_run, held_out, stage=stage, finish_epoch=finish_epoch):
+                if of_run.progress.step == {"first": 24, "last": 30}[stage]:
+                    raise Killed
+                finish_epoch(run, of_run, held_out)
+
+            patch.setattr(loop, "finish_epoch", killed)
+            with pytest.raises(Killed):
+                train(flags, *more, "--seed", "7", *first)
+    assert saved_steps(tmp_path / "run") == [24, 30]
+    train(flags, *more, "--seed", "7")
+    log = [json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines()]
+    assert [line["step"] for line in log] == [24, 30]
+    train(flags, *more[2:], "--model_dir", "undisturbed", "--seed", "7")
+    assert same(result(tmp_path / "run"), result(tmp_path / "undisturbed"))
+    assert not same(result(tmp_path / "run"), old)
+
+
 # --- what a result depends on, by content --------------------------------------------------------
 
 
@@ -228,6 +284,82 @@ def test_another_annotation_of_the_same_length_is_another_run(scenes, tmp_path):
         train(flags)
 
 
+# What may change between a stop and a resume: places, speed, evaluation, what is said and kept.
+# --max_steps, --warmup_steps and --max_epoch count as the steps that they come to.
+FREE_FLAGS = """
+    config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile
+    skip_bad_images evaluate pruned sparse eval_epochs eval_test spice samples score_only
+    pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps useID id_profile
+    n_gpu world_size dist_url distributed local_rank
+""".split()
+FREE_KEYS = """
+    pretrained image_root ann_root coco_gt_root id_profile max_epoch eval_batch_size num_workers
+    vit_grad_ckpt vit_ckpt_layer max_length min_length num_beams length_normalization
+""".split()
+
+
+@pytest.fixture
+def identity_of(flags):
+    """The identity of a run whose flags, config, steps or number of processes are changed."""
+    run, of_run = built(flags)
+    dataset = of_run.loader.dataset.dataset
+
+    def identity(keys=(), flags=(), plan=None, world_size=1):
+        args = argparse.Namespace(**{**vars(run.args), **dict(flags)})
+        process = replace(run.process, world_size=world_size)
+        changed = replace(run, args=args, config={**run.config, **dict(keys)}, process=process)
+        return state.run_identity(changed, of_run.model, dataset, plan or of_run.plan)
+
+    assert identity() == of_run.identity
+    return identity
+
+
+def test_all_flags_but_a_few_make_another_run(flags, identity_of):
+    own = set(vars(train_caption.parse_args([])))
+    assert set(FREE_FLAGS) <= own
+    for flag in own - set(FREE_FLAGS):
+        with pytest.raises(UserError, match=f"another run: {flag} was .*, is 'changed'"):
+            check_identity(identity_of(), identity_of(flags={flag: "changed"}), "path")
+    for flag in FREE_FLAGS:
+        assert identity_of(flags={flag: "changed"}) == identity_of()
+
+
+def test_all_keys_of_configs_but_a_few_make_another_run(identity_of, tmp_path):
+    (tmp_path / "vocab.txt").write_text("other\n")
+    texts = {"med_config": {"hidden_size": 8}, "tokenizer": str(tmp_path)}
+    keys = {key for schema in SCHEMAS.values() for key in schema}
+    for key in keys:
+        before = identity_of() if key in texts else identity_of({key: ""})
+        after = identity_of({key: texts.get(key, "changed")})
+        assert (before == after) == (key in FREE_KEYS), key
+
+
+def test_processes_and_steps_make_another_run(identity_of):
+    plan = StepPlan(24, 2, 48, 3)
+    assert identity_of(plan=plan) == identity_of() != identity_of(world_size=2)
+    for name in ("steps_per_epoch", "epochs", "total_steps", "warmup_steps"):
+        changed = replace(plan, **{name: 7})
+        with pytest.raises(UserError, match=f"{name} was .*, is 7"):
+            check_identity(identity_of(), identity_of(plan=changed), "path")
+
+
+def test_sizes_and_vocabulary_count_by_their_content(identity_of, scenes, tmp_path):
+    fields = {"hidden_dropout_prob": 0.5, "hidden_size": 32}
+    (tmp_path / "med.json").write_text(json.dumps(fields))
+    inline = identity_of({"med_config": dict(reversed(fields.items()))})
+    assert identity_of({"med_config": str(tmp_path / "med.json")}) == inline != identity_of()
+    (tmp_path / "med.json").write_text(json.dumps(fields | {"hidden_dropout_prob": 0.1}))
+    with pytest.raises(UserError, match="another run: the content of med_config differs"):
+        check_identity(inline, identity_of({"med_config": str(tmp_path / "med.json")}), "path")
+    shutil.copytree(scenes / "tokenizer", tmp_path / "copy")
+    copied = identity_of({"tokenizer": str(tmp_path / "copy")})
+    assert copied == identity_of()
+    with open(tmp_path / "copy/vocab.txt", "a") as file:
+        file.write("more\n")
+    with pytest.raises(UserError, match="another run: the content of the tokenizer differs"):
+        check_identity(copied, identity_of({"tokenizer": str(tmp_path / "copy")}), "path")
+
+
 def test_checkpoints_of_earlier_versions_are_compared_by_what_they_hold(tmp_path):
     check_identity({"seed": 1, "id_profile": "gone.json"}, {"seed": 1, "new": 2}, tmp_path)
     with pytest.raises(UserError, match="seed was 1, is 2"):
@@ -261,8 +393,6 @@ def test_nan_scores_are_explained_by_the_loss(flags, monkeypatch):
 
 
 def test_tensorboard_holds_all_when_a_run_is_stopped(flags, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     monkeypatch.setattr(loop, "LOG_SECONDS", 0.0)
     train_step = loop.train_step
 
@@ -278,13 +408,32 @@ def test_tensorboard_holds_all_when_a_run_is_stopped(flags, tmp_path, monkeypatc
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
 
 
+def test_losses_that_are_told_are_means_over_their_steps(flags, tmp_path):
+    """Of an epoch that ends early, too."""
+    train(flags, "--model_dir", "run", "--max_steps", "36", "--checkpoint_steps", "12")
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    told = {event.step: event.value for event in events.Scalars("train/loss")}
+    log = [json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines()]
+    expected = [(told[12] + told[24]) / 2, told[36]]  # kept in float32
+    assert [line["loss"] for line in log] == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("eval_test", [False, True])
-def test_epochs_between_validations(flags, eval_test):
-    validated = []
+def test_epochs_between_validations(flags, eval_test, monkeypatch):
+    """The score falls with each; but only the last epoch is at the final ratio."""
+    validated, training = [], []
+    train_step = loop.train_step
 
     def evaluate(run, model, dataset, split):
+        assert not model.training
         validated.append(split)
-        return {"scores": {"CIDEr": 1.0}}
+        return {"scores": {"CIDEr": 1 / len(validated)}}
+
+    def step(run, of_run, parts, weights):
+        training.append(of_run.model.training)
+        train_step(run, of_run, parts, weights)
+
+    monkeypatch.setattr(loop, "train_step", step)
 
     more = ["--max_epoch", "5", "--eval_epochs", "2", *["--eval_test"] * eval_test]
     run, model, train_set, held_out = prepare_run(
@@ -296,6 +445,8 @@ def test_epochs_between_validations(flags, eval_test):
     assert ["val_CIDEr" in line for line in log] == [False, True, False, True, True]
     assert validated == (["val", "test"] if eval_test else ["val"]) * 3
     assert ("test_CIDEr" in log[-1]) == eval_test
+    assert training == [True] * 120
+    assert same(load_file(run.folder / loop.BEST_FILE), result(run.folder))
 
 
 def test_a_checkpoint_by_time_where_it_is_cheap(flags, monkeypatch):
@@ -309,6 +460,8 @@ def test_a_checkpoint_by_time_where_it_is_cheap(flags, monkeypatch):
     assert not loop.checkpoint_is_due(run, of_run)
     now += 20
     assert loop.checkpoint_is_due(run, of_run)
+    state.save(run, of_run)
+    assert of_run.save_seconds == 0 and not loop.checkpoint_is_due(run, of_run)
     run.args.checkpoint_steps = 3
     assert [loop.checkpoint_is_due(run, of_run) for of_run.progress.step in range(6)] == [
         *(False, False, True),
@@ -324,7 +477,7 @@ def test_skipped_samples_are_counted_by_epoch_and_survive_a_resume(scenes, tmp_p
         (copy / "images" / record["image"]).write_bytes(b"\x89PNG, cut off")
     config = write_config(tmp_path / "c.yaml", copy, max_epoch=2, num_workers=1)
     flags = ["--config", config, "--output_dir", str(tmp_path), "--warmup_steps", "3"]
-    flags += ["--skip_bad_images", "--checkpoint_steps", "5"]
+    flags += ["--skip_bad_images", "--checkpoint_steps", "5", "--gradient_accumulation_steps", "2"]
     train(flags, "--model_dir", "whole")
     train_and_kill(monkeypatch, 19, flags, "--model_dir", "killed")
     train(flags, "--model_dir", "killed")

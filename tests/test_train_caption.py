@@ -116,6 +116,8 @@ def test_evaluate_writes_captions_and_scores(trained, config, capsys):
         assert len({caption["image_id"] for caption in captions}) == len(captions) == 6
         assert "CIDEr" in json.loads((results / f"{split}_scores.json").read_text())["scores"]
         assert (results / f"{split}_samples.png").stat().st_size > 0
+    sparsity = json.loads((trained.parent / "evaluated/sparsity.json").read_text())
+    assert sparsity == json.loads((trained / "sparsity.json").read_text())
     assert not (trained.parent / "evaluated/config.json").exists()  # that is of training runs
     said = capsys.readouterr().out
     assert "val: {" in said and "test: {" in said
@@ -324,14 +326,22 @@ def test_flag_out_of_range(flag, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--spice", "--samples 2", "--pruned x", "--evaluate --eval_test", "--evaluate --check"],
+    [
+        *("--spice", "--samples 2", "--pruned x", "--sparse"),
+        *("--evaluate --eval_test", "--evaluate --check", "--evaluate --compile"),
+    ],
 )
 def test_flag_that_would_be_ignored(flags):
     with pytest.raises(UserError, match="go(es)? with"):
         run(flags.split())
 
 
-def test_captions_that_are_cut_are_counted(scenes, tmp_path, capsys):
+def test_sparse_products_are_not_in_bf16():
+    with pytest.raises(UserError, match="--sparse computes in float32"):
+        run("--evaluate --sparse --amp bf16".split())
+
+
+def test_captions_that_are_cut_are_counted(scenes, tmp_path, capsys, monkeypatch):
     config = write_config(tmp_path / "c.yaml", scenes, max_tokens=18)
     run(["--config", config, "--output_dir", str(tmp_path), *PRUNE, "--check"])
     tokens = [
@@ -342,6 +352,11 @@ def test_captions_that_are_cut_are_counted(scenes, tmp_path, capsys):
     assert 0 < cut < 48
     said = f"{cut} of 48 training texts are longer than max_tokens 18 and are cut"
     assert capsys.readouterr().out.count(said) == 1
+    monkeypatch.setattr("engine.run.LOOKED_AT", 10)  # every fifth
+    run(["--config", config, "--output_dir", str(tmp_path), *PRUNE, "--check"])
+    cut = sum(length > 18 for length in tokens[::5])
+    said = f"{cut} of 10 training texts looked at are longer than max_tokens 18 and are cut"
+    assert cut > 0 and capsys.readouterr().out.count(said) == 1
 
 
 def test_full_disk(config, tmp_path, monkeypatch):

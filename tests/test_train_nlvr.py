@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import train_nlvr
 from configs import load_config
-from data import build_nlvr_datasets
+from data.nlvr_dataset import build_nlvr_datasets
 from data.scenes import __main__ as scenes
 from engine.loop import PRUNED_FILE
 from engine.plan import plan_steps

@@ -4,7 +4,7 @@ import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from data.nlvr_dataset import OTHER_SIDE
+from data.captions import OTHER_SIDE
 from data.scenes.pictures import Scene, SceneObject
 from data.scenes.words import NUMBERS, PLURALS, STATEMENTS
 from utils import UserError

@@ -73,6 +73,12 @@ class SparseLinear(nn.Module):
         """The nonzeros of the weight."""
         return SparseMatrix(self.starts, self.offsets, self.values)
 
+    @property
+    def weight(self) -> Tensor:
+        """What libraries ask of a layer: its weight's shape and type. `dense_weight` has values."""
+        size = self.out_features, self.in_features
+        return torch.empty(size, dtype=self.values.dtype, device="meta")
+
     def dense_weight(self) -> Tensor:
         """The weight (out_features, in_features) with its zeros, made anew."""
         return decompress(self.matrix(), self.in_features)
@@ -158,7 +164,7 @@ def sparsify_(model: nn.Module) -> SparsifyReport:
     obstacle = _obstacle()
     layers = {}
     # Names, not modules: a layer that nobody refers to is freed as soon as it is replaced.
-    names = [name for name, m in model.named_modules() if name and isinstance(m, nn.Linear)]
+    names = [name for name, m in model.named_modules() if name and _is_linear(m)]
     for name in names:
         layer = model.get_submodule(name)
         why_dense = obstacle or _unfit(layer, shared=owners[id(layer.weight)] > 1)
@@ -173,6 +179,11 @@ def sparsify_(model: nn.Module) -> SparsifyReport:
         model.requires_grad_(False)
         return_freed_memory()
     return report
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer with parameters; those of CLIP's momentum copy are buffers."""
+    return isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter)
 
 
 def _obstacle() -> str:

@@ -1,105 +1,24 @@
-"""What every script needs: atomic files, seeds, devices, and one or several processes."""
+"""One process or several: devices, seeds, memory, and what processes tell each other."""
 
-import argparse
 import ctypes
-import errno
-import io
-import json
 import os
 import platform
 import random
-import re
 import resource
-import sys
-import tempfile
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+
+from utils import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-# what a file system answers, unlike a network whose answer is being written
-_FILE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
-_FILE_ERRORS |= {errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-ANSWER_SECONDS = 30  # that a download waits for its server
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave: flags, config, files, data. The message says the remedy.
-
-    `launch` ends a script with this one sentence and exit code 2. Every other exception
-    is a fault of the program and keeps its traceback.
-    """
-
-
-@contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
-    """Opens a file that appears under its name whole or not at all.
-
-    The bytes go to a temporary file beside it, which is synced to disk and then renamed.
-
-    Raises:
-        UserError: the place cannot be written, or the disk is full; what stood there is as before.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        # torch.save puts an error of its own on top of the file's
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
-            raise UserError(f"cannot write {path}: {cause.strerror}") from error
-        raise
-
-
-def mistaken_for(path: str | Path) -> str:
-    """What lies where a file of data was expected, if that is known at a glance, and what to do.
-
-    Returns:
-        A clause about a file that is empty, a pointer of git-lfs, a page or an archive; or "".
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except OSError:
-        return ""
-    if not start:
-        return "it is empty: copy or download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is git-lfs's pointer to the file: run `git lfs pull` where it was cloned"
-    if start.startswith(b"<"):
-        return "it is a page (HTML or XML), as a server or proxy answers: download the file itself"
-    if start.startswith((b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
-        return "it is an archive: unpack it"
-    return ""
-
-
-def write_json(path: str | Path, content) -> None:
-    """Writes JSON atomically, indented for reading."""
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
 
 
 def seed_everything(seed: int) -> None:
@@ -355,59 +274,3 @@ def main_process_first() -> Iterator[None]:
     finally:
         if is_main():
             barrier()
-
-
-def download(url: str, path: str | Path) -> None:
-    """Downloads a file; `path` appears once it is whole. Long downloads show a progress bar.
-
-    Raises:
-        OSError: there is no answer, or a page in place of a file, the connection breaks, or the
-            file cannot be written.
-    """
-    try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
-            size = int(answer.headers.get("Content-Length") or 0)
-            bar = tqdm(total=size or None, unit="B", unit_scale=True, desc=str(path), delay=5.0)
-            with bar, atomic_write(path, "wb") as file:
-                while chunk := answer.read(2**20):
-                    if not file.tell() and chunk.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-                        raise OSError("the answer is a page and not the file; is it a proxy's?")
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                if file.tell() < size:
-                    raise OSError(f"the connection broke after {file.tell()} of {size} bytes")
-    except (OSError, HTTPException) as error:
-        raise OSError(str(error) or type(error).__name__) from error
-
-
-def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Runs a script's `main`; a user's mistake ends it with its sentence instead of a traceback.
-
-    Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError` (or the death
-    of an image loading process), whose sentence every process that met it prints; 75
-    (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT stopped training, and the same command goes
-    on from the newest checkpoint.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
-            stream.reconfigure(errors="backslashreplace")  # no name that is printed ends a run
-    try:
-        main(args)
-    except (UserError, RuntimeError) as error:
-        sentence = str(error)
-        if not isinstance(error, UserError):
-            # the first is raised wherever the signal finds us, the second comes from the process
-            if not re.search(r"^DataLoader worker|shared memory\(shm\)", sentence):
-                raise
-            sentence = (
-                f"an image loading process died ({sentence.strip().splitlines()[-1]}): memory or "
-                "shared memory ran out. Take fewer processes (--num_workers), or give the "
-                "container more (docker run --shm-size)"
-            )
-        rank = os.environ.get("RANK") or "0"
-        where = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -1,0 +1,457 @@
+"""IDs of any model: its forward runs over all samples, as often as the memory budget asks for.
+
+`dimension.capture` does the same, with less repeated work, for models that come as a chain of
+stages. Distances, estimates, plan, profile and figures are the same.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import is_dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from dimension.budget import (
+    CapturePlan,
+    LayerShape,
+    Segment,
+    StageShape,
+    cut,
+    default_budget,
+    plan_capture,
+)
+from dimension.capture import LastOutputKept
+from dimension.inputs import Batches, call, count_samples, padding_mask
+from dimension.profile import IDProfile, block_permutations, make_remarks, measure_layer
+from dimension.twonn import ENOUGH_POINTS, full_float32, roots_, squared_distances
+from models.stages import Stage
+from utils import UserError
+
+FORWARD = Stage("the model", call, (), "")  # the only stage; nothing is carried from it
+
+
+class NotBySample(UserError):
+    """An output that is no representation of the batch's samples."""
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable,
+    layers: str | Iterable[str] | None = None,
+    memory_gb: float | None = None,
+    n: int = 2000,
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> IDProfile:
+    """Measures the intrinsic dimension of what a model's layers represent.
+
+    The model runs in eval mode and without gradients; its modes are restored. A first forward of
+    one batch tells which layers run and what they give. Then come as few passes over all samples
+    as the memory budget allows, each of which stops a forward at the last output that it keeps.
+    The plan is printed.
+
+    A layer's representation of a sample is its output, flattened; of several outputs the first
+    tensor. All calls of a layer that a forward calls several times are one representation. Shorter
+    samples are padded with zeros, and where batches are mappings with an "attention_mask", the
+    padding inside a batch counts as zero in all layers whose outputs are always as long as it.
+
+    Args:
+        model: any, on its device. The first dimension of its inputs and outputs is samples.
+        batches: iterable anew for each pass, with the same samples in the same order: tensors,
+            tuples of the model's arguments, or mappings of them. Moved to the model's device.
+        layers: names of modules; or patterns such as "encoder.*", where `*` stands for anything,
+            which choose among the usual layers. Those are, if None: all linear layers. The output
+            of torch's `MultiheadAttention` stands for its `out_proj`, which is never called.
+        memory_gb: for activations and matrices; None: a share of what is free.
+        n: samples at most: the first ones.
+        fraction: of the points, in (0, 1], see `twonn.estimate_id`.
+        seed: of the blocks, see `twonn.block_analysis`.
+
+    Returns:
+        The IDs of the layers in forward order, by the last call of each. Its remarks name layers
+        that are left out since they never run or give no floating-point tensor with a row a sample.
+
+    Raises:
+        UserError: a pattern fits no layer, the budget is too small, batches differ between passes
+            or can be iterated only once though several passes are needed, or a layer gives values
+            that are not finite; the message names what.
+    """
+    modules = choose_layers(model, layers)
+    device = next(chain(model.parameters(), model.buffers())).device
+    budget = default_budget(device) if memory_gb is None else int(memory_gb * 1e9)
+    inputs = Batches(batches, device)
+    n = min(n, inputs.most_samples() or n)
+    found = {}
+    with prepared(model):
+        shape, omitted = trace_forward(model, modules, inputs.first)
+        names = list(dict.fromkeys(layer.name for layer in shape.layers))
+        plan = plan_capture([shape], set(names), {}, n, inputs.batch_size, budget)
+        print(f"{n} samples, {len(names)} layers\n{plan}", flush=True)
+        for sentence in omitted:
+            print(sentence, flush=True)
+        for name, features, distances in ForwardCapture(model, modules, inputs, plan):
+            permutations = block_permutations(len(distances), seed)
+            layer = measure_layer(name, features, distances, fraction, permutations)
+            found[name] = replace(layer, kind="other")
+    count = len(distances)
+    settings = {
+        "model": type(model).__name__,
+        "nsamples": count,
+        "seed": seed,
+        "fraction": fraction,
+        "enough_points": ENOUGH_POINTS,
+        "device": device.type,
+    }
+    ordered = {name: found[name] for name in names}
+    return IDProfile(settings, ordered, make_remarks(count, ordered) + omitted)
+
+
+def choose_layers(
+    model: nn.Module, layers: str | Iterable[str] | None = None
+) -> dict[str, nn.Module]:
+    """The layers to measure: name to the module whose output stands for it.
+
+    Args:
+        model: any.
+        layers: see `measure`.
+
+    Raises:
+        UserError: nothing has such a name, or an attention takes samples in the second dimension.
+    """
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            raise UserError(
+                f"{name} has samples in the second dimension: build the model with "
+                "batch_first=True, so that samples are the first"
+            )
+    usual = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    chosen = usual if layers is None else []
+    for wanted in [layers] if isinstance(layers, str) else layers or []:
+        fitting = [name for name in usual if fnmatchcase(name, wanted)]
+        if wanted in modules:
+            fitting = [wanted]
+        if not fitting:
+            raise UserError(f"layers: {wanted!r} fits no layer, such as {', '.join(usual[:3])}")
+        chosen = chosen + fitting
+
+    def stand_in(name: str) -> nn.Module:
+        parent = modules.get(name.rpartition(".")[0])
+        attention = isinstance(parent, nn.MultiheadAttention) and name.endswith("out_proj")
+        return parent if attention else modules[name]
+
+    return {name: stand_in(name) for name in chosen}
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, float32 proper, and all modules called; then all as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nested tensors in torch's own encoder
+    model.eval()
+    try:
+        with torch.no_grad(), full_float32():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, mode in modes:
+            module.training = mode
+
+
+def first_tensor(output) -> Tensor | None:
+    """The first tensor in what a module returned: a tensor, sequence, mapping or dataclass."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        values = output.values()
+    elif isinstance(output, tuple | list):
+        values = output
+    else:
+        values = vars(output).values() if is_dataclass(output) else ()
+    tensors = (first_tensor(value) for value in values)
+    return next((tensor for tensor in tensors if tensor is not None), None)
+
+
+def by_sample(output, samples: int) -> Tensor:
+    """A module's output as (B, L, width), all dimensions after the second in one.
+
+    Windows or tokens that stand in the first dimension, k for each sample, become the second.
+
+    Args:
+        output: what a module returned.
+        samples: B, of the batch.
+
+    Raises:
+        NotBySample: it cannot be done; the message says why.
+    """
+    tensor = first_tensor(output)
+    if tensor is None:
+        raise NotBySample("its output holds no tensor")
+    shape = tuple(tensor.shape)
+    if not tensor.is_floating_point():
+        raise NotBySample(f"its output is of {str(tensor.dtype).removeprefix('torch.')}")
+    if len(shape) < 2 or tensor.numel() == 0:
+        raise NotBySample(f"its output {shape} has fewer than two dimensions, or no values")
+    if shape[0] % samples:
+        raise NotBySample(f"its output {shape} does not divide into {samples} samples")
+    if shape[0] != samples:
+        tensor = tensor.unflatten(0, (samples, -1))
+    return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(2)
+
+
+class _Trace(NamedTuple):
+    """What the first forward tells, by layer name."""
+
+    calls: dict[str, list[LayerShape]]
+    problems: dict[str, str]
+    order: list[str]  # of all calls
+
+
+def trace_forward(
+    model: nn.Module, modules: dict[str, nn.Module], batch
+) -> tuple[StageShape, list[str]]:
+    """Runs one batch to learn which layers run, in what order, and what they give.
+
+    Args:
+        model: as `prepared` leaves it.
+        modules: of `choose_layers`.
+        batch: on the model's device.
+
+    Returns:
+        The forward as a stage; all calls of a layer stand together where its last one is. And
+        sentences on layers that are left out.
+
+    Raises:
+        UserError: no layer is left.
+    """
+    samples, trace = count_samples(batch), _Trace({}, {}, [])
+    counter = FlopCounterMode(display=False)
+
+    def note(name: str, module, args, output) -> None:
+        calls = trace.calls.setdefault(name, [])
+        trace.order.append(name)
+        try:
+            _, tokens, width = by_sample(output, samples).shape
+        except NotBySample as error:
+            trace.problems[name] = str(error)
+            return
+        flops = counter.get_total_flops() // samples
+        calls.append(LayerShape(name, tokens, width, flops, call=len(calls)))
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(note, name)))
+        with counter:
+            call(model, batch)
+    last = {name: position for position, name in enumerate(trace.order)}
+    silent = [name for name in modules if name not in last]
+    kept = sorted(set(last) - set(trace.problems), key=last.get)
+    omitted = [f"left out: {name}, for {why}" for name, why in trace.problems.items()]
+    if silent:
+        omitted.append(f"left out, for they never run: {', '.join(silent)}")
+    if not kept:
+        raise UserError(f"no layer is left to measure ({'; '.join(omitted)})")
+    shapes = tuple(shape for name in kept for shape in trace.calls[name])
+    flops = max(1, counter.get_total_flops() // samples)
+    return StageShape(FORWARD, shapes, (0,), flops), omitted
+
+
+class ForwardCapture:
+    """Carries out a plan of one stage, the whole forward.
+
+    Iterating yields each layer once: its name, the elements of a representation, and the distances
+    (n, n) float64. Where a batch is longer than all before, more segments are kept, and what no
+    longer fits the budget is left to a further pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: dict[str, nn.Module], inputs: Batches, plan: CapturePlan
+    ):
+        """Holds what the plan needs; the model first runs when iteration begins.
+
+        Args:
+            model: as `prepared` leaves it, also while this is iterated.
+            modules: of `choose_layers`.
+            inputs: of which the plan's `n` samples are taken, or fewer if there are fewer.
+            plan: of `plan_capture`, for `trace_forward`'s stage.
+
+        Raises:
+            UserError: the plan needs several passes and the inputs allow one.
+        """
+        self.model, self.modules, self.inputs, self.plan = model, modules, inputs, plan
+        (self.stage,) = plan.stages
+        self.shapes = {(x.name, x.call): x for x in self.stage.shape.layers}
+        self.pending = [segment for kept in self.stage.passes for segment in kept]
+        self._require_one_pass(self.stage.passes)
+        self.count = 0  # samples, known after the first pass
+        self.sums: dict[str, Tensor] = {}
+        self.held: dict[Segment, Tensor] = {}  # (n + 1, tokens, width); the last row: centre
+        self.bar = tqdm(unit="FLOP", unit_scale=True, smoothing=0.05)
+
+    def __iter__(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Runs pass after pass."""
+        with self.bar:
+            while self.pending:
+                self._run()
+                self.pending = self.pending[len(self.held) :]
+                while self.held:
+                    yield from self._add(next(iter(self.held)))
+
+    def _require_one_pass(self, passes: list[list[Segment]]) -> None:
+        if self.inputs.once and len(passes) > 1:
+            raise UserError(
+                f"batches can be iterated only once, but {len(passes)} passes are needed within "
+                f"{self.plan.budget / 1e9:g} GB: give a list or a DataLoader, or more memory_gb"
+            )
+
+    def _hold(self, make) -> None:
+        """Makes room for as many of the pending segments, in order, as the budget allows.
+
+        Args:
+            make: `torch.empty`, or in the midst of a pass `torch.zeros`: samples that were before
+                have no tokens where a new segment begins.
+        """
+        passes = self.plan.fill(self.stage, self.pending)
+        self._require_one_pass(passes)
+        self.held = {segment: self.held[segment] for segment in passes[0] if segment in self.held}
+        device = self.inputs.device
+        for segment in passes[0]:
+            if segment not in self.held:
+                size = self.plan.n + 1, segment.stop - segment.start, segment.layer.width
+                self.held[segment] = make(size, dtype=torch.float32, device=device)
+        self.held = {segment: self.held[segment] for segment in passes[0]}  # in order
+        self.by_call: dict[tuple[str, int], list[Segment]] = {}
+        for segment in self.held:
+            self.by_call.setdefault((segment.layer.name, segment.layer.call), []).append(segment)
+        forward = [max(x.layer.flops for x in kept) for kept in passes]
+        products = sum(segment.elements for segment in self.pending)
+        left = self.plan.n * (sum(forward) + (self.plan.n + 1) * products)
+        self.flops = forward[0]  # for one sample
+        self.bar.total = self.bar.n + left
+        shown = f"{len(passes)} passes left" if passes[1:] else "last pass"
+        self.bar.set_description(shown, refresh=False)
+
+    def _run(self) -> None:
+        """One pass over all samples."""
+        self._hold(torch.empty)
+        self.rows = slice(0, 0)
+        self.masks: list[tuple[slice, Tensor]] = []
+        self.unmasked: set[tuple[str, int]] = set()
+        with ExitStack() as hooks:
+            for name in {name for name, _ in self.by_call}:
+                hook = partial(self._keep, name)
+                hooks.enter_context(self.modules[name].register_forward_hook(hook))
+            for number, batch in enumerate(self.inputs):
+                if self.rows.stop == self.plan.n:
+                    break
+                self._batch(number, batch)
+        if self.count not in (0, self.rows.stop):
+            raise UserError(
+                f"batches: there were {self.count} samples in the first pass and now "
+                f"{self.rows.stop}; every pass must see the same"
+            )
+        self.count = self.rows.stop
+        for key in set(self.by_call) - self.unmasked:
+            self._blank_padding(key)
+
+    def _batch(self, number: int, batch) -> None:
+        """Runs the model on a batch until all that this pass keeps is kept."""
+        self.samples = count_samples(batch)
+        stop = self.rows.stop + self.samples
+        if stop > self.plan.n == self.inputs.most_samples():
+            raise UserError(
+                f"batches: batch {number} is larger than the first, from which follow {stop} "
+                f"samples where there seemed to be {self.plan.n}: give n, or a list"
+            )
+        stop = min(stop, self.plan.n)
+        self.rows = slice(self.rows.stop, stop)
+        self.mask = padding_mask(batch)
+        if self.mask is not None:
+            self.masks.append((self.rows, self.mask[: stop - self.rows.start]))
+        self.called = dict.fromkeys(self.modules, 0)
+        self.missing = set(self.by_call)
+        with suppress(LastOutputKept):
+            call(self.model, batch)
+        if self.missing:
+            name = min(self.missing)[0]
+            raise UserError(
+                f"layer {name} ran in the first batch, but not as often in batch {number}: leave "
+                "it out (layers)"
+            )
+        self.bar.update(self.flops * (stop - self.rows.start))
+
+    def _keep(self, name: str, module, args, output) -> None:
+        """Keeps an output; ends the forward if it was the last one."""
+        key = name, self.called[name]
+        self.called[name] += 1
+        if key not in self.missing:
+            return
+        try:
+            values = by_sample(output, self.samples)[: self.rows.stop - self.rows.start]
+        except NotBySample as error:
+            raise UserError(f"layer {name}: {error}") from None
+        _, tokens, width = values.shape
+        shape = self.shapes[key]
+        if width != shape.width:
+            raise UserError(
+                f"layer {name}: {width} values at each of {tokens} places, where another batch has "
+                f"{shape.width}; samples may differ in the second dimension of an output only"
+            )
+        if self.mask is None or tokens != self.mask.shape[1]:
+            self.unmasked.add(key)
+        if tokens > shape.tokens:
+            self._lengthen(key, tokens)
+        for segment in self.by_call.get(key, ()):
+            self._write(self.held[segment], values[:, segment.start : segment.stop])
+        self.missing.discard(key)
+        if not self.missing:
+            raise LastOutputKept
+
+    def _lengthen(self, key: tuple[str, int], tokens: int) -> None:
+        """Adds segments for tokens that no batch before had; the last held ones may have to go."""
+        before = self.shapes[key]
+        self.shapes[key] = before._replace(tokens=tokens)
+        place = max(i for i, x in enumerate(self.pending) if (x.layer.name, x.layer.call) == key)
+        more = cut(self.shapes[key], self.plan.n, first=before.tokens)
+        self.pending[place + 1 : place + 1] = more
+        self._hold(torch.zeros)
+        self.missing &= set(self.by_call)
+
+    def _write(self, kept: Tensor, values: Tensor) -> None:
+        """Writes a batch's values (B, L, width), less the centre; missing tokens count as zero."""
+        centre, length = kept[-1], values.shape[1]
+        if self.rows.start == 0:  # the first batch's mean is near enough to that of all samples
+            centre[:length] = values.mean(0, dtype=torch.float32)
+            centre[length:] = 0
+        torch.sub(values, centre[:length], out=kept[self.rows, :length])
+        kept[self.rows, length:] = -centre[length:]
+
+    def _blank_padding(self, key: tuple[str, int]) -> None:
+        """Makes zero what a call gave for padding."""
+        for segment in self.by_call[key]:
+            kept = self.held[segment]
+            for rows, mask in self.masks:
+                own = mask[:, segment.start : segment.stop, None]
+                part = kept[rows, : own.shape[1]]
+                part.copy_(torch.where(own, part, -kept[-1, : own.shape[1]]))
+
+    def _add(self, segment: Segment) -> Iterator[tuple[str, int, Tensor]]:
+        """Adds a held segment's squared distances; yields the layer when it is complete."""
+        name = segment.layer.name
+        values = self.held.pop(segment)[: self.count].flatten(1)
+        try:
+            squared = squared_distances(values, centred=True)
+        except UserError as error:
+            raise UserError(f"layer {name}: {error}") from error
+        self.sums[name] = self.sums[name] + squared if name in self.sums else squared
+        self.bar.update(self.count * (self.count + 1) * segment.elements)
+        if not any(x.layer.name == name for x in chain(self.held, self.pending)):
+            features = sum(x.features for x in self.shapes.values() if x.name == name)
+            yield name, features, roots_(self.sums.pop(name))
