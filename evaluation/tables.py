@@ -11,8 +11,6 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from dimension.profile import load_profile
-from models import modality
 from utils import UserError, launch
 
 CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
@@ -58,10 +56,17 @@ def markdown(rows: list[dict[str, str]]) -> str:
     )
 
 
-def mean_ids(profile: dict[str, float]) -> str:
-    """A line with the mean ID of each modality's layers."""
+def mean_ids(path: Path) -> str:
+    """A line with the mean ID of each modality's layers.
+
+    Raises:
+        UserError: the file cannot be read or is no profile.
+    """
+    from dimension.profile import load_profile
+    from models import modality
+
     members = defaultdict(list)
-    for name, dimension in profile.items():
+    for name, dimension in load_profile(path).items():
         members[modality(name)].append(dimension)
     means = (f"{kind} {sum(ids) / len(ids):.1f}" for kind, ids in members.items())
     return "mean ID: " + ", ".join(means)
@@ -82,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
     """Prints the table of the runs named on the command line, IDs, and where figures are."""
     print(markdown([read_run(args.folder / run) for run in args.runs]))
     if args.ids:
-        print(mean_ids(load_profile(args.ids)))
+        print(mean_ids(args.ids))
     figures = [figure for run in args.runs for figure in sorted((args.folder / run).glob("*.png"))]
     if figures:
         print("figures:", *figures, sep="\n  ")
