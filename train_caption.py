@@ -26,17 +26,20 @@ def main(args: argparse.Namespace) -> None:
     if not args.evaluate and (args.spice or args.samples):
         raise UserError("--spice and --samples go with --evaluate")
     read_experiment(args, "caption")  # its mistakes do not wait for what takes seconds to import
-    from engine.loop import train
     from engine.run import prepare_run
-    from engine.samples import draw_samples, find_dense
     from engine.tasks import CAPTION
 
     run, model, train_set, splits = prepare_run(args, CAPTION)
     if not args.evaluate:
+        from engine.loop import train
+
         train(run, model, train_set, splits)
         return
     model.eval()
-    dense = find_dense(run) if args.samples else None
+    if args.samples:
+        from engine.samples import draw_samples, find_dense
+
+        dense = find_dense(run)
     reports = {split: CAPTION.evaluate(run, model, data, split) for split, data in splits.items()}
     if run.process.is_main:
         show(reports)

@@ -19,12 +19,13 @@ from utils import launch, write_json
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the recalls of weights."""
     read_experiment(args, "retrieval")  # its mistakes do not wait for what takes seconds to import
-    from engine.loop import train
     from engine.run import prepare_run
     from engine.tasks import RETRIEVAL
 
     run, model, train_set, splits = prepare_run(args, RETRIEVAL)
     if not args.evaluate:
+        from engine.loop import train
+
         train(run, model, train_set, splits)
         return
     model.eval()

@@ -93,7 +93,6 @@ def score_captions(
             f"{len(results)} captions of {len(captions)} images do not fit the {len(references)} "
             f"images of {gt_path}; were they made for another split? Caption the split again"
         )
-    references = {image: references[image] for image in captions}
 
     java = shutil.which("java") is not None
     *tokenized, tokenizer = _tokenize(references, captions, java, timeout_s)

@@ -17,6 +17,7 @@ SCRIPTS = {
     "train_clip_flickr30k.py": ["--config", "{config}"],
     "ComputeID.py": ["--config", "{config}"],
     "export.py": ["--config", "{config}", "--pruned", "run", "--report"],
+    "study.py": ["--config", "{config}", "--id_profile", "ids.json"],
     "caption.py": ["tests/some.jpg", "--config", "{config}"],
 }
 RUN = """

@@ -13,9 +13,11 @@ from torch.utils.data import Dataset
 import train_caption
 import train_clip_flickr30k
 import train_nlvr
-from engine import tasks
+from engine import run as preparation
+from engine import samples, tasks
 from engine.run import Run
 from engine.tasks import CAPTION, NLVR, RETRIEVAL, TASKS
+from evaluation import scoring
 from utils.processes import Process
 
 SAMPLES = 5
@@ -132,8 +134,8 @@ def test_scripts_evaluate_without_dropout(script, name, run, monkeypatch):
         return {"scores": {"accuracy": 0.5}, **report}
 
     splits = dict.fromkeys(task.held_out)
-    monkeypatch.setattr(script, name, dataclasses.replace(task, evaluate=evaluate))
-    monkeypatch.setattr(script, "prepare_run", lambda *_: (run, nn.Dropout(), None, splits))
+    monkeypatch.setattr(tasks, name, dataclasses.replace(task, evaluate=evaluate))
+    monkeypatch.setattr(preparation, "prepare_run", lambda *_: (run, nn.Dropout(), None, splits))
     script.main(script.parse_args(["--evaluate"]))
     assert modes == [(split, False) for split in task.held_out]
 
@@ -154,11 +156,11 @@ def test_samples_stand_beside_the_dense_models(run, monkeypatch):
         drawn.append((model, model.training, len(loader.dataset)))
         return [{"image_id": int(i), "caption": "dense"} for _, ids in loader for i in ids]
 
-    monkeypatch.setattr(train_caption, "load_checkpoint", load)
-    monkeypatch.setattr(train_caption, "generate_captions", captions)
-    monkeypatch.setattr(train_caption, "contact_sheet", lambda *args: drawn.append(args))
+    monkeypatch.setattr(samples, "load_checkpoint", load)
+    monkeypatch.setattr(samples, "generate_captions", captions)
+    monkeypatch.setattr(samples, "contact_sheet", lambda *args: drawn.append(args))
     split = [(IMAGE, number) for number in range(SAMPLES)]
-    train_caption.draw_samples(run, split, "val", "dense.pth")
+    samples.draw_samples(run, split, "val", "dense.pth")
     dense = [{"image_id": number, "caption": "dense"} for number in (0, 2)]  # spread evenly
     sheet = run.folder / "results/val_samples.png"
     assert drawn == [
@@ -177,14 +179,14 @@ def test_dense_captions_are_drawn_where_pruned_weights_are_evaluated(run, tmp_pa
         (None, str(weights), None),
     ]:
         run.args.pruned, run.config["pretrained"] = pruned, pretrained
-        assert train_caption.find_dense(run) == found
+        assert samples.find_dense(run) == found
 
 
 @pytest.mark.parametrize("flags", [[], ["--spice"]])
 def test_scoring_again_with_and_without_spice(flags, monkeypatch):
     asked = []
     monkeypatch.setattr(train_caption, "show", lambda reports: None)
-    monkeypatch.setattr(train_caption, "score_results", lambda *args: asked.append(args))
+    monkeypatch.setattr(scoring, "score_results", lambda *args: asked.append(args))
     args = train_caption.parse_args(["--score_only", "results/val.json", *flags])
     train_caption.main(args)
     references = "annotation/coco_gt/coco_karpathy_val_gt.json"

@@ -1,0 +1,237 @@
+"""Runs cells one after another in one process, through the training scripts' functions."""
+
+import contextlib
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import train_caption
+import train_nlvr
+from data.caption_dataset import CaptionTrainDataset
+from data.records import read_references
+from dimension.profile import load_profile
+from engine.loading import move
+from engine.loop import train
+from engine.run import Run, prepare_run, start
+from engine.tasks import CAPTION, NLVR, ground_truth
+from evaluation import metrics
+from evaluation.captions import generate_captions
+from evaluation.nlvr import count_correct
+from evaluation.ptb import ptb_tokenize
+from models import prunable_layers
+from pruners import sparsity_report
+from studies.grid import DENSE, Cell, Setting
+from studies.weightings import write_weighting
+from utils import UserError
+
+CACHE_BYTES = 300e6  # of decoded images; cells of one seed read the same ones
+TRAINERS = {"caption": (CAPTION, train_caption), "nlvr": (NLVR, train_nlvr)}
+
+
+@dataclass
+class Bench:
+    """What the cells of a task share, so that it is loaded once.
+
+    Attributes:
+        model: on its device; each cell starts from `weights`.
+        weights: the state_dict that cells start from, a copy.
+        train_set: whose seed each cell sets.
+        splits: held-out sets by name.
+        validation: the part of the first one that scores cells.
+    """
+
+    model: nn.Module
+    weights: dict[str, torch.Tensor]
+    train_set: Dataset
+    splits: dict[str, Dataset]
+    validation: Dataset
+
+
+class Runner:
+    """Runs cells; what cells of a task share is loaded for the first of them."""
+
+    def __init__(self, settings: dict[str, Setting], folder: Path):
+        """Args: of the study; where the runs' folders go."""
+        self.settings, self.folder = settings, folder
+        self.benches: dict[str, Bench] = {}
+
+    def run_cell(self, cell: Cell) -> dict:
+        """Trains and prunes, or goes on where a run of this cell was stopped; then scores.
+
+        Returns:
+            `loss` (mean over the validation's tokens or statements) and `CIDEr` or `accuracy`;
+            `sparsity`: shares of zeros, overall, of vision and of language; `seconds`; `processor`
+            and `torch`, on which the last digits depend.
+
+        Raises:
+            UserError: the setting, the data or the weights are wrong.
+            SystemExit: of `engine.loop.train`, after a signal.
+        """
+        begun = time.monotonic()
+        folder = self.folder / cell.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            open(folder / "output.txt", "a", buffering=1) as output,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            run, bench = self.prepare(cell)
+            if cell.method != DENSE:
+                train(run, bench.model, bench.train_set, bench.splits)
+            scores = score(run, bench)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        sparsity = sparsity_report(prunable_layers(bench.model))
+        return {
+            **scores,
+            "sparsity": {"overall": sparsity["overall"], **sparsity["by_modality"]},
+            "seconds": round(time.monotonic() - begun, 1),
+            "processor": processor_name(run.process.device),
+            "torch": torch.__version__,
+        }
+
+    def prepare(self, cell: Cell) -> tuple[Run, Bench]:
+        """The cell's run, and its task's bench with the model at the weights cells start from."""
+        setting = self.settings[cell.task]
+        task, script = TRAINERS[cell.task]
+        ids = load_profile(setting.id_profile)
+        path = self.folder / cell.name / "weighting.json"
+        profile = write_weighting(path, cell.weighting, ids, cell.seed)
+        args = script.parse_args(trainer_flags(cell, setting, self.folder, profile))
+        bench = self.benches.get(cell.task)
+        if bench is None:
+            run, model, train_set, splits = prepare_run(args, task)
+            if run.process.world_size > 1:
+                raise UserError("a cell runs in one process: give each a share with --cells I/N")
+            cache_images(run, train_set, *splits.values())
+            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            validation = validation_set(run, splits[task.held_out[0]], setting.validation)
+            bench = Bench(model, weights, train_set, splits, validation)
+            self.benches[cell.task] = bench
+            return run, bench
+        run = start(args, task)
+        run.layer_id = load_profile(run.id_profile) if run.id_profile else None
+        bench.model.load_state_dict(bench.weights)
+        bench.train_set.seed = cell.seed
+        return run, bench
+
+
+def trainer_flags(cell: Cell, setting: Setting, folder: Path, profile: Path | None) -> list[str]:
+    """The command line of the training script that runs a cell; the setting's flags come last.
+
+    Args:
+        cell: to run.
+        setting: of its task.
+        folder: of all runs.
+        profile: file of the weighting, if any.
+    """
+    flags = {
+        "config": setting.config,
+        "output_dir": folder,
+        "model_dir": cell.name,
+        "seed": cell.seed,
+        "final_threshold": cell.remaining,
+        "eval_epochs": 0,
+    }
+    if cell.method != DENSE:
+        flags["pruner_name"] = cell.method
+    if profile:
+        flags["id_profile"] = profile
+    return [f"--{name}={value}" for name, value in flags.items()] + setting.flags
+
+
+def cache_images(run: Run, *datasets: Dataset) -> None:
+    """Lets data sets keep the images that they decoded last, unless each look at one is another.
+
+    Seeds and not cells choose the images, so that most are read many times.
+    """
+    if run.config["augment"]:
+        return
+    kept = int(CACHE_BYTES / (3 * run.config["image_size"] ** 2 * 4))
+    for dataset in datasets:
+        dataset.open = lru_cache(maxsize=kept)(dataset.open)
+
+
+def validation_set(run: Run, dataset: Dataset, samples: int) -> Dataset:
+    """The first samples of a held-out split; 0 takes all."""
+    return Subset(dataset, range(min(samples or len(dataset), len(dataset))))
+
+
+@torch.no_grad()
+def score(run: Run, bench: Bench) -> dict[str, float]:
+    """Scores a model on the bench's validation samples; see `Runner.run_cell`."""
+    bench.model.eval()
+    device = run.process.device
+    loader = partial(DataLoader, batch_size=run.config["eval_batch_size"])
+    with run.autocast():
+        if run.task is NLVR:
+            correct = count_correct(bench.model, loader(bench.validation), device)
+            loss = mean_loss(bench.model, loader(bench.validation), device)
+            return {"loss": loss, "accuracy": correct / len(bench.validation)}
+        results = generate_captions(bench.model, loader(bench.validation), run.config, device)
+        references = read_references(ground_truth(run.config, run.task.held_out[0]))
+        references = {r["image_id"]: references[r["image_id"]] for r in results}
+        captioned = with_references(run, bench.validation, references)
+        loss = mean_loss(bench.model, loader(captioned), device)
+    return {"loss": loss, "CIDEr": cider(results, references)}
+
+
+def with_references(run: Run, validation: Subset, references: dict) -> CaptionTrainDataset:
+    """Each image of the validation once with each of its references, for the loss."""
+    images = validation.dataset
+    records = [
+        {"image": images.records[index]["image"], "caption": caption}
+        for index in validation.indices
+        for caption in references[images.records[index]["image_id"]]
+    ]
+    prompt, words = run.config["prompt"], run.config["max_words"]
+    pairs = CaptionTrainDataset(records, images.image_root, images.transform, prompt, words)
+    pairs.open = images.open  # which keeps decoded images
+    return pairs
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: DataLoader, device: torch.device) -> float:
+    """The mean loss over all predicted tokens or statements of a data set.
+
+    Args:
+        model: in eval mode.
+        batches: of inputs as in training.
+        device: where the model is.
+    """
+    total, terms = 0.0, 0
+    for batch in batches:
+        inputs, of_batch = model.prepare(*batch)
+        total += model(*move(inputs, device)).item() * of_batch
+        terms += of_batch
+    return total / terms
+
+
+def cider(results: list[dict], references: dict[int, list[str]]) -> float:
+    """CIDEr with the tokenizer in Python, so that machines with and without Java agree.
+
+    Args:
+        results: of `generate_captions`.
+        references: by image id, in the order of the results.
+    """
+    tokens = {image: list(map(ptb_tokenize, texts)) for image, texts in references.items()}
+    captions = {r["image_id"]: [ptb_tokenize(r["caption"])] for r in results}
+    return metrics.cider(tokens, captions)["scores"]["CIDEr"]
+
+
+def processor_name(device: torch.device) -> str:
+    """What computes: its model, and the instructions that torch chose on a CPU."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,171 @@
+"""A study: its cells in the order in which they run, and the JSON file that keeps it.
+
+The file holds all that a cell needs, so that any machine with the data can run it or run it again.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+
+from utils import UserError, atomic_write
+
+DENSE = "dense"  # the method of a cell that scores the weights it starts from
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study. Cells that differ in the weighting alone are paired.
+
+    Attributes:
+        task: a key of `engine.tasks.TASKS`.
+        method: a name of --pruner_name, or DENSE.
+        remaining: fraction of the weights that remains, in (0, 1].
+        weighting: a name of `studies.weightings`.
+        seed: of the data's order and the dropout, and of a shuffle.
+    """
+
+    task: str
+    method: str
+    remaining: float
+    weighting: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Fit for a folder."""
+        weighting = self.weighting.replace("/", " over ").replace(" ", "_")
+        return f"{self.task}-{self.method}-{self.remaining:g}-{weighting}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the cells of a task run.
+
+    Attributes:
+        config: YAML file of the experiment.
+        id_profile: file of the layers' IDs.
+        validation: samples of the validation split that score a cell; 0 takes all.
+        flags: further ones of the task's training script.
+    """
+
+    config: str
+    id_profile: str
+    validation: int = 0
+    flags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Study:
+    """What runs, and what has come of it.
+
+    Attributes:
+        settings: by task.
+        cells: in the order in which they run.
+        results: of the finished cells; see `studies.cells.run_cell`.
+        notes: sentences that were written before the cells ran, such as the rule of the verdicts.
+        pooled: remaining fractions over which each seed's mean is compared, too.
+    """
+
+    settings: dict[str, Setting]
+    cells: list[Cell]
+    results: dict[Cell, dict] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    pooled: list[float] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> "Study":
+        """Reads what `write` wrote.
+
+        Raises:
+            UserError: the file cannot be read or is no study.
+        """
+        try:
+            content = json.loads(path.read_text())
+            settings = {task: Setting(**values) for task, values in content["settings"].items()}
+            study = cls(settings, [], notes=content["notes"], pooled=content["pooled"])
+            for record in content["cells"]:
+                result = record.pop("result", None)
+                study.cells.append(cell := Cell(**record))
+                if result is not None:
+                    study.results[cell] = result
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no study that study.py wrote: {error!r}") from error
+        return study
+
+    def write(self, path: Path) -> None:
+        """Writes the study atomically, one line a cell."""
+        lines = []
+        for cell in self.cells:
+            result = {"result": self.results[cell]} if cell in self.results else {}
+            lines.append(json.dumps(asdict(cell) | result))
+        settings = {task: asdict(setting) for task, setting in self.settings.items()}
+        head = {"notes": self.notes, "pooled": self.pooled, "settings": settings}
+        start = json.dumps(head, indent=1).removesuffix("\n}")
+        with atomic_write(path) as file:
+            file.write(f'{start},\n "cells": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside the block no other process is in such a block for this file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_WRONLY, 0o666)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[Study]:
+    """The study of a file, written when the block ends; other processes wait for their turn."""
+    with locked(path):
+        study = Study.read(path)
+        yield study
+        study.write(path)
+
+
+def open_study(path: Path, wanted: Study | None) -> None:
+    """Writes the study that is wanted, unless the file holds it already.
+
+    Args:
+        path: of the study.
+        wanted: without results; None takes what the file holds.
+
+    Raises:
+        UserError: there is no file, or it holds another study.
+    """
+    with locked(path):
+        if wanted is not None and not path.exists():
+            wanted.write(path)
+            return
+        kept = Study.read(path)
+    if wanted is not None and (kept.cells, kept.settings) != (wanted.cells, wanted.settings):
+        raise UserError(
+            f"{path} is of another study: its cells or settings are not those that the flags ask "
+            "for. Give another --file, or --file alone to go on with what it holds"
+        )
+
+
+def share(cells: list[Cell], part: str) -> list[Cell]:
+    """The i-th of n shares of the cells, for `part` "i/n"; neighbours go to different shares.
+
+    Raises:
+        UserError: `part` is no such share.
+    """
+    number, _, parts = part.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise UserError(f"--cells {part}: give I/N, the I-th of N shares, from 1/N to N/N")
+    return cells[int(number) - 1 :: int(parts)]
+
+
+def grid(task: str, methods, remaining, weightings, seeds) -> list[Cell]:
+    """All combinations; those to be compared with each other follow each other."""
+    combinations = product(seeds, methods, remaining, weightings)
+    return [Cell(task, method, r, weighting, seed) for seed, method, r, weighting in combinations]

@@ -1,0 +1,161 @@
+"""A study's page: what was found, in tables and figures, made from its JSON alone.
+
+Text that people wrote above the mark stays; what is below is written anew.
+"""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from dimension.figures import save_figure
+from evaluation.tables import markdown
+from studies.figures import plot_differences, plot_scores, plot_sparsity_shares, title
+from studies.grid import DENSE, Study
+from studies.statistics import (
+    SCORES,
+    compare,
+    comparisons,
+    groups,
+    paired_differences,
+    pooled_differences,
+    results_of,
+    weightings_of,
+)
+from utils import atomic_write
+
+MARK = "<!-- below: written by study.py -->"
+HEAD = "# What weighting by ID does\n\n"
+FIGURES = {"scores": plot_scores, "differences": plot_differences, "sparsity": plot_sparsity_shares}
+
+
+def report(path: Path) -> Path:
+    """Writes the page beside the study's file, and the figures beside the page.
+
+    Args:
+        path: `NAME.json` of the study; the page is `NAME.md`, a figure `NAME_<figure>.png`.
+
+    Returns:
+        The page.
+    """
+    study = Study.read(path)
+    page = path.with_suffix(".md")
+    text = page.read_text() if page.exists() else HEAD + MARK
+    parts = [text.partition(MARK)[0] + MARK, progress(study)]
+    if groups(study.results):
+        rules = [f"{note}\n" for note in study.notes.values()]
+        parts += ["## Verdicts\n", *rules, verdict_table(study)]
+        parts += ["## Figures\n", *draw(study, path)]
+        parts += ["## Scores\n", *score_tables(study)]
+        parts += ["## Paired differences\n", *difference_tables(study)]
+    with atomic_write(page) as file:
+        file.write("\n".join(parts).rstrip() + "\n")
+    return page
+
+
+def progress(study: Study) -> str:
+    """How many cells are done, the time they took, and on what."""
+    done = study.results.values()
+    seconds = sum(result["seconds"] for result in done)
+    machines = Counter(f"{result['processor']}, torch {result['torch']}" for result in done)
+    where = "; ".join(f"{machine} ({cells} cells)" for machine, cells in machines.items())
+    return (
+        f"\n{len(study.results)} of {len(study.cells)} planned cells are done, in "
+        f"{seconds / 3600:.1f} hours of one process{where and f', on {where}'}.\n"
+    )
+
+
+def draw(study: Study, path: Path) -> list[str]:
+    """Draws the figures and returns the lines that show them."""
+    lines = []
+    for name, plot in FIGURES.items():
+        file = path.with_name(f"{path.stem}_{name}.png")
+        figure, caption = plot(study)
+        save_figure(figure, file)
+        lines.append(f"![{caption}]({file.name})\n\n{caption}\n")
+    return lines
+
+
+def verdict_table(study: Study) -> str:
+    """Comparisons of each task and method by seeds' means over the pooled fractions."""
+    rows = []
+    for task, method in dict.fromkeys(group[:2] for group in groups(study.results)):
+        cells = [cell for cell in study.cells if (cell.task, cell.method) == (task, method)]
+        fractions = [f for f in study.pooled if f in {cell.remaining for cell in cells}]
+        sparsity = " and ".join(f"{100 * (1 - f):.4g} %" for f in fractions)
+        where = {"task": task, "method": method, "sparsity": sparsity}
+        for pair in comparisons(list(dict.fromkeys(cell.weighting for cell in cells))):
+            found = pooled_differences(study.results, task, method, fractions, *pair)
+            rows += [where | row for row in comparison_rows(pair, found)]
+    return markdown(rows) + "\n" if rows else "No seed has all cells of a comparison yet.\n"
+
+
+def comparison_rows(pair: tuple[str, str], found: dict[str, dict[int, float]]) -> list[dict]:
+    """A row of cells for each score: the comparison of its paired differences.
+
+    Args:
+        pair: weighting and baseline.
+        found: of `studies.statistics.paired_differences`.
+    """
+    rows = []
+    for score, by_seed in found.items():
+        c = compare(list(by_seed.values()), score)
+        spread = "" if math.isnan(c.low) else f"{c.low:+.4f} to {c.high:+.4f}"
+        rows.append(
+            {
+                "weighting": pair[0],
+                "against": pair[1],
+                "score": score,
+                "pairs": str(c.pairs),
+                "mean difference": f"{c.mean:+.4f}",
+                "95 % interval": spread,
+                "sign test": f"p {c.p:.3f}",
+                "verdict": c.verdict,
+            }
+        )
+    return rows
+
+
+def score_tables(study: Study) -> list[str]:
+    """For each group a table: mean scores, and sparsity by modality, of each weighting."""
+    tables = []
+    dense = {cell.task: result for cell, result in study.results.items() if cell.method == DENSE}
+    for group in groups(study.results):
+        scores = SCORES[group[0]]
+        rows = [
+            {"weighting": weighting}
+            | mean_cells(results_of(study.results, group, weighting), scores)
+            for weighting in weightings_of(study.cells, study.results, group)
+        ]
+        start = ""
+        if group[0] in dense:
+            start = ", ".join(f"{score} {dense[group[0]][score]:.4f}" for score in scores)
+            start = f" (the dense start: {start})"
+        tables.append(f"{title(group)}{start}\n\n{markdown(rows)}\n")
+    return tables
+
+
+def mean_cells(results: list[dict], scores: tuple[str, ...]) -> dict[str, str]:
+    """Means over seeds, of scores with standard deviations, as cells of a table."""
+    row = {"seeds": str(len(results))}
+    for score in scores:
+        values = [result[score] for result in results]
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        row[score] = f"{np.mean(values):.4f}{spread}"
+    for kind in ("vision", "language"):
+        share = np.mean([result["sparsity"][kind] for result in results])
+        row[f"{kind} pruned"] = f"{share:.1%}"
+    return row
+
+
+def difference_tables(study: Study) -> list[str]:
+    """For each group a table of its comparisons."""
+    tables = []
+    for group in groups(study.results):
+        rows = []
+        for pair in comparisons(weightings_of(study.cells, study.results, group)):
+            rows += comparison_rows(pair, paired_differences(study.results, group, *pair))
+        if rows:
+            tables.append(f"{title(group)}\n\n{markdown(rows)}\n")
+    return tables

@@ -1,0 +1,186 @@
+"""Does weighting by ID prune better than by other numbers? Runs the cells of a study, reports them.
+
+    python study.py --preset embedded                  # the cells of docs/study.json not yet run
+    python study.py --preset embedded --report         # only tables and figures, in seconds
+    python study.py --preset embedded --again 3        # runs finished cells again and compares
+    python study.py --config configs/caption_coco.yaml --id_profile configs/id/blip_coco.json \
+        --file output/coco/study.json --cells 3/48 -- --device cuda --num_workers 8
+
+A study is a JSON file with its cells (task, method, remaining fraction, weighting, seed), their
+settings and the results so far. The command goes on where it was stopped, at whatever moment. With
+--config it first writes the file, the flags after `--` being the training script's; then one job a
+GPU runs its share, --cells I/N. --file alone goes on with a file that is there.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from configs import COUNT, FROM_ZERO
+from engine.flags import FRACTION
+from engine.stopping import stop_signals_to
+from studies.grid import Study, changing, open_study, share
+from studies.presets import PRESETS, of_config
+from studies.statistics import SCORES
+from studies.weightings import WEIGHTINGS
+from utils import UserError, launch
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes the study's file if it is not there, runs its cells, and reports."""
+    path = args.file or Path("docs/study.json" if args.preset else "output/study/study.json")
+    open_study(path, wanted_study(args))
+    if args.again:
+        run_again(path, args.output_dir, args.again)
+        return
+    if not args.report:
+        # a share is one process's, whatever --processes says: it was started by that flag
+        processes = 1 if args.cells else args.processes or default_processes(args)
+        if processes > 1:
+            run_side_by_side(processes)
+        else:
+            run_cells(path, args.output_dir, args.cells or "1/1")
+    if not args.cells:
+        from studies.page import report  # imports matplotlib and scipy
+
+        print(f"wrote {report(path)}")
+
+
+def wanted_study(args: argparse.Namespace) -> Study | None:
+    """The study that the flags describe; None where --file alone names one.
+
+    Raises:
+        UserError: the flags describe none.
+    """
+    if args.preset:
+        return PRESETS[args.preset]()
+    if args.config and args.id_profile:
+        return of_config(args)
+    if args.file and not args.config:
+        return None
+    raise UserError("what to study? Give --preset, --config with --id_profile, or --file")
+
+
+def default_processes(args: argparse.Namespace) -> int:
+    """As many as there are CPUs, one thread each, for embedded models; one for others."""
+    return len(os.sched_getaffinity(0)) if args.preset else 1
+
+
+def run_side_by_side(processes: int) -> None:
+    """Runs this command in several processes of one thread each, every one with its share.
+
+    SIGTERM and SIGINT go on to them.
+
+    Raises:
+        SystemExit: one ended with an error, or was stopped; the others go on to their end.
+    """
+    command = [sys.executable, *sys.argv]
+    flags = command.index("--") if "--" in command else len(command)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [*command[:flags], f"--cells={number}/{processes}", *command[flags:]], env=environment
+        )
+        for number in range(1, processes + 1)
+    ]
+
+    def pass_on(number, frame):
+        for process in started:
+            process.send_signal(number)
+
+    with stop_signals_to(pass_on):
+        codes = [process.wait() for process in started]
+    if any(codes):
+        raise SystemExit(next(code for code in codes if code))
+
+
+def run_cells(path: Path, folder: Path, part: str) -> None:
+    """Runs the cells of a share that have no result, and keeps each result as it comes.
+
+    Args:
+        path: of the study.
+        folder: of the runs.
+        part: see `studies.grid.share`.
+    """
+    study = Study.read(path)
+    own = [cell for cell in share(study.cells, part) if cell not in study.results]
+    if not own:
+        return
+    from studies.cells import Runner  # torch takes seconds to import
+
+    runner = Runner(study.settings, folder)
+    begun = time.monotonic()
+    for number, cell in enumerate(own, start=1):
+        result = runner.run_cell(cell)
+        with changing(path) as changed:
+            changed.results[cell] = result
+        left = (time.monotonic() - begun) / number * (len(own) - number)
+        scores = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
+        print(
+            f"share {part}: {number} of {len(own)}  {cell.name}  {scores}  "
+            f"{result['seconds']:.0f} s  ETA {hours(left)}",
+            flush=True,
+        )
+
+
+def run_again(path: Path, folder: Path, cells: int) -> None:
+    """Runs finished cells once more, spread over all, and prints how far the scores are apart.
+
+    Args:
+        path: of the study, which stays as it is.
+        folder: of the runs; these go to its folder "again".
+        cells: how many, at most.
+    """
+    from studies.cells import Runner
+
+    study = Study.read(path)
+    done = [cell for cell in study.cells if cell in study.results]
+    cells = min(cells, len(done))
+    runner = Runner(study.settings, folder / "again")
+    for cell in [done[place * len(done) // cells] for place in range(cells)]:
+        shutil.rmtree(runner.folder / cell.name, ignore_errors=True)
+        old, new = study.results[cell], runner.run_cell(cell)
+        differences = "  ".join(f"{s} {new[s] - old[s]:+.2e}" for s in SCORES[cell.task])
+        machines = {old["processor"], new["processor"]}
+        print(f"{cell.name}: {differences}  ({'; '.join(sorted(machines))})", flush=True)
+
+
+def hours(seconds: float) -> str:
+    """Hours and minutes, as 7:05."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d}"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="a study that comes with the repository")
+    parser.add_argument("--file", type=Path, help="the study's JSON; its page goes beside it")
+    parser.add_argument("--output_dir", type=Path, default=Path("output/study"), help="of the runs")
+    parser.add_argument("--cells", metavar="I/N", help="only the I-th of N shares, and no report")
+    parser.add_argument("--processes", type=COUNT, help="side by side, of one thread each")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables and figures")
+    parser.add_argument("--again", type=COUNT, metavar="CELLS", help="run so many again, compare")
+
+    new = parser.add_argument_group("a new study, in place of --preset")
+    new.add_argument("--config", help="YAML file of the experiment, captioning or NLVR2")
+    new.add_argument("--id_profile", help="the layers' IDs")
+    new.add_argument("--methods", nargs="+", default=["PLATON"], help="names of --pruner_name")
+    new.add_argument(
+        "--remaining", nargs="+", type=FRACTION, default=[0.2, 0.1], help="fractions, final ones"
+    )
+    new.add_argument("--weightings", nargs="+", default=list(WEIGHTINGS), help="also ID^A")
+    new.add_argument("--seeds", type=COUNT, default=8, help="how many")
+    new.add_argument("--validation", type=FROM_ZERO, default=0, help="samples; 0: the whole split")
+    new.add_argument("flags", nargs="*", help="after --: flags of the task's training script")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    launch(main, parse_args())
