@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo demo-nlvr scenes test test-slow lint format bench clean
+.PHONY: setup demo demo-nlvr demo-clip scenes test test-slow lint format bench clean
 
 setup: $(READY)
 
@@ -67,5 +67,18 @@ demo-nlvr: scenes
 	$(NLVR) --evaluate --model_dir PLATON80-ID --pruned output/demo-nlvr/PLATON80-ID
 	$(RUN) -m evaluation.tables output/demo-nlvr dense PLATON80 PLATON80-ID
 
+# The same for retrieval between pictures and captions, 80 %.
+CLIP       := $(RUN) train_clip_flickr30k.py --config configs/retrieval_demo.yaml --output_dir output/demo-clip
+PRUNE_CLIP := $(CLIP) --max_steps 160 --warmup_steps 32 --final_warmup 1 --eval_epochs 0 --resume off
+
+demo-clip: scenes
+	$(RUN) ComputeID.py --config configs/retrieval_demo.yaml -n 500 --Path output/demo-clip/ID
+	$(PRUNE_CLIP) --model_dir PLATON80 --final_threshold 0.2
+	$(PRUNE_CLIP) --model_dir PLATON80-ID --final_threshold 0.2 --id_profile output/demo-clip/ID/profile.json
+	$(CLIP) --evaluate --model_dir dense
+	$(CLIP) --evaluate --model_dir PLATON80 --pruned output/demo-clip/PLATON80
+	$(CLIP) --evaluate --model_dir PLATON80-ID --pruned output/demo-clip/PLATON80-ID
+	$(RUN) -m evaluation.tables output/demo-clip dense PLATON80 PLATON80-ID --ids output/demo-clip/ID
+
 clean:
-	rm -rf $(VENV) datasets/scenes output/demo output/demo-nlvr
+	rm -rf $(VENV) datasets/scenes output/demo output/demo-nlvr output/demo-clip

@@ -2,16 +2,19 @@
 
     python -m evaluation.tables output/demo dense PLATON80 PLATON80-ID
 
-reads what `--evaluate` wrote: sparsity.json and results/ of each run.
+reads what `--evaluate` wrote: sparsity.json and results/ of each run. `--ids PROFILE` adds a line
+with the mean ID of each modality.
 """
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from utils import UserError, launch
 
 CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
+RECALLS = {"TR@1": "txt_r1", "TR@5": "txt_r5", "IR@1": "img_r1", "IR@5": "img_r5", "mean": "r_mean"}
 
 
 def read_run(folder: Path) -> dict[str, str]:
@@ -26,6 +29,9 @@ def read_run(folder: Path) -> dict[str, str]:
         if (results / "accuracy.json").exists():
             accuracy = json.loads((results / "accuracy.json").read_text())
             scores = {f"{split} accuracy": f"{share:.1%}" for split, share in accuracy.items()}
+        elif (results / "recalls.json").exists():
+            found = json.loads((results / "recalls.json").read_text())["test"]
+            scores = {column: f"{found[name]:.1f}%" for column, name in RECALLS.items()}
         else:
             found = json.loads((results / "test_scores.json").read_text())["scores"]
             scores = {column: f"{found[name]:.3f}" for column, name in CAPTION_SCORES.items()}
@@ -50,6 +56,22 @@ def markdown(rows: list[dict[str, str]]) -> str:
     )
 
 
+def mean_ids(path: Path) -> str:
+    """A line with the mean ID of each modality's layers.
+
+    Raises:
+        UserError: the file cannot be read or is no profile.
+    """
+    from dimension.profile import load_profile
+    from models import modality
+
+    members = defaultdict(list)
+    for name, dimension in load_profile(path).items():
+        members[modality(name)].append(dimension)
+    means = (f"{kind} {sum(ids) / len(ids):.1f}" for kind, ids in members.items())
+    return "mean ID: " + ", ".join(means)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
@@ -57,12 +79,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path, help="the runs' --output_dir")
     parser.add_argument("runs", nargs="+", help="their --model_dir")
+    parser.add_argument("--ids", type=Path, help="profile of the IDs that weighted the scores")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints the table of the runs named on the command line, and where their figures are."""
+    """Prints the table of the runs named on the command line, IDs, and where figures are."""
     print(markdown([read_run(args.folder / run) for run in args.runs]))
+    if args.ids:
+        print(mean_ids(args.ids))
     figures = [figure for run in args.runs for figure in sorted((args.folder / run).glob("*.png"))]
     if figures:
         print("figures:", *figures, sep="\n  ")

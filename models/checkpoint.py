@@ -22,6 +22,8 @@ from models.weight_files import Entry, fetch, open_weights
 from utils import UserError
 
 POSITION_EMBEDDING = "visual_encoder.pos_embed"
+CLIP_POSITION_EMBEDDING = "visual.positional_embedding"
+SIZE_KEYS = "`vit` or `med_config`"  # of BLIP's configs
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")  # DDP, torch.compile, Lightning
 
 # Our and Hugging Face's names of BLIP's vision parameters; text parameters have one name.
@@ -68,7 +70,8 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
 
     Position embeddings of another image size are resampled bicubically. A model may offer
     `adapt_state_dict(entries) -> (entries, may_be_missing)` to take weights of a relative; the
-    parameters it names as possibly missing keep their initial values and are reported.
+    parameters it names as possibly missing keep their initial values and are reported. Its
+    `size_keys` name the config's keys for its sizes, where they are not BLIP's.
 
     Args:
         model: not wrapped in DistributedDataParallel.
@@ -90,9 +93,10 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
     targets = model.state_dict()
     report.ignored = [name for name in entries if name not in targets]
     report.loaded = [name for name in entries if name in targets]
+    size_keys = getattr(model, "size_keys", SIZE_KEYS)
     for name in report.loaded:
-        _check_shape(report, name, entries[name].shape, tuple(targets[name].shape))
-    _check_complete(report, targets, may_be_missing)
+        _check_shape(report, name, entries[name].shape, tuple(targets[name].shape), size_keys)
+    _check_complete(report, targets, may_be_missing, size_keys)
     for name in report.loaded:
         target = value = targets[name]
         if name in report.resampled:
@@ -160,7 +164,9 @@ def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:
     return report
 
 
-def _check_shape(report: LoadReport, name: str, shape: tuple, wanted: tuple) -> None:
+def _check_shape(
+    report: LoadReport, name: str, shape: tuple, wanted: tuple, size_keys: str
+) -> None:
     """Shapes must be equal, but for position embeddings, which are resampled.
 
     Raises:
@@ -168,11 +174,10 @@ def _check_shape(report: LoadReport, name: str, shape: tuple, wanted: tuple) -> 
     """
     if shape == wanted:
         return
-    resampled = name == POSITION_EMBEDDING and len(shape) == 3 and shape[::2] == wanted[::2]
-    if not resampled or round((shape[1] - 1) ** 0.5) ** 2 != shape[1] - 1:
+    if not _can_be_resampled(name, shape, wanted):
         raise UserError(
             f"{report.path}: {name} has shape {shape}, the model's is {wanted}; does the config's "
-            "`vit` or `med_config` fit it?"
+            f"{size_keys} fit it?"
         )
     report.resampled.append(name)
 
@@ -183,7 +188,17 @@ def _all_finite(value: Tensor) -> bool:
     return bool(value.sum().isfinite()) or bool(value.sum(dtype=torch.float64).isfinite())
 
 
-def _check_complete(report: LoadReport, targets: dict[str, Tensor], may_be_missing: set) -> None:
+def _can_be_resampled(name: str, shape: tuple, wanted: tuple) -> bool:
+    """Whether these are position embeddings (..., 1 + g^2, D) that differ in the grid alone."""
+    if not name.endswith((POSITION_EMBEDDING, CLIP_POSITION_EMBEDDING)) or len(shape) < 2:
+        return False
+    same_but_for_tokens = (*shape[:-2], *shape[-1:]) == (*wanted[:-2], *wanted[-1:])
+    return same_but_for_tokens and round((shape[-2] - 1) ** 0.5) ** 2 == shape[-2] - 1
+
+
+def _check_complete(
+    report: LoadReport, targets: dict[str, Tensor], may_be_missing: set, size_keys: str
+) -> None:
     """Every parameter must be loaded, share its memory with one that is, or be allowed to miss.
 
     Raises:
@@ -196,18 +211,25 @@ def _check_complete(report: LoadReport, targets: dict[str, Tensor], may_be_missi
     if names:
         raise UserError(
             f"{report.path} leaves {len(names)} of the model's {len(targets)} parameters unset, "
-            f"among them {names[:5]}; is it a checkpoint of this model?"
+            f"among them {names[:5]}; is it a checkpoint of this model, and does the config's "
+            f"{size_keys} fit it?"
         )
 
 
 def resample_position_embedding(value: Tensor, target: Tensor) -> Tensor:
-    """Position embeddings (1, 1 + g^2, D) of one grid to another's; the class token's is kept."""
-    grids = [round((t.shape[1] - 1) ** 0.5) for t in (target, value)]
-    return resample_abs_pos_embed(
-        value,
+    """Position embeddings (..., 1 + g^2, D) of one grid to another's; the class token's is kept.
+
+    Args:
+        value: of the first grid, one embedding.
+        target: of the other grid; only its shape counts.
+    """
+    grids = [round((t.shape[-2] - 1) ** 0.5) for t in (target, value)]
+    resampled = resample_abs_pos_embed(
+        value.view(1, *value.shape[-2:]),
         new_size=[grids[0]] * 2,
         old_size=[grids[1]] * 2,
         num_prefix_tokens=1,
         interpolation="bicubic",
         antialias=False,
     )
+    return resampled.view(target.shape)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from open_clip import CLIP, SimpleTokenizer
 from torch import Tensor, nn
 
-from models.checkpoint import resample_position_embedding
+from models.checkpoint import CLIP_POSITION_EMBEDDING
 from models.stages import Stage, resblock_stages
 from models.text import load_tokenizer, tokenize
 from models.weight_files import Entry
@@ -36,7 +36,6 @@ SIZES = {
 OPENAI_TOKENIZER = "clip"  # the config's name for the vocabulary that CLIP was trained with
 MAX_LOGIT_SCALE = 4.6052  # log 100
 NO_IMAGE = -100  # id of a queue's columns that no batch has filled; datasets count from 0
-POSITION_EMBEDDING = "visual.positional_embedding"
 
 # Hugging Face's names of CLIP's parameters. Where BLIP has them, too, `models.checkpoint` has given
 # them BLIP's own names before.
@@ -51,7 +50,7 @@ _HUGGING_FACE = [
     ),
     (
         r"^vision_model\.embeddings\.position_embedding\.weight$|^visual_encoder\.pos_embed\.weight$",
-        POSITION_EMBEDDING,
+        CLIP_POSITION_EMBEDDING,
     ),
     (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),
     (r"^vision_model\.post_layernorm|^visual_encoder\.norm", "visual.ln_post"),
@@ -101,6 +100,8 @@ class ClipRetrieval(CLIP):
         id_queue: (Q,) int64, their image ids; NO_IMAGE where the column is still random.
         queue_pointer: () int64, the column that the next batch begins to replace.
     """
+
+    size_keys = "`clip`"  # of the config
 
     def __init__(
         self,
@@ -259,7 +260,7 @@ class ClipRetrieval(CLIP):
         self.queue_pointer.copy_((self.queue_pointer + count) % self.queue_size)
 
     def adapt_state_dict(self, entries: dict[str, Entry]) -> tuple[dict[str, Entry], set[str]]:
-        """Takes weights under OpenAI's or Hugging Face's names, of any image size.
+        """Takes weights under OpenAI's or Hugging Face's names.
 
         Training starts anew from them: the momentum copy is set to them, and a checkpoint's own
         momentum copy and queues are left out. (A resumed run restores them by `load_state_dict`.)
@@ -269,9 +270,6 @@ class ClipRetrieval(CLIP):
         """
         entries = _openai_names(entries)
         own, parameters = self.state_dict(), dict(self.named_parameters())
-        if POSITION_EMBEDDING in entries:
-            shape = tuple(own[POSITION_EMBEDDING].shape)
-            entries[POSITION_EMBEDDING] = _resampled(entries[POSITION_EMBEDDING], shape)
         start = {f"momentum_copy.{n}": entries[n] for n in parameters if n in entries}
         unchanged = {
             name: Entry(tuple(value.shape), lambda target: None)
@@ -412,17 +410,3 @@ def _joined(entries: list[Entry]) -> Entry:
             entry.read(part)
 
     return Entry((first * len(entries), *rest), read)
-
-
-def _resampled(entry: Entry, shape: tuple[int, int]) -> Entry:
-    """The entry itself or, where it is a position embedding of another grid, one of `shape`."""
-    grid = round((entry.shape[0] - 1) ** 0.5)
-    if entry.shape == shape or entry.shape != (1 + grid**2, shape[1]):
-        return entry
-
-    def read(target: Tensor) -> None:
-        value = torch.empty(entry.shape)
-        entry.read(value)
-        target.copy_(resample_position_embedding(value[None], target[None])[0])
-
-    return Entry(shape, read)

@@ -335,7 +335,10 @@ def test_position_embedding_of_another_image_size_is_resampled(tmp_path):
     rows = torch.arange(4.0)[:, None].expand(4, 4).reshape(16, 1).expand(16, 128)
     weights["visual.positional_embedding"] = torch.cat([torch.full((1, 128), 7.0), rows])
     torch.save(weights, tmp_path / "clip.pt")
-    load_checkpoint(large, tmp_path / "clip.pt")
+    report = load_checkpoint(large, tmp_path / "clip.pt")
+    names = ["visual.positional_embedding", "momentum_copy.visual.positional_embedding"]
+    assert report.resampled == names
+    assert f"2 resampled ({', '.join(names)})" in str(report)
     embedding = large.visual.positional_embedding.detach()
     assert torch.equal(embedding[0], torch.full((128,), 7.0))
     grid = embedding[1:].view(6, 6, 128)
@@ -344,6 +347,22 @@ def test_position_embedding_of_another_image_size_is_resampled(tmp_path):
     torch.testing.assert_close(grid[1, 0, 0].item(), 13 / 32, atol=1e-6, rtol=0)
     copy = large.momentum_copy.visual.positional_embedding
     assert torch.equal(copy, embedding)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text_width": 32}, r"positional_embedding has shape \(16, 64\), .* is \(16, 32\)"),
+        ({"context_length": 20}, r"clip\.pt: positional_embedding has shape \(16, 64\)"),
+        ({"vision_width": 64}, r"visual\.class_embedding has shape \(128,\)"),
+        ({"text_layers": 4}, "leaves 12 of .* unset"),
+    ],
+)
+def test_weights_of_other_sizes_name_the_configs_key(model, tmp_path, change, message):
+    torch.save(random_weights(model), tmp_path / "clip.pt")
+    other = build_clip(CONFIG | {"clip": TINY | change})
+    with pytest.raises(UserError, match=f"{message}.*the config's `clip` fit it"):
+        load_checkpoint(other, tmp_path / "clip.pt")
 
 
 def test_a_checkpoint_must_be_complete(model, tmp_path):

@@ -11,10 +11,12 @@ from torch.utils.data import default_collate
 
 from configs import load_config
 from data.caption_dataset import build_caption_datasets
+from data.flickr_dataset import build_flickr_datasets
 from data.nlvr_dataset import build_nlvr_datasets
 from data.scenes import __main__ as scenes
 from data.scenes import attribute_accuracy
-from models import build_captioner, build_nlvr, load_checkpoint
+from evaluation.retrieval import recalls, retrieval_features
+from models import build_captioner, build_clip, build_nlvr, load_checkpoint
 
 SCENES = 100
 FIRST_AND_REST = slice(0, 1), slice(1, None)
@@ -71,3 +73,14 @@ def test_nlvr_model_judges_statements(root):
     statements = [dev.text(index) for index in range(len(dev))]
     correct = model.logits(left, right, statements).argmax(dim=1) == labels
     assert correct.float().mean() >= 0.85
+
+
+def test_clip_finds_the_captions_of_pictures(root):
+    config, model = shipped(root, "retrieval", build_clip)
+    val = build_flickr_datasets(config)[1]
+    images, texts = (
+        default_collate([part[index] for index in range(len(part))]) for part in (val, val.texts)
+    )
+    image, text = retrieval_features(model, [images], [texts], torch.device("cpu"))
+    found = recalls(image @ text.T, val.image_of_text)
+    assert found["txt_r1"] >= 70 and found["img_r1"] >= 60

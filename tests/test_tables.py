@@ -35,6 +35,22 @@ def test_nlvr_runs_are_tabulated(tmp_path, capsys):
     assert line.split() == "| ID | 50.0% | 25.0% | 100.0% | 87.5% | 90.0% |".split()
 
 
+def test_retrieval_runs_are_tabulated_with_mean_ids(tmp_path, capsys):
+    test = {"txt_r1": 70.04, "txt_r5": 95.0, "txt_r10": 99.0, "txt_r_mean": 88.01}
+    test |= {"img_r1": 65.0, "img_r5": 90.0, "img_r10": 97.0, "img_r_mean": 84.0, "r_mean": 86.0}
+    write(tmp_path / "ID", 0.5, {"recalls.json": {"val": {"txt_r1": 1.0}, "test": test}})
+    ids = {"visual.transformer.resblocks.0.mlp.c_fc": 16.0}
+    ids |= {f"transformer.resblocks.{n}.mlp.c_fc": n + 8.0 for n in range(2)}
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    main(parse_args([str(tmp_path), "ID", "--ids", str(tmp_path / "ids.json")]))
+    lines = capsys.readouterr().out.splitlines()
+    columns = "| run | sparsity | vision | language | TR@1 | TR@5 | IR@1 | IR@5 | mean |"
+    assert lines[0].split() == columns.split()
+    row = "| ID | 50.0% | 25.0% | 100.0% | 70.0% | 95.0% | 65.0% | 90.0% | 86.0% |"
+    assert lines[2].split() == row.split()
+    assert lines[3] == "mean ID: vision 16.0, language 8.5"
+
+
 def test_a_run_that_was_not_evaluated_is_named(tmp_path):
     with pytest.raises(UserError, match="PLATON80.*--evaluate"):
         main(parse_args([str(tmp_path), "PLATON80"]))
