@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.scenes.words import vocabulary
+from evaluation.costs import processor
 from models import build_captioner, modality, prunable_layers, sparsify_
 from models.sparse import SparseLinear
 from models.sparse.linear import gains
@@ -48,12 +49,6 @@ def medians(works: dict[str, Callable], repeats: int) -> dict[str, float]:
 def prune_(weight: Tensor, share: float) -> None:
     """Zeroes a random share of a weight, in place."""
     weight[torch.rand_like(weight) < share] = 0
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(": ")[1] for x in lines if x.startswith("model name")), "unknown")
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from configs import COUNT, FROM_ZERO, RATE, Number, load_config
@@ -166,3 +167,23 @@ def results_folder(args: argparse.Namespace) -> Path:
     if args.model_dir is None and args.pruned and Path(args.pruned).is_dir():
         return Path(args.pruned)
     return Path(args.output_dir, args.model_dir or Path(args.config).stem)
+
+
+def command_line(script: str, task: str, flags: dict) -> str:
+    """The command that gives a script these flags, without those that are as by default.
+
+    Args:
+        script: of the task.
+        task: a key of DEFAULTS.
+        flags: `vars` of the script's parsed flags.
+    """
+    parser = argparse.ArgumentParser()
+    add_flags(parser, task)
+    defaults = vars(parser.parse_args([]))
+    words = ["python", script]
+    for name, value in flags.items():
+        # a script's flags of its own are off by default
+        if value == defaults[name] if name in defaults else not value:
+            continue
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)

@@ -16,6 +16,7 @@ from engine.reporter import LOG_FILE, Reporter
 from engine.run import Run
 from engine.state import TrainState, build_state, resume, save
 from engine.stopping import EXIT_STOPPED, exit_stopped, listen_for_stop, stop_signals_to
+from evaluation.runs import PRUNED_FILE
 from models import prunable_layers
 from pruners import NonFiniteScores, off_target, sparsity_report
 from utils.processes import barrier, gather_from_processes, sum_over_processes
@@ -23,7 +24,6 @@ from utils.processes import barrier, gather_from_processes, sum_over_processes
 LOG_SECONDS = 10.0  # between progress lines
 CHECKPOINT_SECONDS = 600.0  # between checkpoints within an epoch, if they are cheap
 CHEAP = 0.05  # share of the time that such checkpoints may take
-PRUNED_FILE = "pruned.safetensors"
 BEST_FILE = "pruned_best.safetensors"
 
 

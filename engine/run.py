@@ -222,8 +222,9 @@ def start(args: argparse.Namespace, task: Task) -> Run:
     run = Run(args, task, config, process, results_folder(args), id_profile)
     if process.is_main:
         take_folder(run.folder)
-        if not (args.evaluate or args.check):
-            write_json(run.folder / "config.json", {"config": config, "flags": vars(args)})
+        if not args.check:
+            name = "evaluation.json" if args.evaluate else "config.json"
+            write_json(run.folder / name, {"config": config, "flags": vars(args)})
     seed_everything(args.seed)
     return run
 

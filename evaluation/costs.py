@@ -1,5 +1,6 @@
 """What a model costs: parameters, bytes, multiply-adds, milliseconds, memory."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -159,3 +160,13 @@ def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict
         with torch.no_grad():
             time = milliseconds(lambda: infer(model, sample))
     return {"milliseconds": time, "resident_bytes": resident_bytes()}
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")

@@ -42,14 +42,19 @@ def contact_sheet(
         for index, record in enumerate(dataset.records)
         if all(record["image_id"] in of_image for of_image in by_id.values())
     ]
-    samples = min(samples, len(indices))
-    shown = [indices[place * len(indices) // samples] for place in range(samples)]
+    shown = spread(indices, samples)
     pictures = [dataset.image_paths(index)[0] for index in shown]
     ids = [dataset.records[index]["image_id"] for index in shown]
     texts = [{name: of_image[i] for name, of_image in by_id.items()} for i in ids]
     figure = draw_sheet(list(map(open_image, pictures)), texts)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def spread(items: list, count: int) -> list:
+    """As many as `count` of the items, evenly spread over them."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 def draw_sheet(pictures: list[Image.Image], texts: list[dict[str, str]]) -> Figure:

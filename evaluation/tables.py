@@ -7,47 +7,34 @@ with the mean ID of each modality.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
+from evaluation.runs import RunFolder, read_run
 from utils import UserError, launch
 
-CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
-RECALLS = {"TR@1": "txt_r1", "TR@5": "txt_r5", "IR@1": "img_r1", "IR@5": "img_r5", "mean": "r_mean"}
 
-
-def read_run(folder: Path) -> dict[str, str]:
+def row(run: RunFolder) -> dict[str, str]:
     """A row of the table: column to formatted value.
 
     Raises:
-        UserError: the folder holds no run, or one that was not evaluated.
+        UserError: the run was not evaluated.
     """
-    results = folder / "results"
-    try:
-        sparsity = json.loads((folder / "sparsity.json").read_text())
-        if (results / "accuracy.json").exists():
-            accuracy = json.loads((results / "accuracy.json").read_text())
-            scores = {f"{split} accuracy": f"{share:.1%}" for split, share in accuracy.items()}
-        elif (results / "recalls.json").exists():
-            found = json.loads((results / "recalls.json").read_text())["test"]
-            scores = {column: f"{found[name]:.1f}%" for column, name in RECALLS.items()}
-        else:
-            found = json.loads((results / "test_scores.json").read_text())["scores"]
-            scores = {column: f"{found[name]:.3f}" for column, name in CAPTION_SCORES.items()}
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{folder} holds no evaluated run ({error}): run --evaluate") from error
-    return {
-        "run": folder.name,
-        "sparsity": f"{sparsity['overall']:.1%}",
-        **{kind: f"{share:.1%}" for kind, share in sparsity["by_modality"].items()},
-        **scores,
-    }
+    if run.sparsity is None or not run.scores:
+        raise UserError(f"{run.folder} holds no evaluated run: run --evaluate")
+    return {"run": run.name, **shares(run.sparsity), **run.scores}
+
+
+def shares(sparsity: dict) -> dict[str, str]:
+    """The columns of the shares of zeros, of a `sparsity_report`."""
+    by_modality = {kind: f"{share:.1%}" for kind, share in sparsity["by_modality"].items()}
+    return {"sparsity": f"{sparsity['overall']:.1%}", **by_modality}
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """Rows with the same columns as an aligned Markdown table."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    """Rows as an aligned Markdown table; a cell that a row lacks stays empty."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -85,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Prints the table of the runs named on the command line, IDs, and where figures are."""
-    print(markdown([read_run(args.folder / run) for run in args.runs]))
+    print(markdown([row(read_run(args.folder / run)) for run in args.runs]))
     if args.ids:
         print(mean_ids(args.ids))
     figures = [figure for run in args.runs for figure in sorted((args.folder / run).glob("*.png"))]

@@ -1,0 +1,241 @@
+"""The page of a report, parsed; runs are folders written here, with a tiny captioner's weights."""
+
+import base64
+import io
+import json
+import shlex
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import train_caption
+from configs import load_config
+from evaluation import page, report
+from models import build_captioner, prunable_layers
+from models.checkpoint import stored_tensors
+from pruners import sparsity_report
+from tests.runs import make_scenes, write_config
+from utils import UserError, write_json
+
+NASTY = "a <b>red</b> </dd> & \"blue\" 'star' &lt; é \ud83d"
+
+
+class Page(HTMLParser):
+    """What a reader sees: texts by tag, cells by line of a table, and images' sources."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.texts, self.lines, self.images, self.tags, self.open = {}, [], [], set(), []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes["src"])
+        if tag in ("img", "meta"):
+            return
+        self.open.append(tag)
+        self.texts.setdefault(tag, []).append("")
+        if tag == "tr":
+            self.lines.append([])
+        if tag in ("th", "td"):
+            self.lines[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open:
+            self.texts[self.open[-1]][-1] += text
+            if self.open[-1] in ("th", "td"):
+                self.lines[-1][-1] += text
+
+    def line(self, name) -> list[str]:
+        (found,) = (cells[1:] for cells in self.lines if cells[0] == name)
+        return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A dense run that was evaluated alone, and one that was pruned with IDs and evaluated."""
+    root = tmp_path_factory.mktemp("report")
+    config_file = write_config(root / "c.yaml", make_scenes(root / "scenes"))
+    torch.manual_seed(0)
+    config = load_config(config_file)
+    model = build_captioner(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    layers = prunable_layers(model)
+    write_json(root / "ids.json", {name: 3.0 + n for n, name in enumerate(layers)})
+    records = json.loads((root / "scenes/annotation/coco_karpathy_test.json").read_text())
+    annotation = json.loads((root / "scenes/annotation/coco_karpathy_test_gt.json").read_text())
+    ids = [image["id"] for image in annotation["images"]]
+    assert len(records) == len(ids) == 6
+    for name in ("dense", "a&b"):
+        folder = root / name
+        flags = ["--config", config_file, "--output_dir", str(root), "--model_dir", name]
+        if name == "a&b":
+            for layer in layers.values():
+                layer.weight.data[: len(layer.weight) // 2] = 0
+            args = train_caption.parse_args(
+                [*flags, "--id_profile", str(root / "ids.json"), "--seed", "0", "--compile"]
+            )
+            write_json(folder / "config.json", {"config": config, "flags": vars(args)})
+        folder.mkdir(exist_ok=True)
+        tensors = {n: t.clone() for n, t in stored_tensors(model)}
+        save_file(tensors, folder / "pruned.safetensors")
+        args = train_caption.parse_args([*flags, "--evaluate", "--pruned", str(folder)])
+        write_json(folder / "evaluation.json", {"config": config, "flags": vars(args)})
+        write_json(folder / "sparsity.json", sparsity_report(layers))
+        captions = [{"image_id": i, "caption": f"{name} {i} {NASTY}"} for i in ids]
+        write_json(folder / "results/test.json", captions)
+        scores = {"CIDEr": 1.25, "Bleu_4": 0.5, "METEOR": 0.3}
+        write_json(folder / "results/test_scores.json", {"scores": scores})
+    return root, model, ids
+
+
+@pytest.fixture(scope="module")
+def read(runs):
+    """The page, and what the command printed."""
+    root, *_ = runs
+    report.main(report.parse_args([str(root / "dense"), str(root / "a&b")]))
+    return Page((root / "report.html").read_text())
+
+
+def test_the_page_needs_nothing_else(read):
+    assert not read.tags & {"script", "link", "iframe", "object", "svg"}
+    assert "url(" not in read.texts["style"][0] and "@import" not in read.texts["style"][0]
+    for source in read.images:
+        kind, data = source.split(",")
+        assert kind == "data:image/png;base64"
+        assert min(Image.open(io.BytesIO(base64.b64decode(data))).size) >= 32
+
+
+def test_scores_and_sparsity(read, runs):
+    root, *_ = runs
+    sparsity = json.loads((root / "a&b/sparsity.json").read_text())
+    heads = [cells for cells in read.lines if cells[0] == ""]
+    assert heads == [["", "dense", "a&b"]] * 2
+    assert read.line("sparsity") == ["0.0%", f"{sparsity['overall']:.1%}"]
+    assert read.line("vision") == ["0.0%", f"{sparsity['by_modality']['vision']:.1%}"]
+    assert read.line("CIDEr") == ["1.250", "1.250"]
+    assert read.line("BLEU-4") == ["0.500", "0.500"]
+
+
+def test_size_and_speed(read, runs):
+    _, model, _ = runs  # as it was pruned
+    counts = {"parameters": torch.Tensor.numel, "nonzeros": torch.Tensor.count_nonzero}
+    for what, count in counts.items():
+        vision = sum(int(count(p)) for p in model.visual_encoder.parameters())
+        whole = sum(int(count(p)) for p in model.parameters())
+        assert read.line(f"{what}, vision")[1] == page.with_prefix(vision)
+        assert read.line(f"{what}, language")[1] == page.with_prefix(whole - vision)
+    elements = sum(p.numel() for p in model.parameters())
+    assert read.line("bytes, dense float32") == [page.with_prefix(4 * elements)] * 2
+    dense, effective = (read.line(f"multiply-adds, {x}, vision") for x in ("dense", "effective"))
+    assert dense[0] == dense[1] == effective[0] != effective[1]
+    assert all(float(ms) > 0 for ms in read.line("ms an image, sparse"))
+
+
+def test_numbers_with_prefixes():
+    numbers = [0, 7, 999, 1000, 12345, 1_130_000, 65.7e9]
+    shown = ["0", "7", "999", "1 k", "12.3 k", "1.13 M", "65.7 G"]
+    assert [page.with_prefix(number) for number in numbers] == shown
+
+
+def test_every_picture_has_both_captions_as_they_were_written(read, runs):
+    _, _, ids = runs
+    assert read.texts["dt"] == ["dense", "a&b"] * 6
+    written = NASTY.replace("\ud83d", "?")  # half a character, which no page can hold
+    expected = [f"{name} {image} {written}" for image in ids for name in ("dense", "a&b")]
+    assert read.texts["dd"] == expected
+
+
+def test_eight_pictures_at_most_spread_over_the_split(runs, monkeypatch):
+    root, _, ids = runs
+    monkeypatch.setattr(page, "PICTURES", 3)
+    html = page.build_page([report.read_run(root / "dense")], [None], "c").decode()
+    shown = Page(html).texts["dd"]
+    assert [text.split()[1] for text in shown] == [str(ids[n]) for n in (0, 2, 4)]
+
+
+def test_commands_give_the_flags_that_the_runs_had(read, runs):
+    root, *_ = runs
+    commands = [shlex.split(text) for text in read.texts["pre"]]
+    assert [words[:2] for words in commands[:-1]] == [["python", "train_caption.py"]] * 3
+    files = ["dense/evaluation.json", "a&b/config.json", "a&b/evaluation.json"]
+    for words, file in zip(commands, files, strict=False):
+        flags = json.loads((root / file).read_text())["flags"]
+        assert vars(train_caption.parse_args(words[2:])) == flags
+    assert commands[-1] == f"python -m evaluation.report {root}/dense {root}/a&b".split()
+
+
+def test_figures_are_of_what_was_pruned_and_of_the_ids_that_weighted_it(read):
+    titles = ["Scores", "Where sparsity went, by modality and layer"]
+    titles += ["Intrinsic dimension by layer", "Size and speed", "Test pictures", "Commands"]
+    assert read.texts["h2"] == titles
+    assert len(read.images) == 1 + 1 + 6
+
+
+def test_the_printed_table_has_size_and_speed(runs, capsys, tmp_path):
+    root, *_ = runs
+    out = tmp_path / "page.html"
+    report.main(report.parse_args([str(root / "a&b"), "--out", str(out)]))
+    lines = capsys.readouterr().out.splitlines()
+    head, row = ([cell.strip() for cell in lines[n].split("|")[1:-1]] for n in (0, 2))
+    assert head == ["run", "sparsity", "vision", "language", "CIDEr", "BLEU-4", "nonzeros"] + [
+        "bytes",
+        "compressed",
+        "multiply-adds",
+        "ms",
+        "ms sparse",
+    ]
+    assert row[0] == "a&b" and row[4:6] == ["1.250", "0.500"]
+    assert Page(out.read_text()).texts["pre"][-1].endswith(f"--out {out}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "line", "cell"),
+    [
+        ("accuracy.json", {"dev": 0.875, "test": 0.9}, "dev accuracy", "87.5%"),
+        (
+            "recalls.json",
+            {"test": dict(txt_r1=12.5, txt_r5=20.0, img_r1=10.0, img_r5=18.0, r_mean=30.0)},
+            "TR@1",
+            "12.5%",
+        ),
+    ],
+)
+def test_what_a_run_of_another_task_lacks_is_left_out(tmp_path, file, content, line, cell):
+    sparsity = {"overall": 0.5, "by_modality": {"vision": 0.25, "language": 1.0}, "pruned": 5}
+    sparsity["by_layer"] = {"visual.transformer.resblocks.0.mlp.c_fc": 0.5}
+    write_json(tmp_path / "run/sparsity.json", sparsity)
+    write_json(tmp_path / "run/results" / file, content)
+    report.main(report.parse_args([str(tmp_path / "run")]))
+    read = Page((tmp_path / "report.html").read_text())
+    assert read.line(line) == [cell]
+    titles = ["Scores", "Where sparsity went, by modality and layer", "Commands"]
+    assert read.texts["h2"] == titles and len(read.images) == 1
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    sparsity = {"overall": 0.0, "by_modality": {}, "pruned": 0, "by_layer": {}}
+    for folder in ("one/run", "two/run"):
+        write_json(tmp_path / folder / "sparsity.json", sparsity)
+    folders = [str(tmp_path / "one/run"), str(tmp_path / "two/run")]
+    report.main(report.parse_args([*folders, "--out", str(tmp_path / "page.html")]))
+    assert Page((tmp_path / "page.html").read_text()).lines[0] == ["", *folders]
+
+
+def test_mistakes_name_the_folder(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} holds no run"):
+        report.main(report.parse_args([str(tmp_path)]))
+    (tmp_path / "sparsity.json").write_text("{")
+    with pytest.raises(UserError, match="sparsity.json is damaged"):
+        report.main(report.parse_args([str(tmp_path)]))
+    assert not (tmp_path.parent / "report.html").exists()
