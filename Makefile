@@ -40,8 +40,9 @@ RUNS    := output/demo/dense output/demo/PLATON90 output/demo/PLATON90-ID
 scenes: setup
 	$(RUN) -m data.scenes --out datasets/scenes
 
+demo: export OMP_NUM_THREADS = 1
 demo: scenes
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 demo-ID demo-plain demo-dense
+	$(MAKE) --no-print-directory --jobs 2 demo-ID demo-plain demo-dense
 	rm -f output/demo/PLATON90-ID.safetensors
 	$(RUN) export.py --config configs/caption_demo.yaml --pruned output/demo/PLATON90-ID --to compressed --out output/demo/PLATON90-ID.safetensors
 	$(RUN) -m evaluation.report $(RUNS)

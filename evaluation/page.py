@@ -41,6 +41,8 @@ figure { margin: 0; } dl { margin: 0.4em 0 0; font-size: 0.9rem; line-height: 1.
 dt { color: #666; } dd { margin: 0 0 0.4em; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: 10px 12px;
   font-size: 0.85rem; } .note { color: #666; font-size: 0.9rem; }
+@media (max-width: 600px) { table { font-size: 0.8rem; } th, td { padding-right: 8px; }
+  th { white-space: normal; } .pictures { grid-template-columns: 1fr 1fr; gap: 16px; } }
 """
 
 
@@ -237,7 +239,8 @@ def size_and_speed(found: list[dict | None], labels: list[str]) -> Element | Non
     }
     if not columns:
         return None
-    where = f"Milliseconds on {costs.processor()}, {torch.get_num_threads()} threads, one sample."
+    threads = torch.get_num_threads()
+    where = f"Milliseconds of one sample on {costs.processor()}, threads: {threads}."
     return section("Size and speed", *table(columns), note(where))
 
 
