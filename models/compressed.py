@@ -49,13 +49,15 @@ def unpack(bitmask: Tensor, values: Tensor, target: Tensor) -> None:
         target: changed in place; contiguous, on the CPU, of the values' type.
 
     Raises:
-        ValueError: the bitmask does not have as many bits as there are values.
-        IndexError: it has bits beyond the last element.
+        ValueError: the bitmask does not have as many bits as there are values, or has some beyond
+            the last element.
     """
     # NumPy knows no bfloat16, but bits of any kind can be put in place
     source = values.view(_BITS[values.element_size()]).numpy()
     flat = target.view(-1).view(_BITS[values.element_size()]).numpy()
     packed = bitmask.numpy()
+    if len(flat) % 8 and packed[-1] >> len(flat) % 8:
+        raise ValueError(f"the bitmask has bits beyond the last of {len(flat)} elements")
     threads = torch.get_num_threads()
     size = 8 * min(_CHUNK, -(-len(packed) // threads) or 1)  # elements of a thread's bytes
     starts = range(0, len(flat), size)

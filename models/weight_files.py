@@ -265,7 +265,7 @@ def _read_packed(file: SafetensorsFile, name: str, target: Tensor) -> None:
     bitmask, values = (file.get(part) for part in compressed.parts(name))
     try:
         compressed.unpack_into(target, bitmask, values)
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise UserError(f"the compressed file {file.path} is damaged: {name}: {error}") from error
 
 

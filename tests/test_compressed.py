@@ -149,7 +149,7 @@ def beyond_the_end(bitmask):
         ({"bitmask": lambda x: x[:-1]}, "parts of w do not fit"),
         ({"values": lambda x: x[:-1]}, "w: .* values do not fit the bitmask"),
         ({"values": lambda x: torch.cat([x, x])}, "w: .* values do not fit the bitmask"),
-        ({"bitmask": beyond_the_end}, "w: index 4263 is out of bounds"),
+        ({"bitmask": beyond_the_end}, "w: the bitmask has bits beyond the last of 4260 elements"),
         ({"bitmask": lambda x: x | 1}, "w: .* values do not fit the bitmask"),
     ],
 )
