@@ -91,7 +91,7 @@ class Runner:
         return {
             **scores,
             "sparsity": {"overall": sparsity["overall"], **sparsity["by_modality"]},
-            "seconds": round(time.monotonic() - begun, 1),
+            "seconds": round(time.monotonic() - begun, 3),
             "processor": processor_name(run.process.device),
             "torch": torch.__version__,
         }
