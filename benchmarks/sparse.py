@@ -1,8 +1,9 @@
 """Pruned BLIP base on a CPU: sparse layers against dense ones, torch's CSR product and bfloat16.
 
-    python -m benchmarks.sparse                       # layers and captioning, about two minutes
+    python -m benchmarks.sparse                       # all but crossover, about two minutes
     python -m benchmarks.sparse layers
     python -m benchmarks.sparse captioning --batches 4
+    python -m benchmarks.sparse reading
     python -m benchmarks.sparse crossover             # what a nonzero, a segment, an element cost
 
 Weights are random, with zeros spread as PLATON leaves them: a vision and a language share for each
@@ -17,15 +18,24 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.scenes.words import vocabulary
 from evaluation.costs import processor
-from models import build_captioner, modality, prunable_layers, sparsify_
+from models import (
+    build_captioner,
+    compressed,
+    load_checkpoint,
+    modality,
+    prunable_layers,
+    sparsify_,
+)
 from models.sparse import SparseLinear
 from models.sparse.linear import gains
 
@@ -128,6 +138,32 @@ def captioner(shares: tuple[float, float]) -> nn.Module:
     return model
 
 
+def reading(args: argparse.Namespace) -> None:
+    """Checkpoints of BLIP base, compressed against dense, from pages that are in memory."""
+    print(
+        f"{'reading':12}{'zeros':>7}{'dense, s':>10}{'compressed':>12}   compressed : dense", end=""
+    )
+    print("   MB dense, compressed")
+    for percent, shares in SPARSITY.items():
+        model = captioner(shares)
+        # safetensors refuses tensors that share memory
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with tempfile.TemporaryDirectory() as folder:
+            dense, packed = (Path(folder, f"{name}.safetensors") for name in ("dense", "packed"))
+            save_file(weights, dense)
+            compressed.write(packed, weights.items())
+            sizes = ", ".join(f"{path.stat().st_size / 1e6:.0f}" for path in (dense, packed))
+            taken = medians(
+                {path.stem: partial(load_checkpoint, model, str(path)) for path in (dense, packed)},
+                args.repeats,
+            )
+        print(
+            f"{'BLIP base':12}{percent / 100:7.0%}{taken['dense']:10.2f}{taken['packed']:12.2f}"
+            f"{taken['packed'] / taken['dense']:17.2f}x   {sizes}",
+            flush=True,
+        )
+
+
 @torch.no_grad()
 def crossover(args: argparse.Namespace) -> None:
     """Dense against sparse at each tenth of zeros: where the rule of `sparsify_` decides."""
@@ -148,7 +184,7 @@ def cell(rows: int, columns: int, tokens: int, share: float, repeats: int) -> st
     return f"{taken['dense'] / taken['sparse']:5.2f}{'*' if chosen else ' '}"
 
 
-PARTS = {"layers": layers, "captioning": captioning, "crossover": crossover}
+PARTS = {"layers": layers, "captioning": captioning, "reading": reading, "crossover": crossover}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
     print(f"{processor()}, {torch.get_num_threads()} threads")
-    for part in args.parts or ("layers", "captioning"):
+    for part in args.parts or ("layers", "captioning", "reading"):
         PARTS[part](args)
 
 

@@ -36,6 +36,7 @@ from models.sparse.product import (
     X,
     Y,
 )
+from utils.compiling import kept_on_disk
 
 LANES = 16  # elements of a vector
 BLOCK = 8  # side of the blocks that are transposed in registers
@@ -271,10 +272,7 @@ def compile_kernel(tile: int) -> int:
     compiled in about a second and kept on disk, for as long as this file and the processor are the
     same; where no folder can be written it is compiled anew in each process.
     """
-    try:
-        return cfunc(types.void(types.intp), cache=True)(_kernel(tile)).address
-    except RuntimeError:  # Numba finds no folder for its cache
-        return cfunc(types.void(types.intp))(_kernel(tile)).address
+    return kept_on_disk(cfunc, _kernel(tile), types.void(types.intp)).address
 
 
 def _kernel(tile: int):
