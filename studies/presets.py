@@ -39,8 +39,8 @@ def embedded() -> Study:
     cells = [
         Cell("caption", DENSE, 1.0, NONE, 0),
         *grid("caption", ["PLATON"], [0.1, 0.05], WEIGHTINGS, DECISIVE_SEEDS),
-        *grid("caption", ["PLATON"], [0.2, 0.025], WEIGHTINGS, SEEDS),
         *grid("caption", ["PLATON"], [0.1], ["ID^0.5", "ID^2"], SEEDS),
+        *grid("caption", ["PLATON"], [0.2, 0.025], WEIGHTINGS, SEEDS),
         *grid("caption", ["Magnitude"], [0.2, 0.1], few, SEEDS),
         Cell("nlvr", DENSE, 1.0, NONE, 0),
         *grid("nlvr", ["PLATON"], [0.1, 0.05], few, SEEDS),
