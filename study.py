@@ -1,15 +1,19 @@
 """Does weighting by ID prune better than by other numbers? Runs the cells of a study, reports them.
 
+    python -m data.scenes                              # the embedded data
     python study.py --preset embedded                  # the cells of docs/study.json not yet run
     python study.py --preset embedded --report         # only tables and figures, in seconds
     python study.py --preset embedded --again 3        # runs finished cells again and compares
     python study.py --config configs/caption_coco.yaml --id_profile configs/id/blip_coco.json \
-        --file output/coco/study.json --cells 3/48 -- --device cuda --num_workers 8
+        --file output/coco/study.json --cells 3/16 --num_workers 8 -- --batch_size 32
+    python study.py --file output/coco/study.json --report
 
 A study is a JSON file with its cells (task, method, remaining fraction, weighting, seed), their
 settings and the results so far. The command goes on where it was stopped, at whatever moment. With
 --config it first writes the file, the flags after `--` being the training script's; then one job a
-GPU runs its share, --cells I/N. --file alone goes on with a file that is there.
+GPU runs its share, --cells I/N. Cells that are compared are in one share, for the machines of
+others may round otherwise; of more shares than that allows, each has single cells, and only pairs
+from equal machines are compared. --file alone goes on with a file that is there.
 """
 
 import argparse
@@ -22,7 +26,7 @@ from pathlib import Path
 
 from configs import COUNT, FROM_ZERO
 from engine.flags import FRACTION
-from engine.stopping import stop_signals_to
+from engine.stopping import exit_stopped, stop_signals_to
 from studies.grid import Study, changing, open_study, share
 from studies.presets import PRESETS, of_config
 from studies.statistics import SCORES
@@ -33,9 +37,13 @@ from utils import UserError, launch
 def main(args: argparse.Namespace) -> None:
     """Writes the study's file if it is not there, runs its cells, and reports."""
     path = args.file or Path("docs/study.json" if args.preset else "output/study/study.json")
+    if args.flags and not args.config:
+        raise UserError("flags after -- are of a new study: they go with --config")
     open_study(path, wanted_study(args))
+    if args.preset:  # before torch is imported: small models are slower on more threads
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.again:
-        run_again(path, args.output_dir, args.again)
+        run_again(path, args)
         return
     if not args.report:
         # a share is one process's, whatever --processes says: it was started by that flag
@@ -43,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
         if processes > 1:
             run_side_by_side(processes)
         else:
-            run_cells(path, args.output_dir, args.cells or "1/1")
+            with stop_signals_to(exit_stopped):
+                run_cells(path, args)
     if not args.cells:
         from studies.page import report  # imports matplotlib and scipy
 
@@ -98,49 +107,62 @@ def run_side_by_side(processes: int) -> None:
         raise SystemExit(next(code for code in codes if code))
 
 
-def run_cells(path: Path, folder: Path, part: str) -> None:
+def run_cells(path: Path, args: argparse.Namespace) -> None:
     """Runs the cells of a share that have no result, and keeps each result as it comes.
+
+    A cell whose training diverges is kept as a failure, and not tried again.
 
     Args:
         path: of the study.
-        folder: of the runs.
-        part: see `studies.grid.share`.
+        args: flags.
     """
-    study = Study.read(path)
-    own = [cell for cell in share(study.cells, part) if cell not in study.results]
+    study, part = Study.read(path), args.cells or "1/1"
+    done = study.results.keys() | study.failures.keys()
+    own = [cell for cell in share(study.cells, part) if cell not in done]
     if not own:
         return
     from studies.cells import Runner  # torch takes seconds to import
 
-    runner = Runner(study.settings, folder)
+    runner = Runner(study.settings, args.output_dir, machine_flags(args))
     begun = time.monotonic()
     for number, cell in enumerate(own, start=1):
-        result = runner.run_cell(cell)
-        with changing(path) as changed:
-            changed.results[cell] = result
+        try:
+            result = runner.run_cell(cell)
+            found = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
+            found += f"  {result['seconds']:.0f} s"
+            with changing(path) as changed:
+                changed.results[cell] = result
+        except FloatingPointError as error:
+            found = f"diverged: {error}"
+            with changing(path) as changed:
+                changed.failures[cell] = str(error)
+        runner.remove_weights(cell)
         left = (time.monotonic() - begun) / number * (len(own) - number)
-        scores = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
         print(
-            f"share {part}: {number} of {len(own)}  {cell.name}  {scores}  "
-            f"{result['seconds']:.0f} s  ETA {hours(left)}",
+            f"share {part}: {number} of {len(own)}  {cell.name}  {found}  ETA {hours(left)}",
             flush=True,
         )
 
 
-def run_again(path: Path, folder: Path, cells: int) -> None:
+def machine_flags(args: argparse.Namespace) -> list[str]:
+    """Flags of the training scripts that are of this machine, and no part of the study."""
+    own = {"device": args.device, "num_workers": args.num_workers}
+    return [f"--{name}={value}" for name, value in own.items() if value is not None]
+
+
+def run_again(path: Path, args: argparse.Namespace) -> None:
     """Runs finished cells once more, spread over all, and prints how far the scores are apart.
 
     Args:
         path: of the study, which stays as it is.
-        folder: of the runs; these go to its folder "again".
-        cells: how many, at most.
+        args: flags; the runs go to the folder "again" of --output_dir.
     """
     from studies.cells import Runner
 
     study = Study.read(path)
     done = [cell for cell in study.cells if cell in study.results]
-    cells = min(cells, len(done))
-    runner = Runner(study.settings, folder / "again")
+    cells = min(args.again, len(done))
+    runner = Runner(study.settings, args.output_dir / "again", machine_flags(args))
     for cell in [done[place * len(done) // cells] for place in range(cells)]:
         shutil.rmtree(runner.folder / cell.name, ignore_errors=True)
         old, new = study.results[cell], runner.run_cell(cell)
@@ -165,6 +187,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("output/study"), help="of the runs")
     parser.add_argument("--cells", metavar="I/N", help="only the I-th of N shares, and no report")
     parser.add_argument("--processes", type=COUNT, help="side by side, of one thread each")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N, mps or xpu")
+    parser.add_argument("--num_workers", type=FROM_ZERO, help="processes that read data")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and figures")
     parser.add_argument("--again", type=COUNT, metavar="CELLS", help="run so many again, compare")
 

@@ -31,6 +31,7 @@ from utils.processes import (
     seed_everything,
 )
 
+CHECKPOINTS = "checkpoints"  # folder of a run's folder
 LOOKED_AT = 5000  # training texts whose length is counted, at most
 
 
@@ -61,7 +62,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def samples_per_step(self) -> int:

@@ -1,9 +1,11 @@
 """Runs cells one after another in one process, through the training scripts' functions."""
 
+import argparse
 import contextlib
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,15 +21,16 @@ from data.records import read_references
 from dimension.profile import load_profile
 from engine.loading import move
 from engine.loop import train
-from engine.run import Run, prepare_run, start
+from engine.run import CHECKPOINTS, Run, prepare_run, start
 from engine.tasks import CAPTION, NLVR, ground_truth
 from evaluation import metrics
 from evaluation.captions import generate_captions
 from evaluation.nlvr import count_correct
 from evaluation.ptb import ptb_tokenize
+from evaluation.runs import PRUNED_FILE
 from models import prunable_layers
 from pruners import sparsity_report
-from studies.grid import DENSE, Cell, Setting
+from studies.grid import DENSE, Cell, Setting, trainer_flags
 from studies.weightings import write_weighting
 from utils import UserError
 
@@ -57,9 +60,9 @@ class Bench:
 class Runner:
     """Runs cells; what cells of a task share is loaded for the first of them."""
 
-    def __init__(self, settings: dict[str, Setting], folder: Path):
-        """Args: of the study; where the runs' folders go."""
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: dict[str, Setting], folder: Path, flags: Sequence[str] = ()):
+        """Args: of the study; where the runs' folders go; the machine's flags of trainers."""
+        self.settings, self.folder, self.flags = settings, folder, flags
         self.benches: dict[str, Bench] = {}
 
     def run_cell(self, cell: Cell) -> dict:
@@ -67,26 +70,27 @@ class Runner:
 
         Returns:
             `loss` (mean over the validation's tokens or statements) and `CIDEr` or `accuracy`;
-            `sparsity`: shares of zeros, overall, of vision and of language; `seconds`; `processor`
-            and `torch`, on which the last digits depend.
+            `sparsity`: shares of zeros, overall, of vision and of language; `seconds` of the last
+            sitting; `processor` and `torch`, on which the last digits depend.
 
         Raises:
             UserError: the setting, the data or the weights are wrong.
-            SystemExit: of `engine.loop.train`, after a signal.
+            FloatingPointError: the training diverged.
+            SystemExit: of `engine.loop.train`, after a signal; or a flag is wrong.
         """
         begun = time.monotonic()
         folder = self.folder / cell.name
         folder.mkdir(parents=True, exist_ok=True)
+        args = self.trainer_args(cell)  # argparse's message goes to the terminal
         with (
             open(folder / "output.txt", "a", buffering=1) as output,
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
-            run, bench = self.prepare(cell)
+            run, bench = self.prepare(cell, args)
             if cell.method != DENSE:
                 train(run, bench.model, bench.train_set, bench.splits)
             scores = score(run, bench)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
         sparsity = sparsity_report(prunable_layers(bench.model))
         return {
             **scores,
@@ -96,14 +100,25 @@ class Runner:
             "torch": torch.__version__,
         }
 
-    def prepare(self, cell: Cell) -> tuple[Run, Bench]:
-        """The cell's run, and its task's bench with the model at the weights cells start from."""
+    def remove_weights(self, cell: Cell) -> None:
+        """Removes the weights and checkpoints of a cell whose result is kept: a study has many."""
+        folder = self.folder / cell.name
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        (folder / PRUNED_FILE).unlink(missing_ok=True)
+
+    def trainer_args(self, cell: Cell) -> argparse.Namespace:
+        """The cell's flags as the training script reads them; writes its weighting's profile."""
         setting = self.settings[cell.task]
-        task, script = TRAINERS[cell.task]
-        ids = load_profile(setting.id_profile)
         path = self.folder / cell.name / "weighting.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ids = load_profile(setting.id_profile)
         profile = write_weighting(path, cell.weighting, ids, cell.seed)
-        args = script.parse_args(trainer_flags(cell, setting, self.folder, profile))
+        _, script = TRAINERS[cell.task]
+        return script.parse_args([*trainer_flags(cell, setting, self.folder, profile), *self.flags])
+
+    def prepare(self, cell: Cell, args: argparse.Namespace) -> tuple[Run, Bench]:
+        """The cell's run, and its task's bench with the model at the weights cells start from."""
+        setting, (task, _) = self.settings[cell.task], TRAINERS[cell.task]
         bench = self.benches.get(cell.task)
         if bench is None:
             run, model, train_set, splits = prepare_run(args, task)
@@ -122,39 +137,16 @@ class Runner:
         return run, bench
 
 
-def trainer_flags(cell: Cell, setting: Setting, folder: Path, profile: Path | None) -> list[str]:
-    """The command line of the training script that runs a cell; the setting's flags come last.
+def cache_images(run: Run, train_set: Dataset, *held_out: Dataset) -> None:
+    """Lets data sets keep the images that they decoded last, where one process reads them.
 
-    Args:
-        cell: to run.
-        setting: of its task.
-        folder: of all runs.
-        profile: file of the weighting, if any.
+    Seeds and not cells choose the images, so that most are read many times. A training set does so
+    only where images are not augmented: each look at one is another.
     """
-    flags = {
-        "config": setting.config,
-        "output_dir": folder,
-        "model_dir": cell.name,
-        "seed": cell.seed,
-        "final_threshold": cell.remaining,
-        "eval_epochs": 0,
-    }
-    if cell.method != DENSE:
-        flags["pruner_name"] = cell.method
-    if profile:
-        flags["id_profile"] = profile
-    return [f"--{name}={value}" for name, value in flags.items()] + setting.flags
-
-
-def cache_images(run: Run, *datasets: Dataset) -> None:
-    """Lets data sets keep the images that they decoded last, unless each look at one is another.
-
-    Seeds and not cells choose the images, so that most are read many times.
-    """
-    if run.config["augment"]:
+    if run.loading_processes:
         return
     kept = int(CACHE_BYTES / (3 * run.config["image_size"] ** 2 * 4))
-    for dataset in datasets:
+    for dataset in held_out if run.config["augment"] else (train_set, *held_out):
         dataset.open = lru_cache(maxsize=kept)(dataset.open)
 
 
@@ -168,7 +160,8 @@ def score(run: Run, bench: Bench) -> dict[str, float]:
     """Scores a model on the bench's validation samples; see `Runner.run_cell`."""
     bench.model.eval()
     device = run.process.device
-    loader = partial(DataLoader, batch_size=run.config["eval_batch_size"])
+    batch_size, workers = run.config["eval_batch_size"], run.loading_processes
+    loader = partial(DataLoader, batch_size=batch_size, num_workers=workers)
     with run.autocast():
         if run.task is NLVR:
             correct = count_correct(bench.model, loader(bench.validation), device)

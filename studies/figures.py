@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,19 +15,22 @@ from studies.statistics import (
     groups,
     interval,
     paired_differences,
-    results_of,
+    results_by_weighting,
     weightings_of,
 )
-from studies.weightings import WEIGHTINGS
+from studies.weightings import POWER, WEIGHTINGS
 
 COLOURS = ["black", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red"]
+POWERS = colormaps["cool"]  # of ID^A, from A = -1 to 3
 COLUMNS = 4
 
 
-def colour(weighting: str) -> str:
+def colour(weighting: str):
     """Of a weighting in all figures."""
     of_weighting = dict(zip(WEIGHTINGS, COLOURS, strict=True))
-    return of_weighting.get(weighting, "tab:cyan")
+    if weighting in of_weighting:
+        return of_weighting[weighting]
+    return POWERS((1 + float(POWER.match(weighting).group(1))) / 4)
 
 
 def title(group: Group) -> str:
@@ -49,9 +53,9 @@ def plot_scores(study: Study) -> tuple[Figure, str]:
         column[0].set_title(f"{task}, {method}")
         column[0].legend(fontsize="x-small")
     return figure, (
-        "Scores against sparsity: means over seeds; the bands are 95 % bootstrap intervals of "
-        "the means. They hold the spread of seeds, which pairs share: differences are in the next "
-        "figure."
+        "Scores against sparsity: means over the seeds that all weightings have; the bands and "
+        "bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which "
+        "pairs share: differences are in the next figure."
     )
 
 
@@ -59,14 +63,16 @@ def _plot_score(panel: Axes, study: Study, found: list[Group], score: str) -> No
     """One score of a task and method: a line a weighting, and the dense start's."""
     lines = {}
     for group in found:
-        for weighting in weightings_of(study.cells, study.results, group):
-            scores = [r[score] for r in results_of(study.results, group, weighting)]
+        for weighting, results in results_by_weighting(study.cells, study.results, group).items():
+            if not (scores := [result[score] for result in results]):
+                continue
             point = (100 * (1 - group[2]), np.mean(scores), *interval(scores))
             lines.setdefault(weighting, []).append(point)
     for weighting, points in lines.items():
         x, means, lows, highs = zip(*points, strict=True)
         panel.plot(x, means, "o-", ms=3, color=colour(weighting), label=weighting)
         panel.fill_between(x, lows, highs, color=colour(weighting), alpha=0.12, lw=0)
+        panel.vlines(x, lows, highs, color=colour(weighting), lw=1, alpha=0.5)
     for cell, result in study.results.items():
         if cell.method == DENSE and cell.task == found[0][0]:
             panel.axhline(result[score], color="gray", ls="--", lw=1, label="dense start")
@@ -113,9 +119,10 @@ def plot_sparsity_shares(study: Study) -> tuple[Figure, str]:
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel, group in zip(panels, found, strict=False):
-        names = weightings_of(study.cells, study.results, group)
+        found_here = results_by_weighting(study.cells, study.results, group)
+        names = [weighting for weighting, results in found_here.items() if results]
         for place, weighting in enumerate(names):
-            results = results_of(study.results, group, weighting)
+            results = found_here[weighting]
             for kind, marker in (("vision", "o"), ("language", "s")):
                 share = _mean(results, lambda result, kind=kind: result["sparsity"][kind])
                 panel.plot(place, 100 * share, marker, color=colour(weighting))

@@ -6,6 +6,7 @@ The file holds all that a cell needs, so that any machine with the data can run 
 import fcntl
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -67,6 +68,7 @@ class Study:
         settings: by task.
         cells: in the order in which they run.
         results: of the finished cells; see `studies.cells.run_cell`.
+        failures: why a cell has no result and gets none: its training diverged.
         notes: sentences that were written before the cells ran, such as the rule of the verdicts.
         pooled: remaining fractions over which each seed's mean is compared, too.
     """
@@ -74,6 +76,7 @@ class Study:
     settings: dict[str, Setting]
     cells: list[Cell]
     results: dict[Cell, dict] = field(default_factory=dict)
+    failures: dict[Cell, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     pooled: list[float] = field(default_factory=list)
 
@@ -89,10 +92,12 @@ class Study:
             settings = {task: Setting(**values) for task, values in content["settings"].items()}
             study = cls(settings, [], notes=content["notes"], pooled=content["pooled"])
             for record in content["cells"]:
-                result = record.pop("result", None)
+                result, failure = record.pop("result", None), record.pop("failure", None)
                 study.cells.append(cell := Cell(**record))
                 if result is not None:
                     study.results[cell] = result
+                if failure is not None:
+                    study.failures[cell] = failure
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no study that study.py wrote: {error!r}") from error
         return study
@@ -101,8 +106,12 @@ class Study:
         """Writes the study atomically, one line a cell."""
         lines = []
         for cell in self.cells:
-            result = {"result": self.results[cell]} if cell in self.results else {}
-            lines.append(json.dumps(asdict(cell) | result))
+            record = asdict(cell)
+            if cell in self.results:
+                record["result"] = self.results[cell]
+            if cell in self.failures:
+                record["failure"] = self.failures[cell]
+            lines.append(json.dumps(record))
         settings = {task: asdict(setting) for task, setting in self.settings.items()}
         head = {"notes": self.notes, "pooled": self.pooled, "settings": settings}
         start = json.dumps(head, indent=1).removesuffix("\n}")
@@ -112,11 +121,21 @@ class Study:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Inside the block no other process is in such a block for this file."""
+    """Inside the block no other process is in such a block for this file.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_WRONLY, 0o666)
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{path}: its file system cannot lock files ({error.strerror}), so that results of "
+                "several jobs would be lost: choose a --file elsewhere"
+            ) from error
         yield
     finally:
         os.close(handle)
@@ -154,7 +173,10 @@ def open_study(path: Path, wanted: Study | None) -> None:
 
 
 def share(cells: list[Cell], part: str) -> list[Cell]:
-    """The i-th of n shares of the cells, for `part` "i/n"; neighbours go to different shares.
+    """The i-th of n shares of the cells, for `part` "i/n".
+
+    Cells that are compared stay together, for shares may run on unlike machines. Of more shares
+    than there are such blocks each gets single cells.
 
     Raises:
         UserError: `part` is no such share.
@@ -162,7 +184,39 @@ def share(cells: list[Cell], part: str) -> list[Cell]:
     number, _, parts = part.partition("/")
     if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
         raise UserError(f"--cells {part}: give I/N, the I-th of N shares, from 1/N to N/N")
-    return cells[int(number) - 1 :: int(parts)]
+    blocks = defaultdict(list)
+    for cell in cells:
+        blocks[cell.task, cell.method, cell.remaining, cell.seed].append(cell)
+    shares: list[list[Cell]] = [[] for _ in range(int(parts))]
+    if len(blocks) < len(shares):
+        return cells[int(number) - 1 :: len(shares)]
+    for block in blocks.values():
+        min(shares, key=len).extend(block)
+    return shares[int(number) - 1]
+
+
+def trainer_flags(cell: Cell, setting: Setting, folder: Path, profile: Path | None) -> list[str]:
+    """The command line of the training script that runs a cell; the setting's flags come last.
+
+    Args:
+        cell: to run.
+        setting: of its task.
+        folder: of all runs.
+        profile: file of the weighting, if any.
+    """
+    flags = {
+        "config": setting.config,
+        "output_dir": folder,
+        "model_dir": cell.name,
+        "seed": cell.seed,
+        "final_threshold": cell.remaining,
+        "eval_epochs": 0,
+    }
+    if cell.method != DENSE:
+        flags["pruner_name"] = cell.method
+    if profile:
+        flags["id_profile"] = profile
+    return [f"--{name}={value}" for name, value in flags.items()] + setting.flags
 
 
 def grid(task: str, methods, remaining, weightings, seeds) -> list[Cell]:

@@ -14,13 +14,17 @@ from evaluation.tables import markdown
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares, title
 from studies.grid import DENSE, Study
 from studies.statistics import (
+    LOWER_IS_BETTER,
     SCORES,
+    UNSEEN,
     compare,
     comparisons,
     groups,
+    machine,
     paired_differences,
+    planned_pairs,
     pooled_differences,
-    results_of,
+    results_by_weighting,
     weightings_of,
 )
 from utils import atomic_write
@@ -55,15 +59,19 @@ def report(path: Path) -> Path:
 
 
 def progress(study: Study) -> str:
-    """How many cells are done, the time they took, and on what."""
+    """How many cells are done, the time they took, on what, and which diverged."""
     done = study.results.values()
     seconds = sum(result["seconds"] for result in done)
-    machines = Counter(f"{result['processor']}, torch {result['torch']}" for result in done)
-    where = "; ".join(f"{machine} ({cells} cells)" for machine, cells in machines.items())
-    return (
+    where = "; ".join(f"{name} ({n} cells)" for name, n in Counter(map(machine, done)).items())
+    lines = [
         f"\n{len(study.results)} of {len(study.cells)} planned cells are done, in "
         f"{seconds / 3600:.1f} hours of one process{where and f', on {where}'}.\n"
-    )
+    ]
+    if study.failures:
+        lines.append("These have no result, which makes the others look better than they are:\n")
+        lines += [f"- {cell.name}: {why}" for cell, why in study.failures.items()]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def draw(study: Study, path: Path) -> list[str]:
@@ -87,34 +95,45 @@ def verdict_table(study: Study) -> str:
         where = {"task": task, "method": method, "sparsity": sparsity}
         for pair in comparisons(list(dict.fromkeys(cell.weighting for cell in cells))):
             found = pooled_differences(study.results, task, method, fractions, *pair)
-            rows += [where | row for row in comparison_rows(pair, found)]
+            planned = planned_pairs(study.cells, task, method, fractions, pair)
+            rows += [where | row for row in comparison_rows(pair, found, planned)]
     return markdown(rows) + "\n" if rows else "No seed has all cells of a comparison yet.\n"
 
 
-def comparison_rows(pair: tuple[str, str], found: dict[str, dict[int, float]]) -> list[dict]:
+def comparison_rows(
+    pair: tuple[str, str], found: dict[str, dict[int, float]], planned: int
+) -> list[dict]:
     """A row of cells for each score: the comparison of its paired differences.
 
     Args:
         pair: weighting and baseline.
         found: of `studies.statistics.paired_differences`.
+        planned: pairs when all cells are done.
     """
     rows = []
     for score, by_seed in found.items():
         c = compare(list(by_seed.values()), score)
+        missing = c.pairs < planned
+        so_far = " so far" if missing and c.verdict != UNSEEN else ""
         spread = "" if math.isnan(c.low) else f"{c.low:+.4f} to {c.high:+.4f}"
         rows.append(
             {
                 "weighting": pair[0],
                 "against": pair[1],
-                "score": score,
-                "pairs": str(c.pairs),
+                "score": arrow(score),
+                "pairs": f"{c.pairs} of {planned}" if missing else str(c.pairs),
                 "mean difference": f"{c.mean:+.4f}",
                 "95 % interval": spread,
                 "sign test": f"p {c.p:.3f}",
-                "verdict": c.verdict,
+                "verdict": c.verdict + so_far,
             }
         )
     return rows
+
+
+def arrow(score: str) -> str:
+    """A score's name, and which way is better."""
+    return f"{score} {'↓' if score in LOWER_IS_BETTER else '↑'}"
 
 
 def score_tables(study: Study) -> list[str]:
@@ -123,10 +142,12 @@ def score_tables(study: Study) -> list[str]:
     dense = {cell.task: result for cell, result in study.results.items() if cell.method == DENSE}
     for group in groups(study.results):
         scores = SCORES[group[0]]
+        of_group = results_by_weighting(study.cells, study.results, group)
+        if not next(iter(of_group.values())):
+            continue  # no seed has all weightings yet
         rows = [
-            {"weighting": weighting}
-            | mean_cells(results_of(study.results, group, weighting), scores)
-            for weighting in weightings_of(study.cells, study.results, group)
+            {"weighting": weighting} | mean_cells(results, scores)
+            for weighting, results in of_group.items()
         ]
         start = ""
         if group[0] in dense:
@@ -142,7 +163,7 @@ def mean_cells(results: list[dict], scores: tuple[str, ...]) -> dict[str, str]:
     for score in scores:
         values = [result[score] for result in results]
         spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        row[score] = f"{np.mean(values):.4f}{spread}"
+        row[arrow(score)] = f"{np.mean(values):.4f}{spread}"
     for kind in ("vision", "language"):
         share = np.mean([result["sparsity"][kind] for result in results])
         row[f"{kind} pruned"] = f"{share:.1%}"
@@ -155,7 +176,10 @@ def difference_tables(study: Study) -> list[str]:
     for group in groups(study.results):
         rows = []
         for pair in comparisons(weightings_of(study.cells, study.results, group)):
-            rows += comparison_rows(pair, paired_differences(study.results, group, *pair))
+            task, method, fraction = group
+            planned = planned_pairs(study.cells, task, method, [fraction], pair)
+            found = paired_differences(study.results, group, *pair)
+            rows += comparison_rows(pair, found, planned)
         if rows:
             tables.append(f"{title(group)}\n\n{markdown(rows)}\n")
     return tables

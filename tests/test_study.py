@@ -22,7 +22,7 @@ from models import build_captioner, prunable_layers
 from studies.cells import Runner, cache_images, cider, mean_loss, with_references
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
 from studies.grid import DENSE, Cell, Setting, Study, changing, grid, open_study, share
-from studies.page import MARK, report
+from studies.page import MARK, progress, report
 from studies.presets import embedded
 from studies.statistics import (
     BETTER,
@@ -33,7 +33,9 @@ from studies.statistics import (
     comparisons,
     interval,
     paired_differences,
+    planned_pairs,
     pooled_differences,
+    results_by_weighting,
 )
 from studies.weightings import ID, MEAN, NONE, SHUFFLED, WEIGHTINGS, WITHIN, weigh, write_weighting
 from tests.runs import finish, make_scenes, same, start, write_config
@@ -92,29 +94,46 @@ def test_neighbours_in_a_grid_are_those_that_are_compared():
     ]
 
 
-def test_shares_are_disjoint_and_whole():
+@pytest.mark.parametrize("parts", [2, 5, 330])
+def test_shares_are_disjoint_and_whole(parts):
     cells = embedded().cells
-    shares = [share(cells, f"{i}/5") for i in range(1, 6)]
+    shares = [share(cells, f"{i}/{parts}") for i in range(1, parts + 1)]
     assert sorted(map(str, sum(shares, []))) == sorted(map(str, cells))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(map(len, shares)) - min(map(len, shares)) <= 8  # cells of the largest block
     for wrong in ("0/2", "3/2", "1", "a/b", "1/0"):
         with pytest.raises(UserError, match="give I/N"):
             share(cells, wrong)
+
+
+def test_cells_that_are_compared_are_in_one_share():
+    cells = grid("caption", ["PLATON"], [0.2, 0.1], WEIGHTINGS, range(3))
+    for parts in (2, 3, 6):
+        for part in range(1, parts + 1):
+            own = share(cells, f"{part}/{parts}")
+            assert len(own) == len(cells) / parts
+            assert own == [c for c in cells if (c.remaining, c.seed) in blocks_of(own)]
+    assert [len(share(cells, f"{part}/36")) for part in range(1, 37)] == [1] * 36
+
+
+def blocks_of(cells: list[Cell]) -> set[tuple]:
+    return {(cell.remaining, cell.seed) for cell in cells}
 
 
 def test_a_study_comes_back_from_its_file_with_its_results(tmp_path):
     path = tmp_path / "study.json"
     cells = grid("caption", ["PLATON"], [0.1], WEIGHTINGS, [3])
     one = Study(
-        {"caption": Setting("c.yaml", "p.json", 5, ["--lr", "1"])}, cells, {}, {"rule": RULE}
+        {"caption": Setting("c.yaml", "p.json", 5, ["--lr", "1"])}, cells, notes={"rule": RULE}
     )
     one.write(path)
     with changing(path) as changed:
         changed.results[cells[1]] = {"loss": 1.25}
-    again = Study.read(path)
-    assert again == Study(one.settings, cells, {cells[1]: {"loss": 1.25}}, one.notes)
+        changed.failures[cells[2]] = "the loss is nan"
+    results, failures = {cells[1]: {"loss": 1.25}}, {cells[2]: "the loss is nan"}
+    assert Study.read(path) == Study(one.settings, cells, results, failures, one.notes)
     records = json.loads(path.read_text())["cells"]
     assert records[1] == asdict(cells[1]) | {"result": {"loss": 1.25}}
+    assert records[2] == asdict(cells[2]) | {"failure": "the loss is nan"}
     assert records[0] == asdict(cells[0])
 
 
@@ -142,6 +161,11 @@ def test_a_file_of_another_study_is_refused_and_one_alone_goes_on(tmp_path):
         (["--config", "configs/caption_demo.yaml"], "what to study"),
         (["--config=configs/retrieval_demo.yaml", "--id_profile=p"], "tasks caption, nlvr"),
         (["--config=configs/nlvr_demo.yaml", "--id_profile=p", "--weightings", "ID^x"], "ID\\^x"),
+        (
+            ["--config=configs/nlvr_demo.yaml", "--id_profile=p", "--remaining", ".1", "0.1"],
+            "twice",
+        ),
+        (["--preset=embedded", "--", "--device=cpu"], "go with --config"),
     ],
 )
 def test_flags_that_describe_no_study_are_refused(tmp_path, argv, sentence):
@@ -149,6 +173,18 @@ def test_flags_that_describe_no_study_are_refused(tmp_path, argv, sentence):
     with pytest.raises(UserError, match=sentence):
         study.main(study.parse_args([*file, *argv]))
     assert not (tmp_path / "study.json").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--", "--devise=cpu"], ["--methods", "Platon"]])
+def test_a_wrong_flag_of_the_training_script_is_told_before_the_file_is_written(
+    tmp_path, capsys, wrong
+):
+    file = tmp_path / "study.json"
+    argv = ["--config=configs/nlvr_demo.yaml", "--id_profile=p", f"--file={file}", *wrong]
+    with pytest.raises(SystemExit):
+        study.main(study.parse_args(argv))
+    assert wrong[1] in capsys.readouterr().err
+    assert not file.exists()
 
 
 def test_a_command_starts_its_shares_and_a_share_runs_itself(monkeypatch, tmp_path):
@@ -163,12 +199,12 @@ def test_a_command_starts_its_shares_and_a_share_runs_itself(monkeypatch, tmp_pa
         def wait(self):
             return 0
 
-    argv = ["study.py", "--processes", "2", "--file", str(file), "--", "--device=cpu"]
+    argv = ["study.py", "--processes", "2", "--file", str(file), "--device=cpu"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(study.subprocess, "Popen", Started)
-    monkeypatch.setattr(study, "run_cells", lambda path, folder, part: ran.append((path, part)))
+    monkeypatch.setattr(study, "run_cells", lambda path, args: ran.append((path, args.cells)))
     study.main(study.parse_args(argv[1:]))
-    flags = [*argv[:-2], "--cells={}/2", *argv[-2:]]
+    flags = [*argv, "--cells={}/2"]
     assert started == [
         ([sys.executable, *(flag.format(number) for flag in flags)], "1") for number in (1, 2)
     ]
@@ -223,9 +259,12 @@ def test_the_interval_of_two_values_lies_between_them_and_of_one_is_unknown():
     assert all(map(math.isnan, interval([1.0])))
 
 
+MACHINE = {"processor": "a CPU", "torch": "2"}
+
+
 def results_of(table: dict[tuple, float]) -> dict[Cell, dict]:
     return {
-        Cell("caption", "PLATON", *key): {"loss": loss, "CIDEr": -loss}
+        Cell("caption", "PLATON", *key): {"loss": loss, "CIDEr": -loss, **MACHINE}
         for key, loss in table.items()
     }
 
@@ -244,6 +283,37 @@ def test_pairs_share_the_seed_and_the_fraction():
     found = paired_differences(results, ("caption", "PLATON", 0.1), ID, NONE)
     assert found == {"loss": {0: -0.25, 1: 0.5}, "CIDEr": {0: 0.25, 1: -0.5}}
     assert paired_differences(results, ("caption", "PLATON", 0.2), ID, NONE) == {}
+
+
+@pytest.mark.parametrize("other", [{"processor": "another CPU"}, {"torch": "3"}])
+def test_pairs_are_of_one_machine(other):
+    results = results_of({(0.1, w, s): 1.0 + (w == ID) for w in (NONE, ID) for s in range(2)})
+    results[Cell("caption", "PLATON", 0.1, ID, 0)] |= other
+    found = paired_differences(results, ("caption", "PLATON", 0.1), ID, NONE)
+    assert found == {"loss": {1: 1.0}, "CIDEr": {1: -1.0}}
+
+
+def test_means_are_over_the_seeds_that_all_weightings_have():
+    losses = {(0.1, w, s): 1.0 + s for w in (NONE, ID) for s in range(3)} | {(0.1, "1/ID", 2): 9.0}
+    results, group = results_of(losses), ("caption", "PLATON", 0.1)
+    found = results_by_weighting(list(results), results, group)
+    assert {w: [r["loss"] for r in of] for w, of in found.items()} == {
+        **{NONE: [3.0], ID: [3.0]},
+        "1/ID": [9.0],
+    }
+    del results[Cell(*group, "1/ID", 2)]
+    found = results_by_weighting(list(results), results, group)
+    assert {w: [r["loss"] for r in of] for w, of in found.items()} == {
+        w: [1.0, 2.0, 3.0] for w in (NONE, ID)
+    }
+
+
+def test_pairs_are_counted_that_the_cells_plan():
+    cells = grid("caption", ["PLATON"], [0.2, 0.1], [NONE, ID], range(3))
+    cells += grid("caption", ["PLATON"], [0.1], [NONE, ID], [7])
+    assert planned_pairs(cells, "caption", "PLATON", [0.1], (ID, NONE)) == 4
+    assert planned_pairs(cells, "caption", "PLATON", [0.1, 0.2], (ID, NONE)) == 3
+    assert planned_pairs(cells, "caption", "PLATON", [0.1], (ID, SHUFFLED)) == 0
 
 
 def test_pooled_differences_are_of_seeds_with_all_fractions():
@@ -277,14 +347,13 @@ def reported(tmp_path) -> Path:
             "CIDEr": 4.0 + cell.seed,
             "sparsity": sparsity,
             "seconds": 900,
-            "processor": "a CPU",
-            "torch": "2",
+            **MACHINE,
         }
         for cell in cells
         if cell.weighting != "1/ID"
     }
     path = tmp_path / "study.json"
-    Study({}, cells, results, {"rule": RULE}, [0.2, 0.1]).write(path)
+    Study({}, cells, results, notes={"rule": RULE}, pooled=[0.2, 0.1]).write(path)
     return path
 
 
@@ -298,10 +367,10 @@ def test_the_page_says_what_the_file_holds_and_keeps_what_people_wrote(reported)
     assert "on a CPU, torch 2 (24 cells)" in text and RULE in text
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     pooled = ["caption", "PLATON", "80 % and 90 %", ID, NONE]
-    assert [*pooled, "loss", "6", "-0.2500", "-0.2500 to -0.2500", "p 0.031", BETTER] in rows
+    assert [*pooled, "loss ↓", "6", "-0.2500", "-0.2500 to -0.2500", "p 0.031", BETTER] in rows
     assert [
         *pooled,
-        "CIDEr",
+        "CIDEr ↑",
         "6",
         "+0.0000",
         "+0.0000 to +0.0000",
@@ -318,7 +387,7 @@ def test_the_page_says_what_the_file_holds_and_keeps_what_people_wrote(reported)
 
 
 def test_a_study_without_results_has_a_page(tmp_path):
-    Study({}, embedded().cells, {}, {"rule": RULE}).write(tmp_path / "study.json")
+    Study({}, embedded().cells).write(tmp_path / "study.json")
     assert "0 of 330 planned" in report(tmp_path / "study.json").read_text()
 
 
@@ -362,6 +431,7 @@ def flags(folder: Path, name: str) -> list[str]:
         *("--weightings", NONE, SHUFFLED, "--seeds", "1", "--remaining", "0.5"),
         *("--validation", "4"),
         *("--", "--max_steps=6", "--warmup_steps=1", "--deltaT=2", "--device=cpu"),
+        "--checkpoint_steps=2",
     ]
 
 
@@ -377,17 +447,58 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(tiny):
     assert list(whole) == [cell.name for cell in plan.cells] and len(whole) == 3
 
     (process,) = start(flags(tiny, "killed"), script="study")
-    while process.is_alive() and not (file.exists() and len(Study.read(file).results) >= 1):
+    second = tiny / "killed" / plan.cells[1].name
+    while process.is_alive() and not list(second.glob("checkpoints/step_*.pt")):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    before = scores(file)
-    kept = {cell: result for cell, result in Study.read(file).results.items()}
-    assert 1 <= len(before) < 3
+    kept = Study.read(file).results
+    assert list(kept) == plan.cells[:1]
     assert finish(start(flags(tiny, "killed"), script="study")) == [0]
     assert scores(file) == whole
+    assert "resumed from" in (second / "output.txt").read_text()
     after = Study.read(file).results
     assert {cell: after[cell] for cell in kept} == kept  # with their seconds: not run again
+    weights = [*tiny.rglob("killed/**/*.safetensors"), *tiny.rglob("killed/**/checkpoints")]
+    assert weights == []
+
+
+def test_finished_cells_run_again_give_their_scores(tiny, capsys):
+    if not (tiny / "whole.json").exists():
+        assert finish(start(flags(tiny, "whole"), script="study")) == [0]
+    before = (tiny / "whole.json").read_text()
+    again = ["--file", str(tiny / "whole.json"), "--output_dir", str(tiny / "whole"), "--again=2"]
+    study.main(study.parse_args(again))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        Study.read(tiny / "whole.json").cells[place].name for place in (0, 1)
+    ]
+    assert all("loss +0.00e+00  CIDEr +0.00e+00" in line for line in lines)
+    assert (tiny / "whole.json").read_text() == before
+
+
+def test_a_cell_that_diverges_is_kept_as_such_and_the_others_go_on(tiny, monkeypatch, capsys):
+    cells = grid("caption", ["PLATON"], [0.5], [NONE, ID, SHUFFLED], [0])
+    file = tiny / "diverging.json"
+    Study({}, cells).write(file)
+    tried = []
+
+    def run_cell(self, cell):
+        tried.append(cell)
+        if cell.weighting == ID:
+            raise FloatingPointError("the loss is nan at step 3")
+        return {"loss": 1.0, "CIDEr": 2.0, "seconds": 1, **MACHINE}
+
+    monkeypatch.setattr(Runner, "run_cell", run_cell)
+    argv = ["--file", str(file), "--cells=1/1", f"--output_dir={tiny}"]
+    for _ in range(2):
+        study.main(study.parse_args(argv))
+    assert tried == cells
+    found = Study.read(file)
+    assert list(found.results) == [cells[0], cells[2]]
+    assert found.failures == {cells[1]: "the loss is nan at step 3"}
+    assert f"{cells[1].name}  diverged: the loss is nan" in capsys.readouterr().out
+    assert f"- {cells[1].name}: the loss is nan at step 3" in progress(found)
 
 
 def test_cells_are_pruned_as_asked_and_by_their_weighting(tiny):
@@ -406,20 +517,27 @@ def test_cells_are_pruned_as_asked_and_by_their_weighting(tiny):
 @pytest.fixture
 def runner(tiny, tmp_path):
     setting = Setting(
-        str(tiny / "tiny.yaml"), str(tiny / "ids.json"), 4, ["--max_steps=6", "--device=cpu"]
+        str(tiny / "tiny.yaml"),
+        str(tiny / "ids.json"),
+        4,
+        ["--max_steps=6", "--device=cpu", "--num_workers=0"],
     )
     return Runner({"caption": setting}, tmp_path)
 
 
+def prepare(runner: Runner, cell: Cell):
+    return runner.prepare(cell, runner.trainer_args(cell))
+
+
 def test_the_second_cell_starts_from_the_same_weights_with_its_own_seed_and_weighting(runner, tiny):
     ids = json.loads((tiny / "ids.json").read_text())
-    run, bench = runner.prepare(Cell("caption", "PLATON", 0.5, NONE, 3))
+    run, bench = prepare(runner, Cell("caption", "PLATON", 0.5, NONE, 3))
     start = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
     assert run.layer_id is None and bench.train_set.seed == 3
     assert (run.args.seed, run.args.final_threshold, run.args.pruner_name) == (3, 0.5, "PLATON")
     for parameter in bench.model.parameters():
         parameter.data.zero_()
-    run, again = runner.prepare(Cell("caption", "Magnitude", 0.25, SHUFFLED, 7))
+    run, again = prepare(runner, Cell("caption", "Magnitude", 0.25, SHUFFLED, 7))
     assert again is bench and same(bench.model.state_dict(), start)
     assert run.layer_id == weigh(SHUFFLED, ids, 7) and bench.train_set.seed == 7
     assert (run.args.seed, run.args.final_threshold, run.args.pruner_name) == (7, 0.25, "Magnitude")
@@ -427,17 +545,19 @@ def test_the_second_cell_starts_from_the_same_weights_with_its_own_seed_and_weig
 
 
 def test_images_are_decoded_once_unless_each_look_at_one_is_another(runner):
-    run, bench = runner.prepare(Cell("caption", "PLATON", 0.5, NONE, 0))
-    path = bench.train_set.image_paths(0)[0]
-    assert bench.train_set.open(path) is bench.train_set.open(path)
-    dataset = bench.splits["test"]
-    del dataset.open
-    cache_images(replace(run, config={"augment": True}), dataset)
-    assert dataset.open(path) is not dataset.open(path)
+    run, bench = prepare(runner, Cell("caption", "PLATON", 0.5, NONE, 0))
+    train_set, test = bench.train_set, bench.splits["test"]
+    path = train_set.image_paths(0)[0]
+    del train_set.open, test.open
+    cache_images(replace(run, config=run.config | {"augment": True}), train_set, test)
+    assert train_set.open(path) is not train_set.open(path)
+    assert test.open(path) is test.open(path)
+    cache_images(run, train_set)
+    assert train_set.open(path) is train_set.open(path)
 
 
 def test_every_reference_of_a_validation_image_counts_in_the_loss(runner):
-    run, bench = runner.prepare(Cell("caption", "PLATON", 0.5, NONE, 0))
+    run, bench = prepare(runner, Cell("caption", "PLATON", 0.5, NONE, 0))
     first, second = (bench.splits["val"].records[i] for i in range(2))
     references = {first["image_id"]: ["a", "b"], second["image_id"]: ["c"]}
     pairs = with_references(run, Subset(bench.splits["val"], range(2)), references)
