@@ -12,9 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dimension.figures import save_figure
 from evaluation.figures import plot_sparsity
+from evaluation.runs import LOG_FILE
 from utils import atomic_write, write_json
-
-LOG_FILE = "log.txt"
 
 
 class Reporter:

@@ -146,7 +146,10 @@ def scores(runs: list[RunFolder], labels: list[str]) -> Element | None:
         for name, run in zip(labels, runs, strict=True)
     }
     remark = "Captions' scores and recalls are of the test split; they vary with the processor."
-    return section("Scores", *table(columns), *([note(remark)] if any(columns.values()) else []))
+    remarks = [remark] if any(columns.values()) else []
+    for run in runs:
+        remarks += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in run.remarks]
+    return section("Scores", *table(columns), *map(note, remarks))
 
 
 def sparsity(runs: list[RunFolder], labels: list[str]) -> Element | None:

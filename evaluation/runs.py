@@ -1,12 +1,14 @@
 """What the training scripts leave in the folder of a run."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import UserError
 
 PRUNED_FILE = "pruned.safetensors"
+LOG_FILE = "log.txt"  # a line of JSON for each epoch
 CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
 RECALLS = {"TR@1": "txt_r1", "TR@5": "txt_r5", "IR@1": "img_r1", "IR@5": "img_r5", "mean": "r_mean"}
 
@@ -22,6 +24,7 @@ class RunFolder:
         trained: "config" and "flags" of training.
         evaluated: "config" and "flags" of the last evaluation.
         captions: of the test split, by image id.
+        remarks: sentences about what is not as it seems.
     """
 
     folder: Path
@@ -30,6 +33,7 @@ class RunFolder:
     trained: dict | None
     evaluated: dict | None
     captions: dict[int, str]
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -74,12 +78,31 @@ def read_run(folder: Path) -> RunFolder:
         _read(folder / "evaluation.json"),
         {row["image_id"]: row["caption"] for row in _read(results / "test.json") or []},
     )
+    run.remarks.extend(_remarks(run))
     if run.sparsity is None and run.trained is None:
         raise UserError(
             f"{folder} holds no run: name folders that the training scripts wrote, of training or "
             "of --evaluate"
         )
     return run
+
+
+def _remarks(run: RunFolder) -> Iterator[str]:
+    """Says whether training has not ended, and whether scores may be of earlier weights."""
+    if run.trained and (asked := run.trained["flags"].get("final_threshold")) is not None:
+        left = (_read(run.folder / LOG_FILE, last_line=True) or {}).get("remaining_ratio", 1.0)
+        if left > asked + 1e-6:
+            yield (
+                f"the training of {run.name} has not ended: {left:.0%} of the weights remain, "
+                f"{asked:.0%} are asked for"
+            )
+    weights = run.folder / PRUNED_FILE
+    scored = [path.stat().st_mtime for path in (run.folder / "results").glob("*.json")]
+    if scored and weights.exists() and max(scored) < weights.stat().st_mtime:
+        yield (
+            f"the scores and captions of {run.name} are older than its weights: run --evaluate "
+            "again if it was trained again"
+        )
 
 
 def _scores(results: Path) -> dict[str, str]:
@@ -92,10 +115,11 @@ def _scores(results: Path) -> dict[str, str]:
     return {col: f"{found[name]:.3f}" for col, name in CAPTION_SCORES.items() if name in found}
 
 
-def _read(path: Path) -> dict | list | None:
-    """A JSON file; None if it is not there."""
+def _read(path: Path, last_line: bool = False) -> dict | list | None:
+    """A JSON file, or the JSON of its last line; None if it is not there."""
     try:
-        return json.loads(path.read_text())
+        text = path.read_text()
+        return json.loads(text.splitlines()[-1] if last_line and text else text)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

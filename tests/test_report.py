@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import shlex
+import shutil
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -14,6 +17,7 @@ from safetensors.torch import save_file
 import train_caption
 from configs import load_config
 from evaluation import page, report
+from evaluation.runs import read_run
 from models import build_captioner, prunable_layers
 from models.checkpoint import stored_tensors
 from pruners import sparsity_report
@@ -86,6 +90,8 @@ def runs(tmp_path_factory):
                 [*flags, "--id_profile", str(root / "ids.json"), "--seed", "0", "--compile"]
             )
             write_json(folder / "config.json", {"config": config, "flags": vars(args)})
+            end = {"remaining_ratio": args.final_threshold}
+            (folder / "log.txt").write_text(f'{{"remaining_ratio": 0.9}}\n{json.dumps(end)}\n')
         folder.mkdir(exist_ok=True)
         tensors = {n: t.clone() for n, t in stored_tensors(model)}
         save_file(tensors, folder / "pruned.safetensors")
@@ -125,6 +131,23 @@ def test_scores_and_sparsity(read, runs):
     assert read.line("vision") == ["0.0%", f"{sparsity['by_modality']['vision']:.1%}"]
     assert read.line("CIDEr") == ["1.250", "1.250"]
     assert read.line("BLEU-4") == ["0.500", "0.500"]
+
+
+def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):
+    root, *_ = runs
+    assert read_run(root / "a&b").remarks == [] == read_run(root / "dense").remarks
+    shutil.copytree(root / "a&b", tmp_path / "copy")
+    (tmp_path / "copy/log.txt").write_text('{"remaining_ratio": 0.7}\n')
+    os.utime(tmp_path / "copy/pruned.safetensors", (time.time() + 60,) * 2)
+    ended, older = read_run(tmp_path / "copy").remarks
+    assert "copy has not ended: 70% of the weights remain, 20% are asked for" in ended
+    assert "copy are older than its weights" in older
+    report.main(report.parse_args([str(tmp_path / "copy"), "--out", str(tmp_path / "page.html")]))
+    sentences = Page((tmp_path / "page.html").read_text()).texts["p"]
+    assert f"T{ended[1:]}." in sentences and f"T{older[1:]}." in sentences
+    (tmp_path / "copy/log.txt").write_text("{")
+    with pytest.raises(UserError, match="log.txt is damaged"):
+        read_run(tmp_path / "copy")
 
 
 def test_size_and_speed(read, runs):
