@@ -1,9 +1,11 @@
 """The flags of ComputeID.py."""
 
 import argparse
+from pathlib import Path
 
 from configs import COUNT, FROM_ZERO, Number, load_config
 
+DEFAULT_CONFIG = "configs/caption_coco.yaml"
 FEWEST_SAMPLES = 3  # `dimension.twonn.FEWEST_POINTS`, without importing torch
 # flags that do not go with --hf
 OURS_ONLY = "skip save_distances keep_padding skip_bad_images pretrained pruned".split()
@@ -27,7 +29,7 @@ def parse_profile_flags(description: str, argv: list[str] | None = None) -> argp
         default=2000,
         help="samples of the training set (2000)",
     )
-    add("--Path", default="ID/Blip_coco", help="folder for the results")
+    add("--Path", help="folder for the results; default: ID/Blip_coco, or ID/ and the model's name")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="run on the CPU")
     device.add_argument(
@@ -55,7 +57,7 @@ def parse_profile_flags(description: str, argv: list[str] | None = None) -> argp
     add("--compare", nargs="+", default=[], metavar="PROFILE", help="draw these profiles, too")
     add("--batch_size", type=COUNT, help="samples in a forward pass; default: the config's")
     add("--seed", type=FROM_ZERO, default=0, help="of the choice of samples and blocks")
-    add("--config", default="configs/caption_coco.yaml")
+    add("--config", default=DEFAULT_CONFIG)
     add("--pretrained", help="weights instead of the config's")
     add("--pruned", help="measure pruned weights (a file, or the folder of a pruning run)")
     add("--hf", metavar="NAME_OR_FOLDER", help="measure this model of Hugging Face's")
@@ -66,9 +68,18 @@ def parse_profile_flags(description: str, argv: list[str] | None = None) -> argp
         if getattr(args, flag):
             how = "goes with --hf" if args.hf is None else "does not go with --hf"
             parser.error(f"argument --{flag} {how}")
+    if args.Path is None:
+        args.Path = default_folder(args)
     if args.fraction == 0:
         parser.error("argument --fraction: no points are left to fit; 1 takes all")
     return args
+
+
+def default_folder(args: argparse.Namespace) -> str:
+    """The paper's for its captioner, else of the model, so that no profile replaces another's."""
+    if args.hf is not None:
+        return f"ID/{Path(args.hf).resolve().name}"
+    return "ID/Blip_coco" if args.config == DEFAULT_CONFIG else f"ID/{Path(args.config).stem}"
 
 
 def check_profile_flags(args: argparse.Namespace) -> None:

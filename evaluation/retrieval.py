@@ -32,8 +32,8 @@ def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
     rows = torch.arange(images, device=similarities.device)
     right = image_of_text.to(rows.device) == rows[:, None]  # (I, T)
     assert image_of_text.shape == (texts,) and right.any(dim=1).all() and right.any(dim=0).all()
-    best_text = similarities.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # (I, 1)
-    own_image = similarities.masked_fill(~right, -torch.inf).amax(dim=0)  # (T,)
+    own = similarities.masked_fill(~right | similarities.isnan(), -torch.inf)
+    best_text, own_image = own.amax(dim=1, keepdim=True), own.amax(dim=0)  # (I, 1), (T,)
     texts_before = (~(similarities < best_text) & ~right).sum(dim=1)  # (I,)
     images_before = (~(similarities < own_image) & ~right).sum(dim=0)  # (T,)
     result = {}

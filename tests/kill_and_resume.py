@@ -26,7 +26,12 @@ from tests.runs import (
 
 
 def kill_and_resume(
-    config: str, folder: Path, world_size: int, kills: int, seed: int = 0
+    config: str,
+    folder: Path,
+    world_size: int,
+    kills: int,
+    seed: int = 0,
+    script: str = "train_caption",
 ) -> list[dict]:
     """Runs once undisturbed; then kills runs at random moments, resumes them and compares.
 
@@ -39,12 +44,12 @@ def kill_and_resume(
     chance = random.Random(seed)
     argv = ["--config", config, "--output_dir", str(folder), "--warmup_steps", "4"]
     argv += ["--final_threshold", "0.3", "--checkpoint_steps", "3", "--eval_epochs", "0"]
-    assert finish(start([*argv, "--model_dir", "whole"], world_size)) == [0] * world_size
+    assert finish(start([*argv, "--model_dir", "whole"], world_size, script)) == [0] * world_size
     last_step = saved_steps(folder / "whole")[-1]
     expected, trials = result(folder / "whole"), []
     for number in range(kills):
         killed = folder / f"killed{number}"
-        started = start([*argv, "--model_dir", killed.name], world_size)
+        started = start([*argv, "--model_dir", killed.name], world_size, script)
         step, delay = chance.randint(0, last_step), chance.uniform(0, 0.5)
         victim = started[chance.randrange(world_size)]
         wait_for_step(killed, victim, step)
@@ -54,7 +59,7 @@ def kill_and_resume(
         assert None not in finish(started, timeout=60), "a process outlived the killed one"
         ended = time.monotonic() - began
         step = max(saved_steps(killed), default=0)
-        codes = finish(start([*argv, "--model_dir", killed.name], world_size))
+        codes = finish(start([*argv, "--model_dir", killed.name], world_size, script))
         equal = codes == [0] * world_size and same(result(killed), expected)
         trials.append({"step": step, "ended": round(ended, 1), "equal": equal})
     return trials

@@ -394,6 +394,21 @@ def test_wrong_flags(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        ([], "ID/Blip_coco"),
+        (["-s"], "ID/Blip_coco"),
+        (["--config", "configs/retrieval_flickr_clip.yaml"], "ID/retrieval_flickr_clip"),
+        (["--hf", "openai/clip-vit-base-patch32"], "ID/clip-vit-base-patch32"),
+        (["--hf", "models/a.b/", "--Path", "there"], "there"),
+        (["--hf", "models/a.b/"], "ID/a.b"),
+    ],
+)
+def test_no_profile_takes_the_place_of_another_models(flags, folder):
+    assert ComputeID.parse_args(flags).Path == folder
+
+
 def random_order(dataset, seed=0):
     return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
 

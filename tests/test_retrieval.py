@@ -73,6 +73,12 @@ def test_what_is_not_a_number_is_never_found():
     assert result["txt_r5"] == result["img_r5"] == 100
 
 
+def test_of_several_own_texts_one_that_is_not_a_number_takes_nothing_from_the_others():
+    sims = torch.tensor([[float("nan"), 0.9, 0.1, 0.2], [0.1, 0.2, 0.9, 0.8]])
+    result = recalls(sims, [0, 0, 1, 1])
+    assert result["txt_r1"] == 100 and result["img_r1"] == 75
+
+
 # --- features
 
 IMAGES, TEXTS, BATCH = 11, 600, 4

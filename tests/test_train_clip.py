@@ -14,7 +14,8 @@ from dimension.profile import load_profile
 from engine import loop
 from engine.tasks import RETRIEVAL
 from models import prunable_layers
-from tests.runs import make_scenes, result, same
+from tests.kill_and_resume import kill_and_resume
+from tests.runs import finish, make_scenes, result, same, start
 from utils import UserError
 
 CLIP = {"embed_dim": 16, "patch_size": 16, "vision_width": 32, "vision_layers": 2}
@@ -92,6 +93,47 @@ def test_a_killed_run_goes_on_with_queue_copy_and_ramp(flags, monkeypatch):
         for name in ("killed", "whole")
     ]
     assert same(*states) and any("queue" in name for name in states[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_processes_resume(flags, tmp_path, world_size):
+    """Queue, momentum copy and ramp come back on every process."""
+    config = flags[0][1]
+    script, seed = "train_clip_flickr30k", 5  # kills after half of the steps
+    trials = kill_and_resume(config, tmp_path, world_size, 1, seed, script)
+    assert [trial["equal"] for trial in trials] == [True]
+    assert trials[0]["step"] > 0
+
+
+def test_one_process_and_two_train_and_evaluate_the_same(flags):
+    flags, folder = flags
+    run(flags, "--model_dir", "alone")
+    more = ["--model_dir", "together", "--batch_size", "2"]
+    assert finish(start([*flags, *more], 2, "train_clip_flickr30k")) == [0, 0]
+    alone, together = (
+        [json.loads(line) for line in (folder / name / "log.txt").read_text().splitlines()]
+        for name in ("alone", "together")
+    )
+    assert [r["step"] for r in together] == [r["step"] for r in alone] == [12, 24]
+    losses, others = ([r["loss"] for r in log] for log in (alone, together))
+    assert others == pytest.approx(losses, rel=1e-4)
+    pruned, others = (
+        torch.cat([(value == 0).flatten() for value in result(folder / name).values()])
+        for name in ("alone", "together")
+    )
+    assert (pruned == others).double().mean() > 0.99 and pruned.double().mean() > 0.25
+    states = [
+        torch.load(folder / name / "checkpoints/step_00000024.pt", weights_only=True)["model"]
+        for name in ("alone", "together")
+    ]
+    assert torch.equal(states[0]["id_queue"], states[1]["id_queue"])
+    recalls = []
+    for name, processes in (("one", 1), ("two", 2)):
+        argv = [*flags[:4], "--evaluate", "--pruned", str(folder / "alone"), "--model_dir", name]
+        assert finish(start(argv, processes, "train_clip_flickr30k")) == [0] * processes
+        recalls.append(json.loads((folder / name / "results/recalls.json").read_text()))
+    assert recalls[0] == recalls[1]
+    assert recalls[0]["val"]["r_mean"] == alone[1]["val_r_mean"]
 
 
 def test_the_ids_of_its_layers_are_measured(flags):
