@@ -27,7 +27,7 @@ from dimension.budget import (
     plan_capture,
 )
 from dimension.capture import LastOutputKept
-from dimension.inputs import Batches, call, count_samples, padding_mask
+from dimension.inputs import Batches, call, count_samples, first_samples, padding_mask
 from dimension.profile import IDProfile, block_permutations, make_remarks, measure_layer
 from dimension.twonn import ENOUGH_POINTS, full_float32, roots_, squared_distances
 from models.stages import Stage
@@ -52,9 +52,10 @@ def measure(
     """Measures the intrinsic dimension of what a model's layers represent.
 
     The model runs in eval mode and without gradients; its modes are restored. A first forward of
-    one batch tells which layers run and what they give. Then come as few passes over all samples
-    as the memory budget allows, each of which stops a forward at the last output that it keeps.
-    The plan is printed.
+    one batch tells which layers run and what they give, and one of its first two samples whether
+    the rows of an output are samples. Then come as few passes over all samples as the memory
+    budget allows, each of which stops a forward at the last output that it keeps. The plan is
+    printed.
 
     A layer's representation of a sample is its output, flattened; of several outputs the first
     tensor. All calls of a layer that a forward calls several times are one representation. Shorter
@@ -62,7 +63,8 @@ def measure(
     padding inside a batch counts as zero in all layers whose outputs are always as long as it.
 
     Args:
-        model: any, on its device. The first dimension of its inputs and outputs is samples.
+        model: any, on its device. The first dimension of its inputs is samples, or all batches
+            are of one sample.
         batches: iterable anew for each pass, with the same samples in the same order: tensors,
             tuples of the model's arguments, or mappings of them. Moved to the model's device.
         layers: names of modules; or patterns such as "encoder.*", where `*` stands for anything,
@@ -122,15 +124,9 @@ def choose_layers(
         layers: see `measure`.
 
     Raises:
-        UserError: nothing has such a name, or an attention takes samples in the second dimension.
+        UserError: nothing has such a name.
     """
     modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            raise UserError(
-                f"{name} has samples in the second dimension: build the model with "
-                "batch_first=True, so that samples are the first"
-            )
     usual = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     chosen = usual if layers is None else []
     for wanted in [layers] if isinstance(layers, str) else layers or []:
@@ -206,18 +202,63 @@ def by_sample(output, samples: int) -> Tensor:
     return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(2)
 
 
-class _Trace(NamedTuple):
-    """What the first forward tells, by layer name."""
+class _Output(NamedTuple):
+    """What a call of a layer gave."""
 
-    calls: dict[str, list[LayerShape]]
-    problems: dict[str, str]
-    order: list[str]  # of all calls
+    tensor: Tensor | None  # without values
+    flops: int  # from the start of the forward to here
+
+
+def _outputs(
+    model: nn.Module, modules: dict[str, nn.Module], batch
+) -> tuple[dict[tuple[str, int], _Output], int]:
+    """Runs a batch; the outputs by layer and call, in the order of the calls, and all FLOPs."""
+    found: dict[tuple[str, int], _Output] = {}
+    called = dict.fromkeys(modules, 0)
+    counter = FlopCounterMode(display=False)
+
+    def note(name: str, module, args, output) -> None:
+        tensor = first_tensor(output)
+        tensor = None if tensor is None else tensor.to("meta")
+        found[name, called[name]] = _Output(tensor, counter.get_total_flops())
+        called[name] += 1
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(note, name)))
+        with counter:
+            call(model, batch)
+    return found, counter.get_total_flops()
+
+
+def _outputs_of_few(
+    model: nn.Module, modules: dict[str, nn.Module], batch
+) -> tuple[dict[tuple[str, int], _Output], int]:
+    """The outputs for the batch's first samples alone, and how many samples these are.
+
+    Raises:
+        UserError: the model does not take them alone.
+    """
+    samples = count_samples(batch)
+    few = min(2, samples // 2)
+    try:
+        return _outputs(model, modules, first_samples(batch, few))[0], few
+    except Exception as error:  # of whatever kind a model finds
+        raise UserError(
+            f"batches: the model does not take {few} of the first batch's {samples} samples alone "
+            f"({type(error).__name__}: {error}); where its inputs do not have samples in the first "
+            "dimension, give batches of one sample"
+        ) from error
 
 
 def trace_forward(
     model: nn.Module, modules: dict[str, nn.Module], batch
 ) -> tuple[StageShape, list[str]]:
     """Runs one batch to learn which layers run, in what order, and what they give.
+
+    Then runs its first samples alone. Rows of an output that are no samples, such as the tokens of
+    a layer that works in (L, B, D), do not become fewer with them. Of a batch of one sample every
+    row belongs to it.
 
     Args:
         model: as `prepared` leaves it.
@@ -229,38 +270,46 @@ def trace_forward(
         sentences on layers that are left out.
 
     Raises:
-        UserError: no layer is left.
+        UserError: no layer is left, or the model does not take fewer samples.
     """
-    samples, trace = count_samples(batch), _Trace({}, {}, [])
-    counter = FlopCounterMode(display=False)
-
-    def note(name: str, module, args, output) -> None:
-        calls = trace.calls.setdefault(name, [])
-        trace.order.append(name)
+    samples = count_samples(batch)
+    outputs, flops = _outputs(model, modules, batch)
+    fewer, few = _outputs_of_few(model, modules, batch) if samples > 1 else (outputs, samples)
+    calls: dict[str, list[LayerShape]] = {}
+    problems: dict[str, str] = {}
+    for (name, number), output in outputs.items():
+        calls[name] = calls.pop(name, [])  # in the order of the last calls
         try:
-            _, tokens, width = by_sample(output, samples).shape
+            _, tokens, width = by_sample(output.tensor, samples).shape
+            _require_rows_of_samples(output.tensor, samples, fewer.get((name, number)), few)
         except NotBySample as error:
-            trace.problems[name] = str(error)
-            return
-        flops = counter.get_total_flops() // samples
-        calls.append(LayerShape(name, tokens, width, flops, call=len(calls)))
-
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(partial(note, name)))
-        with counter:
-            call(model, batch)
-    last = {name: position for position, name in enumerate(trace.order)}
-    silent = [name for name in modules if name not in last]
-    kept = sorted(set(last) - set(trace.problems), key=last.get)
-    omitted = [f"left out: {name}, for {why}" for name, why in trace.problems.items()]
+            problems.setdefault(name, str(error))
+            continue
+        shape = LayerShape(name, tokens, width, output.flops // samples, call=number)
+        calls[name].append(shape)
+    silent = [name for name in modules if name not in calls]
+    omitted = [f"left out: {name}, for {why}" for name, why in problems.items()]
     if silent:
         omitted.append(f"left out, for they never run: {', '.join(silent)}")
-    if not kept:
+    shapes = tuple(shape for name in calls if name not in problems for shape in calls[name])
+    if not shapes:
         raise UserError(f"no layer is left to measure ({'; '.join(omitted)})")
-    shapes = tuple(shape for name in kept for shape in trace.calls[name])
-    flops = max(1, counter.get_total_flops() // samples)
-    return StageShape(FORWARD, shapes, (0,), flops), omitted
+    return StageShape(FORWARD, shapes, (0,), max(1, flops // samples)), omitted
+
+
+def _require_rows_of_samples(tensor: Tensor, samples: int, fewer: _Output | None, few: int) -> None:
+    """Compares an output for some samples with that for a few of them.
+
+    Raises:
+        NotBySample: its rows are not as many times fewer as the samples.
+    """
+    rows, *others = tensor.shape
+    then = None if fewer is None or fewer.tensor is None else tuple(fewer.tensor.shape)
+    if then is None or (rows * few, others) != (then[0] * samples, [*then[1:]]):
+        raise NotBySample(
+            f"its output {tuple(tensor.shape)} for {samples} samples is {then or 'nothing'} for "
+            f"{few}, so its rows are no samples; give batches of one sample to measure it"
+        )
 
 
 class ForwardCapture:
@@ -369,6 +418,11 @@ class ForwardCapture:
             raise UserError(
                 f"batches: batch {number} is larger than the first, from which follow {stop} "
                 f"samples where there seemed to be {self.plan.n}: give n, or a list"
+            )
+        if self.samples > self.inputs.batch_size == 1:
+            raise UserError(
+                f"batches: batch {number} has {self.samples} samples and the first only one, which "
+                "does not tell whose the rows of an output are: give batches of one size"
             )
         stop = min(stop, self.plan.n)
         self.rows = slice(self.rows.stop, stop)

@@ -1,7 +1,7 @@
 """A foreign model's inputs: batches of any usual form, the same in every pass."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -35,6 +35,17 @@ def count_samples(batch) -> int:
             "that hold some, with samples in the first dimension"
         )
     return len(tensors[0])
+
+
+def first_samples(batch, count: int):
+    """The batch with what has a row for each sample, tensors and lists, cut to `count` rows."""
+    samples = count_samples(batch)
+
+    def cut(value):
+        listed = isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim())
+        return value[:count] if listed and len(value) == samples else value
+
+    return _changed(batch, cut)
 
 
 def padding_mask(batch) -> Tensor | None:
@@ -118,15 +129,16 @@ def _values(batch) -> list:
 
 def _moved(batch, device: torch.device):
     """The batch with its tensors on a device."""
+    return _changed(batch, lambda x: x.to(device) if isinstance(x, Tensor) else x)
 
-    def move(value):
-        return value.to(device) if isinstance(value, Tensor) else value
 
+def _changed(batch, change: Callable):
+    """The batch, each of whose arguments is what `change` makes of it."""
     if isinstance(batch, Mapping):
-        return {name: move(value) for name, value in batch.items()}
+        return {name: change(value) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [move(value) for value in batch]
-    return move(batch)
+        return [change(value) for value in batch]
+    return change(batch)
 
 
 def _mark(batch) -> int:

@@ -25,6 +25,7 @@ GB = 10**9
 # neighbours. Those errors average out over the hundreds of elements of a distance and over the
 # points of a fit, so that an ID moves by far less than this, which is what is promised.
 PROMISED = 1e-6
+TRACES = 2  # forwards before the first pass
 WIDTH = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 WIDTH |= {"num_attention_heads": 2}
 IMAGES = {"image_size": 16, "patch_size": 8}
@@ -187,7 +188,7 @@ def test_equals_plain_hooks(kind, share, nothing_fixed):
     profile = measure(model, batches, memory_gb=share * (N + 1) * elements * 4 * 1.02 / GB)
     assert set(profile.layers) == set(expected)
     assert ids(profile) == pytest.approx(expected, rel=PROMISED)
-    passes = (len(runs) - 1) / len(batches)
+    passes = (len(runs) - TRACES) / len(batches)
     assert passes == 1 if share == 1 else 1 / share <= passes <= 1.5 / share + 1
     features = {name: x[0].numel() for name, x in outputs.items()}
     assert {name: layer.features for name, layer in profile.layers.items()} == features
@@ -226,8 +227,8 @@ def test_passes_and_where_they_stop(nothing_fixed, capsys):
 
         step.register_forward_hook(count)
     measure(model, batches, memory_gb=layer_bytes(2) / GB)
-    first, per_pass = 1, len(batches)
-    assert list(calls.values()) == [first + per_pass * passes for passes in (3, 3, 2, 2, 1)]
+    per_pass = len(batches)
+    assert list(calls.values()) == [TRACES + per_pass * passes for passes in (3, 3, 2, 2, 1)]
     out = capsys.readouterr().out
     assert "45 samples, 5 layers" in out
     assert "forward work 2.20 plain forwards" in out  # (2 + 4 + 5) / 5
@@ -263,7 +264,7 @@ def test_calls_of_one_layer_are_one_representation(nothing_fixed, layers):
     model, batches = Twice(), chain_inputs()
     runs = count_passes(model)
     profile = measure(model, batches, memory_gb=layer_bytes(layers) / GB)
-    assert len(runs) == 1 + len(batches) * (1 if layers == 10 else 3)
+    assert len(runs) == TRACES + len(batches) * (1 if layers == 10 else 3)
     with torch.no_grad():
         x = torch.cat(batches)
         once = model.shared(x)
@@ -341,6 +342,77 @@ def test_windows_in_the_first_dimension_belong_to_their_samples():
     whole = nn.Sequential(nn.Identity(), flat[1])
     expected = measure(whole, batches).layers["1"].id
     assert measure(flat, batches).layers["1"].id == pytest.approx(expected, rel=PROMISED)
+
+
+class TokensFirst(nn.Module):
+    """Works in (L, B, D), as XLNet and torch's attention by default, between two that do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.inside, self.after = (nn.Linear(16, 16) for _ in range(3))
+        self.attention = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x):
+        x = self.inside(self.before(x).transpose(0, 1))
+        return self.after(self.attention(x, x, x)[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("tokens, size", [(8, 8), (16, 8), (2, 2), (3, 3), (7, 8)])
+def test_rows_that_are_no_samples_are_left_out(tokens, size):
+    """Also where they are as many as samples, or a multiple."""
+    model, x = TokensFirst(), torch.randn(N, tokens, 16)
+    profile = measure(model, x.split(size))
+    assert list(profile.layers) == ["before", "after"]
+    left_out = [x for x in profile.remarks if "left out" in x]
+    assert [x.split(",")[0] for x in left_out] == [
+        "left out: inside",
+        "left out: attention.out_proj",
+    ]
+    if tokens == 16:
+        assert "(16, 8, 16) for 8 samples is (16, 2, 16) for 2, so its rows" in left_out[0]
+        assert "give batches of one sample" in left_out[0]
+
+
+def test_every_row_of_a_batch_of_one_sample_is_its_own(nothing_fixed):
+    model, x = TokensFirst().eval(), torch.randn(N, 16, 16)
+    profile = measure(model, x.split(1))
+    with torch.no_grad():
+        inside = model.inside(model.before(x))
+    expected = expected_ids({"inside": inside})["inside"]
+    assert profile.layers["inside"].id == pytest.approx(expected, rel=PROMISED)
+    assert list(profile.layers) == ["before", "inside", "attention.out_proj", "after"]
+    with pytest.raises(UserError, match="batch 1 has 44 samples and the first only one"):
+        measure(model, x.split([1, 44]))
+
+
+class Packed(nn.Module):
+    """Pictures of different sizes, whose patches follow each other, beside their titles."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.title = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, titles, patches, sizes=None):
+        if sizes is not None:
+            assert len(patches) == sum(sizes)
+        return self.patch(patches), self.title(titles)
+
+
+def test_packed_patches_are_no_samples():
+    """16 rows of two samples are not eight each."""
+    batches = [(torch.randn(2, 4, 16), torch.randn(16, 16)) for _ in range(20)]
+    profile = measure(Packed(), batches)
+    assert list(profile.layers) == ["title"]
+    assert any(
+        "patch, for its output (16, 16) for 2 samples is (16, 16)" in x for x in profile.remarks
+    )
+    sized = [(*batch, [4, 12]) for batch in batches]
+    with pytest.raises(
+        UserError, match="take 1 of the first batch's 2 samples alone .AssertionErr"
+    ):
+        measure(Packed(), sized)
+    single = [(x[:1], y[: 4 + i % 9], [4 + i % 9]) for i, (x, y) in enumerate(batches)]
+    assert measure(Packed(), single).layers["patch"].features == 12 * 16
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -481,7 +553,7 @@ def test_held_outputs_stay_within_the_budget(nothing_fixed, monkeypatch):
 def test_a_layer_that_stops_running_is_named():
     class Moody(Chain):
         def forward(self, x):
-            return super().forward(x) if len(x) == 8 else self.steps[0](x)
+            return super().forward(x) if len(x) != 5 else self.steps[0](x)
 
     with pytest.raises(UserError, match="layer steps.[1-4] ran in the first batch, but"):
         measure(Moody(), chain_inputs())
@@ -543,8 +615,6 @@ def test_attention_stands_for_its_out_proj():
     assert list(measure(model, masked, layers="*linear2").layers) == [
         f"layers.{i}.linear2" for i in (0, 1)
     ]
-    with pytest.raises(UserError, match="0 has samples in the second dimension"):
-        measure(nn.Sequential(nn.MultiheadAttention(16, 2)), batches)
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])
