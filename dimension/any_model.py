@@ -27,13 +27,21 @@ from dimension.budget import (
     plan_capture,
 )
 from dimension.capture import LastOutputKept
-from dimension.inputs import Batches, call, count_samples, first_samples, padding_mask
+from dimension.inputs import (
+    Batches,
+    call,
+    count_samples,
+    first_samples,
+    padding_mask,
+    shorter_texts,
+)
 from dimension.profile import IDProfile, block_permutations, make_remarks, measure_layer
 from dimension.twonn import ENOUGH_POINTS, full_float32, roots_, squared_distances
 from models.stages import Stage
 from utils import UserError
 
 FORWARD = Stage("the model", call, (), "")  # the only stage; nothing is carried from it
+Call = tuple[str, int]  # a layer, and which of its calls in a forward, from 0
 
 
 class NotBySample(UserError):
@@ -52,15 +60,16 @@ def measure(
     """Measures the intrinsic dimension of what a model's layers represent.
 
     The model runs in eval mode and without gradients; its modes are restored. A first forward of
-    one batch tells which layers run and what they give, and one of its first two samples whether
-    the rows of an output are samples. Then come as few passes over all samples as the memory
-    budget allows, each of which stops a forward at the last output that it keeps. The plan is
-    printed.
+    one batch tells which layers run and what they give, and those of its first two samples whether
+    the rows of an output are samples, and which are as long as the texts. Then come as few passes
+    over all samples as the memory budget allows, each of which stops a forward at the last output
+    that it keeps. The plan is printed.
 
     A layer's representation of a sample is its output, flattened; of several outputs the first
     tensor. All calls of a layer that a forward calls several times are one representation. Shorter
     samples are padded with zeros, and where batches are mappings with an "attention_mask", the
-    padding inside a batch counts as zero in all layers whose outputs are always as long as it.
+    padding inside a batch counts as zero in all layers whose outputs are as long as it in every
+    batch, and become shorter with it.
 
     Args:
         model: any, on its device. The first dimension of its inputs is samples, or all batches
@@ -91,13 +100,13 @@ def measure(
     n = min(n, inputs.most_samples() or n)
     found = {}
     with prepared(model):
-        shape, omitted = trace_forward(model, modules, inputs.first)
+        shape, texts, remarks = trace_forward(model, modules, inputs.first)
         names = list(dict.fromkeys(layer.name for layer in shape.layers))
         plan = plan_capture([shape], set(names), {}, n, inputs.batch_size, budget)
         print(f"{n} samples, {len(names)} layers\n{plan}", flush=True)
-        for sentence in omitted:
+        for sentence in remarks:
             print(sentence, flush=True)
-        for name, features, distances in ForwardCapture(model, modules, inputs, plan):
+        for name, features, distances in ForwardCapture(model, modules, inputs, plan, texts):
             permutations = block_permutations(len(distances), seed)
             layer = measure_layer(name, features, distances, fraction, permutations)
             found[name] = replace(layer, kind="other")
@@ -111,7 +120,7 @@ def measure(
         "device": device.type,
     }
     ordered = {name: found[name] for name in names}
-    return IDProfile(settings, ordered, make_remarks(count, ordered) + omitted)
+    return IDProfile(settings, ordered, make_remarks(count, ordered) + remarks)
 
 
 def choose_layers(
@@ -211,9 +220,9 @@ class _Output(NamedTuple):
 
 def _outputs(
     model: nn.Module, modules: dict[str, nn.Module], batch
-) -> tuple[dict[tuple[str, int], _Output], int]:
+) -> tuple[dict[Call, _Output], int]:
     """Runs a batch; the outputs by layer and call, in the order of the calls, and all FLOPs."""
-    found: dict[tuple[str, int], _Output] = {}
+    found: dict[Call, _Output] = {}
     called = dict.fromkeys(modules, 0)
     counter = FlopCounterMode(display=False)
 
@@ -232,33 +241,43 @@ def _outputs(
 
 
 def _outputs_of_few(
-    model: nn.Module, modules: dict[str, nn.Module], batch
-) -> tuple[dict[tuple[str, int], _Output], int]:
-    """The outputs for the batch's first samples alone, and how many samples these are.
+    model: nn.Module, modules: dict[str, nn.Module], batch, few: int
+) -> dict[Call, _Output]:
+    """The outputs for the batch's first samples alone.
 
     Raises:
         UserError: the model does not take them alone.
     """
-    samples = count_samples(batch)
-    few = min(2, samples // 2)
     try:
-        return _outputs(model, modules, first_samples(batch, few))[0], few
+        return _outputs(model, modules, first_samples(batch, few))[0]
     except Exception as error:  # of whatever kind a model finds
         raise UserError(
-            f"batches: the model does not take {few} of the first batch's {samples} samples alone "
-            f"({type(error).__name__}: {error}); where its inputs do not have samples in the first "
-            "dimension, give batches of one sample"
+            f"batches: the model does not take {few} of the first batch's {count_samples(batch)} "
+            f"samples alone ({type(error).__name__}: {error}); where the first dimension of its "
+            "inputs is not samples, give batches of one sample"
         ) from error
+
+
+def _as_long_as_texts(
+    model: nn.Module, modules: dict[str, nn.Module], batch, outputs: dict[Call, _Output]
+) -> set[Call]:
+    """Those of the batch's outputs that become shorter when its texts do."""
+    if padding_mask(batch) is None:
+        return set()
+    shorter, _ = _outputs(model, modules, shorter_texts(batch))
+    known = {key: output.tensor for key, output in outputs.items() if output.tensor is not None}
+    return {key for key in known.keys() & shorter if shorter[key].tensor.shape != known[key].shape}
 
 
 def trace_forward(
     model: nn.Module, modules: dict[str, nn.Module], batch
-) -> tuple[StageShape, list[str]]:
+) -> tuple[StageShape, set[Call], list[str]]:
     """Runs one batch to learn which layers run, in what order, and what they give.
 
     Then runs its first samples alone. Rows of an output that are no samples, such as the tokens of
     a layer that works in (L, B, D), do not become fewer with them. Of a batch of one sample every
-    row belongs to it.
+    row belongs to it. In the end runs these samples with a column of their texts less: where an
+    image has as many tokens as a text, this tells their layers apart.
 
     Args:
         model: as `prepared` leaves it.
@@ -266,15 +285,16 @@ def trace_forward(
         batch: on the model's device.
 
     Returns:
-        The forward as a stage; all calls of a layer stand together where its last one is. And
-        sentences on layers that are left out.
+        The forward as a stage; all calls of a layer stand together where its last one is. The
+        calls whose outputs are as long as the texts. And sentences for the profile's reader.
 
     Raises:
         UserError: no layer is left, or the model does not take fewer samples.
     """
     samples = count_samples(batch)
     outputs, flops = _outputs(model, modules, batch)
-    fewer, few = _outputs_of_few(model, modules, batch) if samples > 1 else (outputs, samples)
+    few = min(2, samples // 2) or 1
+    fewer = outputs if few == samples else _outputs_of_few(model, modules, batch, few)
     calls: dict[str, list[LayerShape]] = {}
     problems: dict[str, str] = {}
     for (name, number), output in outputs.items():
@@ -288,13 +308,21 @@ def trace_forward(
         shape = LayerShape(name, tokens, width, output.flops // samples, call=number)
         calls[name].append(shape)
     silent = [name for name in modules if name not in calls]
-    omitted = [f"left out: {name}, for {why}" for name, why in problems.items()]
+    remarks = [f"left out: {name}, for {why}" for name, why in problems.items()]
     if silent:
-        omitted.append(f"left out, for they never run: {', '.join(silent)}")
+        remarks.append(f"left out, for they never run: {', '.join(silent)}")
     shapes = tuple(shape for name in calls if name not in problems for shape in calls[name])
     if not shapes:
-        raise UserError(f"no layer is left to measure ({'; '.join(omitted)})")
-    return StageShape(FORWARD, shapes, (0,), max(1, flops // samples)), omitted
+        raise UserError(f"no layer is left to measure ({'; '.join(remarks)})")
+    try:
+        texts = _as_long_as_texts(model, modules, first_samples(batch, few), fewer)
+    except Exception as error:  # of whatever kind a model finds
+        texts = set(outputs)
+        remarks.append(
+            f"the model does not take shorter texts ({type(error).__name__}: {error}), so padding "
+            "counts as zero in every layer as long as the texts"
+        )
+    return StageShape(FORWARD, shapes, (0,), max(1, flops // samples)), texts, remarks
 
 
 def _require_rows_of_samples(tensor: Tensor, samples: int, fewer: _Output | None, few: int) -> None:
@@ -321,7 +349,12 @@ class ForwardCapture:
     """
 
     def __init__(
-        self, model: nn.Module, modules: dict[str, nn.Module], inputs: Batches, plan: CapturePlan
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        inputs: Batches,
+        plan: CapturePlan,
+        texts: set[Call],
     ):
         """Holds what the plan needs; the model first runs when iteration begins.
 
@@ -330,11 +363,13 @@ class ForwardCapture:
             modules: of `choose_layers`.
             inputs: of which the plan's `n` samples are taken, or fewer if there are fewer.
             plan: of `plan_capture`, for `trace_forward`'s stage.
+            texts: of `trace_forward`.
 
         Raises:
             UserError: the plan needs several passes and the inputs allow one.
         """
         self.model, self.modules, self.inputs, self.plan = model, modules, inputs, plan
+        self.texts = texts
         (self.stage,) = plan.stages
         self.shapes = {(x.name, x.call): x for x in self.stage.shape.layers}
         self.pending = [segment for kept in self.stage.passes for segment in kept]
@@ -376,7 +411,7 @@ class ForwardCapture:
                 size = self.plan.n + 1, segment.stop - segment.start, segment.layer.width
                 self.held[segment] = make(size, dtype=torch.float32, device=device)
         self.held = {segment: self.held[segment] for segment in passes[0]}  # in order
-        self.by_call: dict[tuple[str, int], list[Segment]] = {}
+        self.by_call: dict[Call, list[Segment]] = {}
         for segment in self.held:
             self.by_call.setdefault((segment.layer.name, segment.layer.call), []).append(segment)
         forward = [max(x.layer.flops for x in kept) for kept in passes]
@@ -392,7 +427,7 @@ class ForwardCapture:
         self._hold(torch.empty)
         self.rows = slice(0, 0)
         self.masks: list[tuple[slice, Tensor]] = []
-        self.unmasked: set[tuple[str, int]] = set()
+        self.unmasked: set[Call] = set()
         with ExitStack() as hooks:
             for name in {name for name, _ in self.by_call}:
                 hook = partial(self._keep, name)
@@ -407,7 +442,7 @@ class ForwardCapture:
                 f"{self.rows.stop}; every pass must see the same"
             )
         self.count = self.rows.stop
-        for key in set(self.by_call) - self.unmasked:
+        for key in set(self.by_call) & self.texts - self.unmasked:
             self._blank_padding(key)
 
     def _batch(self, number: int, batch) -> None:
@@ -468,7 +503,7 @@ class ForwardCapture:
         if not self.missing:
             raise LastOutputKept
 
-    def _lengthen(self, key: tuple[str, int], tokens: int) -> None:
+    def _lengthen(self, key: Call, tokens: int) -> None:
         """Adds segments for tokens that no batch before had; the last held ones may have to go."""
         before = self.shapes[key]
         self.shapes[key] = before._replace(tokens=tokens)
@@ -487,7 +522,7 @@ class ForwardCapture:
         torch.sub(values, centre[:length], out=kept[self.rows, :length])
         kept[self.rows, length:] = -centre[length:]
 
-    def _blank_padding(self, key: tuple[str, int]) -> None:
+    def _blank_padding(self, key: Call) -> None:
         """Makes zero what a call gave for padding."""
         for segment in self.by_call[key]:
             kept = self.held[segment]

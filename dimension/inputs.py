@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from utils import UserError
 
 MASK = "attention_mask"  # Hugging Face's name: 1 for a text's own tokens, 0 for padding
+EMBEDDED = "inputs_embeds"  # and for what may stand for token ids
 
 
 def call(model: nn.Module, batch) -> None:
@@ -46,6 +47,22 @@ def first_samples(batch, count: int):
         return value[:count] if listed and len(value) == samples else value
 
     return _changed(batch, cut)
+
+
+def shorter_texts(batch: Mapping) -> dict:
+    """The batch without the last column of its attention mask and of what belongs to its tokens.
+
+    These are the arguments of whole numbers, such as ids or boxes, that begin with the mask's
+    (B, L), for floating-point ones may belong to as many regions of an image.
+    """
+    size = batch[MASK].shape
+
+    def of_tokens(name: str, value) -> bool:
+        if not isinstance(value, Tensor) or value.shape[:2] != size:
+            return False
+        return name in (MASK, EMBEDDED) or not value.is_floating_point()
+
+    return {name: x[:, :-1] if of_tokens(name, x) else x for name, x in batch.items()}
 
 
 def padding_mask(batch) -> Tensor | None:
