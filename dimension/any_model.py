@@ -35,7 +35,13 @@ from dimension.inputs import (
     padding_mask,
     shorter_texts,
 )
-from dimension.profile import IDProfile, block_permutations, make_remarks, measure_layer
+from dimension.profile import (
+    IDProfile,
+    TooFewPoints,
+    block_permutations,
+    make_remarks,
+    measure_layer,
+)
 from dimension.twonn import ENOUGH_POINTS, full_float32, roots_, squared_distances
 from models.stages import Stage
 from utils import UserError
@@ -86,12 +92,14 @@ def measure(
 
     Returns:
         The IDs of the layers in forward order, by the last call of each. Its remarks name layers
-        that are left out since they never run or give no floating-point tensor with a row a sample.
+        that are left out since they never run, give no floating-point tensor with a row a sample,
+        or the same for nearly all samples.
 
     Raises:
-        UserError: a pattern fits no layer, the budget is too small, batches differ between passes
-            or can be iterated only once though several passes are needed, or a layer gives values
-            that are not finite; the message names what.
+        UserError: no layer is left, a pattern fits none, the budget is too small, batches differ
+            between passes or can be iterated only once though several passes are needed, a layer
+            is not called as often in each batch, or gives values that are not finite; the message
+            names what.
     """
     modules = choose_layers(model, layers)
     device = next(chain(model.parameters(), model.buffers())).device
@@ -108,8 +116,14 @@ def measure(
             print(sentence, flush=True)
         for name, features, distances in ForwardCapture(model, modules, inputs, plan, texts):
             permutations = block_permutations(len(distances), seed)
-            layer = measure_layer(name, features, distances, fraction, permutations)
+            try:
+                layer = measure_layer(name, features, distances, fraction, permutations)
+            except TooFewPoints as error:
+                remarks.append(f"left out: {error}")
+                continue
             found[name] = replace(layer, kind="other")
+    if not found:
+        raise UserError(f"no layer is left to measure ({'; '.join(remarks)})")
     count = len(distances)
     settings = {
         "model": type(model).__name__,
@@ -119,7 +133,7 @@ def measure(
         "enough_points": ENOUGH_POINTS,
         "device": device.type,
     }
-    ordered = {name: found[name] for name in names}
+    ordered = {name: found[name] for name in names if name in found}
     return IDProfile(settings, ordered, make_remarks(count, ordered) + remarks)
 
 

@@ -344,6 +344,31 @@ def test_windows_in_the_first_dimension_belong_to_their_samples():
     assert measure(flat, batches).layers["1"].id == pytest.approx(expected, rel=PROMISED)
 
 
+class Gate(nn.Module):
+    """Sees samples, and one of three prompts with each."""
+
+    def __init__(self):
+        super().__init__()
+        self.sample, self.prompt = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x, prompt):
+        return self.sample(x) + self.prompt(prompt)
+
+
+def test_a_layer_in_which_few_samples_differ_is_left_out():
+    x, prompts = torch.randn(N, 16), torch.randn(3, 16)[torch.arange(N) % 3]
+    batches = list(zip(x.split(8), prompts.split(8), strict=True))
+    profile = measure(Gate(), batches)
+    assert list(profile.layers) == ["sample"]
+    message = (
+        "layer prompt: 0 of 45 samples have two neighbours at different distances (45 are "
+        "duplicates), and three are needed; take more different samples"
+    )
+    assert f"left out: {message}" in profile.remarks
+    with pytest.raises(UserError, match="no layer is left to measure.*layer prompt: 0 of 45"):
+        measure(Gate(), batches, layers="prompt")
+
+
 class TokensFirst(nn.Module):
     """Works in (L, B, D), as XLNet and torch's attention by default, between two that do not."""
 
