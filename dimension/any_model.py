@@ -4,6 +4,7 @@
 stages. Distances, estimates, plan, profile and figures are the same.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import is_dataclass, replace
@@ -68,8 +69,9 @@ def measure(
     The model runs in eval mode and without gradients; its modes are restored. A first forward of
     one batch tells which layers run and what they give, and those of its first two samples whether
     the rows of an output are samples, and which are as long as the texts. Then come as few passes
-    over all samples as the memory budget allows, each of which stops a forward at the last output
-    that it keeps. The plan is printed.
+    over all samples as the memory budget allows. The first keeps the last layers and runs to the
+    end, to see whether a layer is called more often than in the first batch; the others stop a
+    forward at the last output that they keep. The plan is printed.
 
     A layer's representation of a sample is its output, flattened; of several outputs the first
     tensor. All calls of a layer that a forward calls several times are one representation. Shorter
@@ -92,8 +94,8 @@ def measure(
 
     Returns:
         The IDs of the layers in forward order, by the last call of each. Its remarks name layers
-        that are left out since they never run, give no floating-point tensor with a row a sample,
-        or the same for nearly all samples.
+        that are left out since they do not run in the first batch, give no floating-point tensor
+        with a row a sample, or the same for nearly all samples.
 
     Raises:
         UserError: no layer is left, a pattern fits none, the budget is too small, batches differ
@@ -110,7 +112,8 @@ def measure(
     with prepared(model):
         shape, texts, remarks = trace_forward(model, modules, inputs.first)
         names = list(dict.fromkeys(layer.name for layer in shape.layers))
-        plan = plan_capture([shape], set(names), {}, n, inputs.batch_size, budget)
+        latest_first = shape._replace(layers=shape.layers[::-1])
+        plan = plan_capture([latest_first], set(names), {}, n, inputs.batch_size, budget)
         print(f"{n} samples, {len(names)} layers\n{plan}", flush=True)
         for sentence in remarks:
             print(sentence, flush=True)
@@ -324,7 +327,7 @@ def trace_forward(
     silent = [name for name in modules if name not in calls]
     remarks = [f"left out: {name}, for {why}" for name, why in problems.items()]
     if silent:
-        remarks.append(f"left out, for they never run: {', '.join(silent)}")
+        remarks.append(f"left out, for they did not run in the first batch: {', '.join(silent)}")
     shapes = tuple(shape for name in calls if name not in problems for shape in calls[name])
     if not shapes:
         raise UserError(f"no layer is left to measure ({'; '.join(remarks)})")
@@ -336,7 +339,9 @@ def trace_forward(
             f"the model does not take shorter texts ({type(error).__name__}: {error}), so padding "
             "counts as zero in every layer as long as the texts"
         )
-    return StageShape(FORWARD, shapes, (0,), max(1, flops // samples)), texts, remarks
+    flops = max(1, flops // samples)
+    to_the_end = shapes[-1]._replace(flops=flops)  # for the pass that keeps it stops nowhere
+    return StageShape(FORWARD, (*shapes[:-1], to_the_end), (0,), flops), texts, remarks
 
 
 def _require_rows_of_samples(tensor: Tensor, samples: int, fewer: _Output | None, few: int) -> None:
@@ -376,7 +381,7 @@ class ForwardCapture:
             model: as `prepared` leaves it, also while this is iterated.
             modules: of `choose_layers`.
             inputs: of which the plan's `n` samples are taken, or fewer if there are fewer.
-            plan: of `plan_capture`, for `trace_forward`'s stage.
+            plan: of `plan_capture`, for `trace_forward`'s stage with its last layers first.
             texts: of `trace_forward`.
 
         Raises:
@@ -386,6 +391,7 @@ class ForwardCapture:
         self.texts = texts
         (self.stage,) = plan.stages
         self.shapes = {(x.name, x.call): x for x in self.stage.shape.layers}
+        self.expected = Counter(name for name, _ in reversed(self.shapes))  # calls in a forward
         self.pending = [segment for kept in self.stage.passes for segment in kept]
         self._require_one_pass(self.stage.passes)
         self.count = 0  # samples, known after the first pass
@@ -399,8 +405,10 @@ class ForwardCapture:
             while self.pending:
                 self._run()
                 self.pending = self.pending[len(self.held) :]
-                while self.held:
-                    yield from self._add(next(iter(self.held)))
+                while self.held:  # earlier layers first: there begins what is not finite
+                    name = next(reversed(self.held)).layer.name
+                    for segment in [x for x in self.held if x.layer.name == name]:
+                        yield from self._add(segment)
 
     def _require_one_pass(self, passes: list[list[Segment]]) -> None:
         if self.inputs.once and len(passes) > 1:
@@ -443,7 +451,7 @@ class ForwardCapture:
         self.masks: list[tuple[slice, Tensor]] = []
         self.unmasked: set[Call] = set()
         with ExitStack() as hooks:
-            for name in {name for name, _ in self.by_call}:
+            for name in self.expected:
                 hook = partial(self._keep, name)
                 hooks.enter_context(self.modules[name].register_forward_hook(hook))
             for number, batch in enumerate(self.inputs):
@@ -460,7 +468,7 @@ class ForwardCapture:
             self._blank_padding(key)
 
     def _batch(self, number: int, batch) -> None:
-        """Runs the model on a batch until all that this pass keeps is kept."""
+        """Runs the model on a batch; after the first pass, until all that it keeps is kept."""
         self.samples = count_samples(batch)
         stop = self.rows.stop + self.samples
         if stop > self.plan.n == self.inputs.most_samples():
@@ -482,16 +490,20 @@ class ForwardCapture:
         self.missing = set(self.by_call)
         with suppress(LastOutputKept):
             call(self.model, batch)
-        if self.missing:
-            name = min(self.missing)[0]
-            raise UserError(
-                f"layer {name} ran in the first batch, but not as often in batch {number}: leave "
-                "it out (layers)"
-            )
+            self._require_as_many_calls(number)
         self.bar.update(self.flops * (stop - self.rows.start))
 
+    def _require_as_many_calls(self, number: int) -> None:
+        """After a whole forward: each layer was called as often as in the first batch."""
+        others = [name for name, count in self.expected.items() if self.called[name] != count]
+        if others:
+            raise UserError(
+                f"layers {', '.join(others)}: not called as often in batch {number} as in the "
+                "first; leave them out (layers)"
+            )
+
     def _keep(self, name: str, module, args, output) -> None:
-        """Keeps an output; ends the forward if it was the last one."""
+        """Keeps an output; ends the forward if it was the last one, but not in the first pass."""
         key = name, self.called[name]
         self.called[name] += 1
         if key not in self.missing:
@@ -499,7 +511,7 @@ class ForwardCapture:
         try:
             values = by_sample(output, self.samples)[: self.rows.stop - self.rows.start]
         except NotBySample as error:
-            raise UserError(f"layer {name}: {error}") from None
+            raise UserError(f"layer {name}: {error}; leave it out (layers)") from None
         _, tokens, width = values.shape
         shape = self.shapes[key]
         if width != shape.width:
@@ -514,7 +526,7 @@ class ForwardCapture:
         for segment in self.by_call.get(key, ()):
             self._write(self.held[segment], values[:, segment.start : segment.stop])
         self.missing.discard(key)
-        if not self.missing:
+        if self.count and not self.missing:
             raise LastOutputKept
 
     def _lengthen(self, key: Call, tokens: int) -> None:
