@@ -90,7 +90,7 @@ def measure(
         memory_gb: for activations and matrices; None: a share of what is free.
         n: samples at most: the first ones.
         fraction: of the points, in (0, 1], see `twonn.estimate_id`.
-        seed: of the blocks, see `twonn.block_analysis`.
+        seed: of the blocks, see `twonn.block_analysis`, and of what the model draws.
 
     Returns:
         The IDs of the layers in forward order, by the last call of each. Its remarks name layers
@@ -110,14 +110,15 @@ def measure(
     n = min(n, inputs.most_samples() or n)
     found = {}
     with prepared(model):
-        shape, texts, remarks = trace_forward(model, modules, inputs.first)
+        with seeded(device, seed, 0):
+            shape, texts, remarks = trace_forward(model, modules, inputs.first)
         names = list(dict.fromkeys(layer.name for layer in shape.layers))
         latest_first = shape._replace(layers=shape.layers[::-1])
         plan = plan_capture([latest_first], set(names), {}, n, inputs.batch_size, budget)
         print(f"{n} samples, {len(names)} layers\n{plan}", flush=True)
         for sentence in remarks:
             print(sentence, flush=True)
-        for name, features, distances in ForwardCapture(model, modules, inputs, plan, texts):
+        for name, features, distances in ForwardCapture(model, modules, inputs, plan, texts, seed):
             permutations = block_permutations(len(distances), seed)
             try:
                 layer = measure_layer(name, features, distances, fraction, permutations)
@@ -185,6 +186,17 @@ def prepared(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def seeded(device: torch.device, *parts: int) -> Iterator[None]:
+    """Random numbers on the CPU and a device that depend on `parts`; then those as before."""
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type):
+        torch.default_generator.manual_seed(hash(parts))
+        for accelerator in accelerators:
+            torch.get_device_module(accelerator).manual_seed(hash(parts))
+        yield
 
 
 def first_tensor(output) -> Tensor | None:
@@ -374,6 +386,7 @@ class ForwardCapture:
         inputs: Batches,
         plan: CapturePlan,
         texts: set[Call],
+        seed: int,
     ):
         """Holds what the plan needs; the model first runs when iteration begins.
 
@@ -383,12 +396,13 @@ class ForwardCapture:
             inputs: of which the plan's `n` samples are taken, or fewer if there are fewer.
             plan: of `plan_capture`, for `trace_forward`'s stage with its last layers first.
             texts: of `trace_forward`.
+            seed: with a batch's number, of what the model draws for it.
 
         Raises:
             UserError: the plan needs several passes and the inputs allow one.
         """
         self.model, self.modules, self.inputs, self.plan = model, modules, inputs, plan
-        self.texts = texts
+        self.texts, self.seed = texts, seed
         (self.stage,) = plan.stages
         self.shapes = {(x.name, x.call): x for x in self.stage.shape.layers}
         self.expected = Counter(name for name, _ in reversed(self.shapes))  # calls in a forward
@@ -488,7 +502,7 @@ class ForwardCapture:
             self.masks.append((self.rows, self.mask[: stop - self.rows.start]))
         self.called = dict.fromkeys(self.modules, 0)
         self.missing = set(self.by_call)
-        with suppress(LastOutputKept):
+        with suppress(LastOutputKept), seeded(self.inputs.device, self.seed, number):
             call(self.model, batch)
             self._require_as_many_calls(number)
         self.bar.update(self.flops * (stop - self.rows.start))

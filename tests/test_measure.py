@@ -643,6 +643,27 @@ def test_a_layer_that_stops_running_is_named():
         measure(Moody(), chain_inputs())
 
 
+class Noisy(Chain):
+    """Draws in eval mode, too."""
+
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+def test_a_model_that_draws_gives_the_same_in_each_pass_and_run(nothing_fixed):
+    model, batches = Noisy(), chain_inputs()
+    before = torch.get_rng_state()
+    once = measure(model, batches)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    thrice = measure(model, batches, memory_gb=layer_bytes(2) / GB)
+    assert ids(thrice) == pytest.approx(ids(once), rel=PROMISED)
+    other = measure(model, batches, seed=1)
+    assert all(abs(ids(other)[name] / ids(once)[name] - 1) > 1e-3 for name in ids(once))
+    repeated = measure(model, [batches[0]] * 5)  # what is drawn differs between batches
+    assert all(layer.duplicates == 0 for layer in repeated.layers.values())
+
+
 class Cell(nn.Module):
     """Calls one layer for each token, and others before and after."""
 
