@@ -2,7 +2,7 @@
 
 import inspect
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -174,18 +174,23 @@ class HubInputs:
             self._prepare_texts(hub.model)
 
     def _prepare_texts(self, model: nn.Module) -> None:
-        """Padding at the end, so that equal places of two texts are compared."""
+        """Padding at the end, so that equal places of two texts are compared.
+
+        All texts are padded to the longest one, so that nothing depends on the batch: a model that
+        joins image and text also gives outputs for the padding. Where a prompt says where its
+        picture goes, the processor makes it longer, and pads a batch to its longest.
+        """
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.options = {"padding": True}
         mark = getattr(self.processor, "image_token", None) if self.images else None
-        if mark is not None:  # a prompt says where its picture goes
+        self.prompts = mark is not None
+        if self.prompts:
             self.texts = [x if mark in x else f"{mark}\n{x}" for x in self.texts]
-            return
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
-        self.options |= {"truncation": True, "max_length": longest}
+        limit = {} if self.prompts else {"truncation": True, "max_length": longest}
+        self.lengths = list(map(len, self.tokenizer(self.texts, **limit)["input_ids"]))
 
     def samples(self) -> int:
         """How many there are."""
@@ -197,6 +202,7 @@ class HubInputs:
             self.images = [self.images[i] for i in chosen]
         if self.texts is not None:
             self.texts = [self.texts[i] for i in chosen]
+            self.lengths = [self.lengths[i] for i in chosen]
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -205,13 +211,19 @@ class HubInputs:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """The batches, in order."""
         for start in range(0, self.samples(), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            inputs = {}
-            if self.images is not None:
-                inputs["images"] = [open_image(str(path)) for path in self.images[rows]]
-            if self.texts is not None:
-                inputs |= {"text": self.texts[rows], **self.options}
-            yield dict(self.processor(**inputs, return_tensors="pt"))
+            yield self.batch(range(start, min(start + self.batch_size, self.samples())))
+
+    def batch(self, rows: Iterable[int]) -> dict[str, torch.Tensor]:
+        """What the processor makes of some samples."""
+        inputs = {}
+        if self.images is not None:
+            inputs["images"] = [open_image(str(self.images[i])) for i in rows]
+        if self.texts is not None:
+            inputs |= {"text": [self.texts[i] for i in rows], "padding": True}
+            if not self.prompts:
+                most = max(self.lengths)
+                inputs |= {"padding": "max_length", "max_length": most, "truncation": True}
+        return dict(self.processor(**inputs, return_tensors="pt"))
 
 
 def _require(takes: bool, given: bool, prepares: bool, name: str, what: str, flag: str) -> None:

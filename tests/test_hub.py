@@ -171,22 +171,27 @@ def test_measures(folder, data, tmp_path, capsys):
         assert "left out, for the checkpoint lacks them: pooler.dense" in profile.remarks
 
 
-def test_batch_size_changes_nothing(data, tmp_path, monkeypatch):
-    """Texts are padded to the batch's longest; that padding is no part of a representation.
+@pytest.mark.parametrize("kind", ["bert", "flava", "llava"])
+def test_batch_size_changes_nothing(kind, data, tmp_path, monkeypatch):
+    """Also not in FLAVA's layers that see image and text, and give outputs for the padding.
 
     In float64, where the batch does not move the roundings that are kept.
     """
-    save("bert", tmp_path / "bert")
+    save(kind, tmp_path / kind)
     opened = hub.open_hub_model
+
+    def doubled(module, args, inputs):
+        return args, {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
 
     def in_float64(name):
         found = opened(name)
+        found.model.register_forward_pre_hook(doubled, with_kwargs=True)
         return found._replace(model=found.model.double())
 
     monkeypatch.setattr(ComputeID, "open_hub_model", in_float64)
     found = [
-        run(tmp_path / "bert", tmp_path / size, *flags(data, "texts"), "--batch_size", size)
-        for size in ("7", "30")
+        run(tmp_path / kind, tmp_path / size, *flags(data, *INPUTS[kind]), "--batch_size", size)
+        for size in ("4", "30")  # of which the first has not the longest text
     ]
     features = [{n: x.features for n, x in profile.layers.items()} for profile in found]
     assert features[0] == features[1]
