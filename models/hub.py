@@ -171,14 +171,17 @@ class HubInputs:
             )
         self.images, self.texts, self.batch_size = images, texts, batch_size
         if texts is not None:
-            self._prepare_texts(hub.model)
+            self._prepare_texts(hub.model, name)
 
-    def _prepare_texts(self, model: nn.Module) -> None:
+    def _prepare_texts(self, model: nn.Module, name: str) -> None:
         """Padding at the end, so that equal places of two texts are compared.
 
         All texts are padded to the longest one, so that nothing depends on the batch: a model that
         joins image and text also gives outputs for the padding. Where a prompt says where its
         picture goes, the processor makes it longer, and pads a batch to its longest.
+
+        Raises:
+            UserError: the tokenizer knows no word.
         """
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
@@ -190,7 +193,14 @@ class HubInputs:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
         limit = {} if self.prompts else {"truncation": True, "max_length": longest}
-        self.lengths = list(map(len, self.tokenizer(self.texts, **limit)["input_ids"]))
+        ids = self.tokenizer(self.texts, **limit)["input_ids"]
+        if set().union(*ids) <= set(self.tokenizer.all_special_ids):
+            files = ", ".join(self.tokenizer.vocab_files_names.values())
+            raise UserError(
+                f"--hf {name}: the tokenizer, of {len(self.tokenizer)} tokens, knows no word of "
+                f"--texts; see whether its files are there ({files})"
+            )
+        self.lengths = list(map(len, ids))
 
     def samples(self) -> int:
         """How many there are."""

@@ -291,6 +291,15 @@ def test_mistakes_in_folders(data, tmp_path):
         run(sized, tmp_path / "id", *flags(data, "images"))
 
 
+def test_a_tokenizer_without_its_files_is_refused(data, tmp_path):
+    """transformers makes one of two tokens, to which all texts are alike."""
+    save("clip", tmp_path / "clip")
+    for file in (tmp_path / "clip").glob("token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"of 2 tokens, knows no word .*files are .*vocab.json"):
+        run(tmp_path / "clip", tmp_path / "id", *flags(data, *BOTH))
+
+
 def test_a_name_of_the_hub_gets_one_quick_attempt(data, tmp_path, monkeypatch):
     asked = []
 
