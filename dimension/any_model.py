@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from dimension.budget import (
     CapturePlan,
@@ -43,7 +44,7 @@ from dimension.profile import (
     make_remarks,
     measure_layer,
 )
-from dimension.twonn import ENOUGH_POINTS, full_float32, roots_, squared_distances
+from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS, full_float32, roots_, squared_distances
 from models.stages import Stage
 from utils import UserError
 
@@ -85,10 +86,12 @@ def measure(
         batches: iterable anew for each pass, with the same samples in the same order: tensors,
             tuples of the model's arguments, or mappings of them. Moved to the model's device.
         layers: names of modules; or patterns such as "encoder.*", where `*` stands for anything,
-            which choose among the usual layers. Those are, if None: all linear layers. The output
-            of torch's `MultiheadAttention` stands for its `out_proj`, which is never called.
+            which choose among the usual layers. Those are, if None: all linear layers, and
+            transformers' `Conv1D`, which is GPT-2's name for one. The output of torch's
+            `MultiheadAttention` stands for its `out_proj`, which is never called.
         memory_gb: for activations and matrices; None: a share of what is free.
-        n: samples at most: the first ones.
+        n: samples at most, and 3 at least: the first ones. Memory is planned for `n`, or for as
+            many as a list or what else has a length holds; so for a generator give their number.
         fraction: of the points, in (0, 1], see `twonn.estimate_id`.
         seed: of the blocks, see `twonn.block_analysis`, and of what the model draws.
 
@@ -98,16 +101,20 @@ def measure(
         with a row a sample, or the same for nearly all samples.
 
     Raises:
-        UserError: no layer is left, a pattern fits none, the budget is too small, batches differ
-            between passes or can be iterated only once though several passes are needed, a layer
-            is not called as often in each batch, or gives values that are not finite; the message
-            names what.
+        UserError: `n` or `fraction` is out of range, no layer is left, a pattern fits none, the
+            budget is too small, batches differ between passes or can be iterated only once though
+            several passes are needed, a layer is not called as often in each batch, or gives values
+            that are not finite; the message names what.
     """
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction {fraction} is not in (0, 1]")
     modules = choose_layers(model, layers)
     device = next(chain(model.parameters(), model.buffers())).device
     budget = default_budget(device) if memory_gb is None else int(memory_gb * 1e9)
     inputs = Batches(batches, device)
     n = min(n, inputs.most_samples() or n)
+    if n < FEWEST_POINTS:
+        raise UserError(f"n: an ID needs {FEWEST_POINTS} samples at least, not {n}")
     found = {}
     with prepared(model):
         with seeded(device, seed, 0):
@@ -154,7 +161,7 @@ def choose_layers(
         UserError: nothing has such a name.
     """
     modules = dict(model.named_modules())
-    usual = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    usual = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
     chosen = usual if layers is None else []
     for wanted in [layers] if isinstance(layers, str) else layers or []:
         fitting = [name for name in usual if fnmatchcase(name, wanted)]

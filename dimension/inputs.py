@@ -27,10 +27,10 @@ def count_samples(batch) -> int:
     """The length of a batch's first tensor.
 
     Raises:
-        UserError: it holds none.
+        UserError: it holds none, or no sample.
     """
     tensors = [value for value in _values(batch) if isinstance(value, Tensor) and value.dim()]
-    if not tensors:
+    if not tensors or not len(tensors[0]):
         raise UserError(
             f"batches: {type(batch).__name__} is no batch; give tensors, or tuples or mappings "
             "that hold some, with samples in the first dimension"

@@ -369,6 +369,37 @@ def test_a_layer_in_which_few_samples_differ_is_left_out():
         measure(Gate(), batches, layers="prompt")
 
 
+@pytest.mark.parametrize("n", [0, -3, 1, 2])
+def test_too_few_samples_for_an_id(n):
+    with pytest.raises(UserError, match=f"an ID needs 3 samples at least, not {n}"):
+        measure(Chain(), chain_inputs(), n=n)
+    with pytest.raises(UserError, match="an ID needs 3 samples at least, not 2"):
+        measure(Chain(), [torch.randn(2, 6, 16)])
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, 2.0, float("nan")])
+def test_a_fraction_out_of_range(fraction):
+    with pytest.raises(UserError, match=f"fraction {fraction} is not in"):
+        measure(Chain(), chain_inputs(), fraction=fraction)
+
+
+def test_the_linear_layers_of_gpt2(nothing_fixed):
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=20)
+    model, (tokens, mask) = transformers.GPT2Model(config), texts()
+    profile = measure(model, [{"input_ids": tokens, "attention_mask": mask}])
+    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert list(profile.layers) == [f"h.0.{name}" for name in names]
+    with torch.no_grad():
+        embedded = model.wte(tokens) + model.wpe(torch.arange(9))
+        queries = model.h[0].attn.c_attn(model.h[0].ln_1(embedded)) * mask[..., None]
+    expected = expected_ids({"c_attn": queries})["c_attn"]
+    assert profile.layers["h.0.attn.c_attn"].id == pytest.approx(expected, rel=PROMISED)
+
+
+def test_an_attention_elsewhere_does_not_matter():
+    assert list(measure(TokensFirst(), chain_inputs(), layers="before").layers) == ["before"]
+
+
 class TokensFirst(nn.Module):
     """Works in (L, B, D), as XLNet and torch's attention by default, between two that do not."""
 
@@ -485,6 +516,7 @@ def test_batches_must_stay_the_same(nothing_fixed):
     [
         ([], "there are none"),
         (["text"], "str is no batch"),
+        ([torch.zeros(0, 6, 16)], "Tensor is no batch; give tensors"),
         (torch.zeros(N, 6, 16), "a Tensor is one batch"),
         ({"x": torch.zeros(8, 6, 16)}, "a dict is one batch"),
     ],
