@@ -291,7 +291,7 @@ def general(args: argparse.Namespace) -> None:
         runs.clear()
         profile = []
         whole = seconds(lambda: profile.append(measure(model, batches, layers, budget)))  # noqa: B023
-        passes = (len(runs) - 1) // len(batches)
+        passes = (len(runs) - 3) // len(batches)  # after three traces
         report(f"general, {budget:g} GB, {passes} passes", whole, ours)
         ratio, most = whole / plain, 1 + 1.3 * passes
         print(f"  {'general / plain forward':44}{ratio:9.3f}, accepted: {most:.1f}")

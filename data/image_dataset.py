@@ -37,10 +37,7 @@ def open_image(path: str) -> Image.Image:
         raise
     except Exception as error:  # Pillow's readers raise what they meet in a damaged file
         why = mistaken_for(path) or str(error) or type(error).__name__
-        raise BadImageError(
-            f"cannot read image {path}: {why}. Mend or replace it; training and profiling "
-            "go on without such images under --skip_bad_images"
-        ) from error
+        raise BadImageError(f"cannot read image {path}: {why}. Mend or replace it") from error
 
 
 def missing_files(paths: Iterable[str]) -> list[str]:
@@ -163,8 +160,18 @@ class ImageDataset(Dataset):
         raise UserError(f"no image under {self.image_root} can be read (config key image_root)")
 
     def open(self, path: str) -> torch.Tensor:
-        """The transformed image (3, S, S)."""
-        return self.transform(open_image(path))
+        """The transformed image (3, S, S).
+
+        Raises:
+            BadImageError: If it cannot be read; the message tells the flag that passes it over.
+        """
+        try:
+            image = open_image(path)
+        except BadImageError as error:
+            raise BadImageError(
+                f"{error}; training and profiling go on without such images under --skip_bad_images"
+            ) from error
+        return self.transform(image)
 
     def is_readable(self, index: int) -> bool:
         """Whether all images of an item can be read."""

@@ -4,6 +4,7 @@
 stages. Distances, estimates, plan, profile and figures are the same.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import is_dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from dimension.budget import (
     CapturePlan,
@@ -27,13 +29,27 @@ from dimension.budget import (
     plan_capture,
 )
 from dimension.capture import LastOutputKept
-from dimension.inputs import Batches, call, count_samples, padding_mask
-from dimension.profile import IDProfile, block_permutations, make_remarks, measure_layer
-from dimension.twonn import ENOUGH_POINTS, full_float32, roots_, squared_distances
+from dimension.inputs import (
+    Batches,
+    call,
+    count_samples,
+    first_samples,
+    padding_mask,
+    shorter_texts,
+)
+from dimension.profile import (
+    IDProfile,
+    TooFewPoints,
+    block_permutations,
+    make_remarks,
+    measure_layer,
+)
+from dimension.twonn import ENOUGH_POINTS, FEWEST_POINTS, full_float32, roots_, squared_distances
 from models.stages import Stage
 from utils import UserError
 
 FORWARD = Stage("the model", call, (), "")  # the only stage; nothing is carried from it
+Call = tuple[str, int]  # a layer, and which of its calls in a forward, from 0
 
 
 class NotBySample(UserError):
@@ -52,53 +68,73 @@ def measure(
     """Measures the intrinsic dimension of what a model's layers represent.
 
     The model runs in eval mode and without gradients; its modes are restored. A first forward of
-    one batch tells which layers run and what they give. Then come as few passes over all samples
-    as the memory budget allows, each of which stops a forward at the last output that it keeps.
-    The plan is printed.
+    one batch tells which layers run and what they give, and those of its first two samples whether
+    the rows of an output are samples, and which are as long as the texts. Then come as few passes
+    over all samples as the memory budget allows. The first keeps the last layers and runs to the
+    end, to see whether a layer is called more often than in the first batch; the others stop a
+    forward at the last output that they keep. The plan is printed.
 
     A layer's representation of a sample is its output, flattened; of several outputs the first
     tensor. All calls of a layer that a forward calls several times are one representation. Shorter
     samples are padded with zeros, and where batches are mappings with an "attention_mask", the
-    padding inside a batch counts as zero in all layers whose outputs are always as long as it.
+    padding inside a batch counts as zero in all layers whose outputs are as long as it in every
+    batch, and become shorter with it.
 
     Args:
-        model: any, on its device. The first dimension of its inputs and outputs is samples.
+        model: any, on its device. The first dimension of its inputs is samples, or all batches
+            are of one sample.
         batches: iterable anew for each pass, with the same samples in the same order: tensors,
             tuples of the model's arguments, or mappings of them. Moved to the model's device.
         layers: names of modules; or patterns such as "encoder.*", where `*` stands for anything,
-            which choose among the usual layers. Those are, if None: all linear layers. The output
-            of torch's `MultiheadAttention` stands for its `out_proj`, which is never called.
+            which choose among the usual layers. Those are, if None: all linear layers, and
+            transformers' `Conv1D`, which is GPT-2's name for one. The output of torch's
+            `MultiheadAttention` stands for its `out_proj`, which is never called.
         memory_gb: for activations and matrices; None: a share of what is free.
-        n: samples at most: the first ones.
+        n: samples at most, and 3 at least: the first ones. Memory is planned for `n`, or for as
+            many as a list or what else has a length holds; so for a generator give their number.
         fraction: of the points, in (0, 1], see `twonn.estimate_id`.
-        seed: of the blocks, see `twonn.block_analysis`.
+        seed: of the blocks, see `twonn.block_analysis`, and of what the model draws.
 
     Returns:
         The IDs of the layers in forward order, by the last call of each. Its remarks name layers
-        that are left out since they never run or give no floating-point tensor with a row a sample.
+        that are left out since they do not run in the first batch, give no floating-point tensor
+        with a row a sample, or the same for nearly all samples.
 
     Raises:
-        UserError: a pattern fits no layer, the budget is too small, batches differ between passes
-            or can be iterated only once though several passes are needed, or a layer gives values
+        UserError: `n` or `fraction` is out of range, no layer is left, a pattern fits none, the
+            budget is too small, batches differ between passes or can be iterated only once though
+            several passes are needed, a layer is not called as often in each batch, or gives values
             that are not finite; the message names what.
     """
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction {fraction} is not in (0, 1]")
     modules = choose_layers(model, layers)
     device = next(chain(model.parameters(), model.buffers())).device
     budget = default_budget(device) if memory_gb is None else int(memory_gb * 1e9)
     inputs = Batches(batches, device)
     n = min(n, inputs.most_samples() or n)
+    if n < FEWEST_POINTS:
+        raise UserError(f"n: an ID needs {FEWEST_POINTS} samples at least, not {n}")
     found = {}
     with prepared(model):
-        shape, omitted = trace_forward(model, modules, inputs.first)
+        with seeded(device, seed, 0):
+            shape, texts, remarks = trace_forward(model, modules, inputs.first)
         names = list(dict.fromkeys(layer.name for layer in shape.layers))
-        plan = plan_capture([shape], set(names), {}, n, inputs.batch_size, budget)
+        latest_first = shape._replace(layers=shape.layers[::-1])
+        plan = plan_capture([latest_first], set(names), {}, n, inputs.batch_size, budget)
         print(f"{n} samples, {len(names)} layers\n{plan}", flush=True)
-        for sentence in omitted:
+        for sentence in remarks:
             print(sentence, flush=True)
-        for name, features, distances in ForwardCapture(model, modules, inputs, plan):
+        for name, features, distances in ForwardCapture(model, modules, inputs, plan, texts, seed):
             permutations = block_permutations(len(distances), seed)
-            layer = measure_layer(name, features, distances, fraction, permutations)
+            try:
+                layer = measure_layer(name, features, distances, fraction, permutations)
+            except TooFewPoints as error:
+                remarks.append(f"left out: {error}")
+                continue
             found[name] = replace(layer, kind="other")
+    if not found:
+        raise UserError(f"no layer is left to measure ({'; '.join(remarks)})")
     count = len(distances)
     settings = {
         "model": type(model).__name__,
@@ -108,8 +144,8 @@ def measure(
         "enough_points": ENOUGH_POINTS,
         "device": device.type,
     }
-    ordered = {name: found[name] for name in names}
-    return IDProfile(settings, ordered, make_remarks(count, ordered) + omitted)
+    ordered = {name: found[name] for name in names if name in found}
+    return IDProfile(settings, ordered, make_remarks(count, ordered) + remarks)
 
 
 def choose_layers(
@@ -122,16 +158,10 @@ def choose_layers(
         layers: see `measure`.
 
     Raises:
-        UserError: nothing has such a name, or an attention takes samples in the second dimension.
+        UserError: nothing has such a name.
     """
     modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            raise UserError(
-                f"{name} has samples in the second dimension: build the model with "
-                "batch_first=True, so that samples are the first"
-            )
-    usual = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    usual = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
     chosen = usual if layers is None else []
     for wanted in [layers] if isinstance(layers, str) else layers or []:
         fitting = [name for name in usual if fnmatchcase(name, wanted)]
@@ -163,6 +193,17 @@ def prepared(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def seeded(device: torch.device, *parts: int) -> Iterator[None]:
+    """Random numbers on the CPU and a device that depend on `parts`; then those as before."""
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type):
+        torch.default_generator.manual_seed(hash(parts))
+        for accelerator in accelerators:
+            torch.get_device_module(accelerator).manual_seed(hash(parts))
+        yield
 
 
 def first_tensor(output) -> Tensor | None:
@@ -206,18 +247,73 @@ def by_sample(output, samples: int) -> Tensor:
     return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(2)
 
 
-class _Trace(NamedTuple):
-    """What the first forward tells, by layer name."""
+class _Output(NamedTuple):
+    """What a call of a layer gave."""
 
-    calls: dict[str, list[LayerShape]]
-    problems: dict[str, str]
-    order: list[str]  # of all calls
+    tensor: Tensor | None  # without values
+    flops: int  # from the start of the forward to here
+
+
+def _outputs(
+    model: nn.Module, modules: dict[str, nn.Module], batch
+) -> tuple[dict[Call, _Output], int]:
+    """Runs a batch; the outputs by layer and call, in the order of the calls, and all FLOPs."""
+    found: dict[Call, _Output] = {}
+    called = dict.fromkeys(modules, 0)
+    counter = FlopCounterMode(display=False)
+
+    def note(name: str, module, args, output) -> None:
+        tensor = first_tensor(output)
+        tensor = None if tensor is None else tensor.to("meta")
+        found[name, called[name]] = _Output(tensor, counter.get_total_flops())
+        called[name] += 1
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(note, name)))
+        with counter:
+            call(model, batch)
+    return found, counter.get_total_flops()
+
+
+def _outputs_of_few(
+    model: nn.Module, modules: dict[str, nn.Module], batch, few: int
+) -> dict[Call, _Output]:
+    """The outputs for the batch's first samples alone.
+
+    Raises:
+        UserError: the model does not take them alone.
+    """
+    try:
+        return _outputs(model, modules, first_samples(batch, few))[0]
+    except Exception as error:  # of whatever kind a model finds
+        raise UserError(
+            f"batches: the model does not take {few} of the first batch's {count_samples(batch)} "
+            f"samples alone ({type(error).__name__}: {error}); where the first dimension of its "
+            "inputs is not samples, give batches of one sample"
+        ) from error
+
+
+def _as_long_as_texts(
+    model: nn.Module, modules: dict[str, nn.Module], batch, outputs: dict[Call, _Output]
+) -> set[Call]:
+    """Those of the batch's outputs that become shorter when its texts do."""
+    if padding_mask(batch) is None:
+        return set()
+    shorter, _ = _outputs(model, modules, shorter_texts(batch))
+    known = {key: output.tensor for key, output in outputs.items() if output.tensor is not None}
+    return {key for key in known.keys() & shorter if shorter[key].tensor.shape != known[key].shape}
 
 
 def trace_forward(
     model: nn.Module, modules: dict[str, nn.Module], batch
-) -> tuple[StageShape, list[str]]:
+) -> tuple[StageShape, set[Call], list[str]]:
     """Runs one batch to learn which layers run, in what order, and what they give.
+
+    Then runs its first samples alone. Rows of an output that are no samples, such as the tokens of
+    a layer that works in (L, B, D), do not become fewer with them. Of a batch of one sample every
+    row belongs to it. In the end runs these samples with a column of their texts less: where an
+    image has as many tokens as a text, this tells their layers apart.
 
     Args:
         model: as `prepared` leaves it.
@@ -225,42 +321,61 @@ def trace_forward(
         batch: on the model's device.
 
     Returns:
-        The forward as a stage; all calls of a layer stand together where its last one is. And
-        sentences on layers that are left out.
+        The forward as a stage; all calls of a layer stand together where its last one is. The
+        calls whose outputs are as long as the texts. And sentences for the profile's reader.
 
     Raises:
-        UserError: no layer is left.
+        UserError: no layer is left, or the model does not take fewer samples.
     """
-    samples, trace = count_samples(batch), _Trace({}, {}, [])
-    counter = FlopCounterMode(display=False)
-
-    def note(name: str, module, args, output) -> None:
-        calls = trace.calls.setdefault(name, [])
-        trace.order.append(name)
+    samples = count_samples(batch)
+    outputs, flops = _outputs(model, modules, batch)
+    few = min(2, samples // 2) or 1
+    fewer = outputs if few == samples else _outputs_of_few(model, modules, batch, few)
+    calls: dict[str, list[LayerShape]] = {}
+    problems: dict[str, str] = {}
+    for (name, number), output in outputs.items():
+        calls[name] = calls.pop(name, [])  # in the order of the last calls
         try:
-            _, tokens, width = by_sample(output, samples).shape
+            _, tokens, width = by_sample(output.tensor, samples).shape
+            _require_rows_of_samples(output.tensor, samples, fewer.get((name, number)), few)
         except NotBySample as error:
-            trace.problems[name] = str(error)
-            return
-        flops = counter.get_total_flops() // samples
-        calls.append(LayerShape(name, tokens, width, flops, call=len(calls)))
-
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            hooks.enter_context(module.register_forward_hook(partial(note, name)))
-        with counter:
-            call(model, batch)
-    last = {name: position for position, name in enumerate(trace.order)}
-    silent = [name for name in modules if name not in last]
-    kept = sorted(set(last) - set(trace.problems), key=last.get)
-    omitted = [f"left out: {name}, for {why}" for name, why in trace.problems.items()]
+            problems.setdefault(name, str(error))
+            continue
+        shape = LayerShape(name, tokens, width, output.flops // samples, call=number)
+        calls[name].append(shape)
+    silent = [name for name in modules if name not in calls]
+    remarks = [f"left out: {name}, for {why}" for name, why in problems.items()]
     if silent:
-        omitted.append(f"left out, for they never run: {', '.join(silent)}")
-    if not kept:
-        raise UserError(f"no layer is left to measure ({'; '.join(omitted)})")
-    shapes = tuple(shape for name in kept for shape in trace.calls[name])
-    flops = max(1, counter.get_total_flops() // samples)
-    return StageShape(FORWARD, shapes, (0,), flops), omitted
+        remarks.append(f"left out, for they did not run in the first batch: {', '.join(silent)}")
+    shapes = tuple(shape for name in calls if name not in problems for shape in calls[name])
+    if not shapes:
+        raise UserError(f"no layer is left to measure ({'; '.join(remarks)})")
+    try:
+        texts = _as_long_as_texts(model, modules, first_samples(batch, few), fewer)
+    except Exception as error:  # of whatever kind a model finds
+        texts = set(outputs)
+        remarks.append(
+            f"the model does not take shorter texts ({type(error).__name__}: {error}), so padding "
+            "counts as zero in every layer as long as the texts"
+        )
+    flops = max(1, flops // samples)
+    to_the_end = shapes[-1]._replace(flops=flops)  # for the pass that keeps it stops nowhere
+    return StageShape(FORWARD, (*shapes[:-1], to_the_end), (0,), flops), texts, remarks
+
+
+def _require_rows_of_samples(tensor: Tensor, samples: int, fewer: _Output | None, few: int) -> None:
+    """Compares an output for some samples with that for a few of them.
+
+    Raises:
+        NotBySample: its rows are not as many times fewer as the samples.
+    """
+    rows, *others = tensor.shape
+    then = None if fewer is None or fewer.tensor is None else tuple(fewer.tensor.shape)
+    if then is None or (rows * few, others) != (then[0] * samples, [*then[1:]]):
+        raise NotBySample(
+            f"its output {tuple(tensor.shape)} for {samples} samples is {then or 'nothing'} for "
+            f"{few}, so its rows are no samples; give batches of one sample to measure it"
+        )
 
 
 class ForwardCapture:
@@ -272,7 +387,13 @@ class ForwardCapture:
     """
 
     def __init__(
-        self, model: nn.Module, modules: dict[str, nn.Module], inputs: Batches, plan: CapturePlan
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        inputs: Batches,
+        plan: CapturePlan,
+        texts: set[Call],
+        seed: int,
     ):
         """Holds what the plan needs; the model first runs when iteration begins.
 
@@ -280,14 +401,18 @@ class ForwardCapture:
             model: as `prepared` leaves it, also while this is iterated.
             modules: of `choose_layers`.
             inputs: of which the plan's `n` samples are taken, or fewer if there are fewer.
-            plan: of `plan_capture`, for `trace_forward`'s stage.
+            plan: of `plan_capture`, for `trace_forward`'s stage with its last layers first.
+            texts: of `trace_forward`.
+            seed: with a batch's number, of what the model draws for it.
 
         Raises:
             UserError: the plan needs several passes and the inputs allow one.
         """
         self.model, self.modules, self.inputs, self.plan = model, modules, inputs, plan
+        self.texts, self.seed = texts, seed
         (self.stage,) = plan.stages
         self.shapes = {(x.name, x.call): x for x in self.stage.shape.layers}
+        self.expected = Counter(name for name, _ in reversed(self.shapes))  # calls in a forward
         self.pending = [segment for kept in self.stage.passes for segment in kept]
         self._require_one_pass(self.stage.passes)
         self.count = 0  # samples, known after the first pass
@@ -301,8 +426,10 @@ class ForwardCapture:
             while self.pending:
                 self._run()
                 self.pending = self.pending[len(self.held) :]
-                while self.held:
-                    yield from self._add(next(iter(self.held)))
+                while self.held:  # earlier layers first: there begins what is not finite
+                    name = next(reversed(self.held)).layer.name
+                    for segment in [x for x in self.held if x.layer.name == name]:
+                        yield from self._add(segment)
 
     def _require_one_pass(self, passes: list[list[Segment]]) -> None:
         if self.inputs.once and len(passes) > 1:
@@ -327,7 +454,7 @@ class ForwardCapture:
                 size = self.plan.n + 1, segment.stop - segment.start, segment.layer.width
                 self.held[segment] = make(size, dtype=torch.float32, device=device)
         self.held = {segment: self.held[segment] for segment in passes[0]}  # in order
-        self.by_call: dict[tuple[str, int], list[Segment]] = {}
+        self.by_call: dict[Call, list[Segment]] = {}
         for segment in self.held:
             self.by_call.setdefault((segment.layer.name, segment.layer.call), []).append(segment)
         forward = [max(x.layer.flops for x in kept) for kept in passes]
@@ -343,9 +470,9 @@ class ForwardCapture:
         self._hold(torch.empty)
         self.rows = slice(0, 0)
         self.masks: list[tuple[slice, Tensor]] = []
-        self.unmasked: set[tuple[str, int]] = set()
+        self.unmasked: set[Call] = set()
         with ExitStack() as hooks:
-            for name in {name for name, _ in self.by_call}:
+            for name in self.expected:
                 hook = partial(self._keep, name)
                 hooks.enter_context(self.modules[name].register_forward_hook(hook))
             for number, batch in enumerate(self.inputs):
@@ -358,17 +485,22 @@ class ForwardCapture:
                 f"{self.rows.stop}; every pass must see the same"
             )
         self.count = self.rows.stop
-        for key in set(self.by_call) - self.unmasked:
+        for key in set(self.by_call) & self.texts - self.unmasked:
             self._blank_padding(key)
 
     def _batch(self, number: int, batch) -> None:
-        """Runs the model on a batch until all that this pass keeps is kept."""
+        """Runs the model on a batch; after the first pass, until all that it keeps is kept."""
         self.samples = count_samples(batch)
         stop = self.rows.stop + self.samples
         if stop > self.plan.n == self.inputs.most_samples():
             raise UserError(
                 f"batches: batch {number} is larger than the first, from which follow {stop} "
                 f"samples where there seemed to be {self.plan.n}: give n, or a list"
+            )
+        if self.samples > self.inputs.batch_size == 1:
+            raise UserError(
+                f"batches: batch {number} has {self.samples} samples and the first only one, which "
+                "does not tell whose the rows of an output are: give batches of one size"
             )
         stop = min(stop, self.plan.n)
         self.rows = slice(self.rows.stop, stop)
@@ -377,18 +509,22 @@ class ForwardCapture:
             self.masks.append((self.rows, self.mask[: stop - self.rows.start]))
         self.called = dict.fromkeys(self.modules, 0)
         self.missing = set(self.by_call)
-        with suppress(LastOutputKept):
+        with suppress(LastOutputKept), seeded(self.inputs.device, self.seed, number):
             call(self.model, batch)
-        if self.missing:
-            name = min(self.missing)[0]
-            raise UserError(
-                f"layer {name} ran in the first batch, but not as often in batch {number}: leave "
-                "it out (layers)"
-            )
+            self._require_as_many_calls(number)
         self.bar.update(self.flops * (stop - self.rows.start))
 
+    def _require_as_many_calls(self, number: int) -> None:
+        """After a whole forward: each layer was called as often as in the first batch."""
+        others = [name for name, count in self.expected.items() if self.called[name] != count]
+        if others:
+            raise UserError(
+                f"layers {', '.join(others)}: not called as often in batch {number} as in the "
+                "first; leave them out (layers)"
+            )
+
     def _keep(self, name: str, module, args, output) -> None:
-        """Keeps an output; ends the forward if it was the last one."""
+        """Keeps an output; ends the forward if it was the last one, but not in the first pass."""
         key = name, self.called[name]
         self.called[name] += 1
         if key not in self.missing:
@@ -396,7 +532,7 @@ class ForwardCapture:
         try:
             values = by_sample(output, self.samples)[: self.rows.stop - self.rows.start]
         except NotBySample as error:
-            raise UserError(f"layer {name}: {error}") from None
+            raise UserError(f"layer {name}: {error}; leave it out (layers)") from None
         _, tokens, width = values.shape
         shape = self.shapes[key]
         if width != shape.width:
@@ -411,10 +547,10 @@ class ForwardCapture:
         for segment in self.by_call.get(key, ()):
             self._write(self.held[segment], values[:, segment.start : segment.stop])
         self.missing.discard(key)
-        if not self.missing:
+        if self.count and not self.missing:
             raise LastOutputKept
 
-    def _lengthen(self, key: tuple[str, int], tokens: int) -> None:
+    def _lengthen(self, key: Call, tokens: int) -> None:
         """Adds segments for tokens that no batch before had; the last held ones may have to go."""
         before = self.shapes[key]
         self.shapes[key] = before._replace(tokens=tokens)
@@ -433,7 +569,7 @@ class ForwardCapture:
         torch.sub(values, centre[:length], out=kept[self.rows, :length])
         kept[self.rows, length:] = -centre[length:]
 
-    def _blank_padding(self, key: tuple[str, int]) -> None:
+    def _blank_padding(self, key: Call) -> None:
         """Makes zero what a call gave for padding."""
         for segment in self.by_call[key]:
             kept = self.held[segment]

@@ -1,7 +1,7 @@
 """A foreign model's inputs: batches of any usual form, the same in every pass."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from utils import UserError
 
 MASK = "attention_mask"  # Hugging Face's name: 1 for a text's own tokens, 0 for padding
+EMBEDDED = "inputs_embeds"  # and for what may stand for token ids
 
 
 def call(model: nn.Module, batch) -> None:
@@ -26,15 +27,42 @@ def count_samples(batch) -> int:
     """The length of a batch's first tensor.
 
     Raises:
-        UserError: it holds none.
+        UserError: it holds none, or no sample.
     """
     tensors = [value for value in _values(batch) if isinstance(value, Tensor) and value.dim()]
-    if not tensors:
+    if not tensors or not len(tensors[0]):
         raise UserError(
             f"batches: {type(batch).__name__} is no batch; give tensors, or tuples or mappings "
             "that hold some, with samples in the first dimension"
         )
     return len(tensors[0])
+
+
+def first_samples(batch, count: int):
+    """The batch with what has a row for each sample, tensors and lists, cut to `count` rows."""
+    samples = count_samples(batch)
+
+    def cut(value):
+        listed = isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim())
+        return value[:count] if listed and len(value) == samples else value
+
+    return _changed(batch, cut)
+
+
+def shorter_texts(batch: Mapping) -> dict:
+    """The batch without the last column of its attention mask and of what belongs to its tokens.
+
+    These are the arguments of whole numbers, such as ids or boxes, that begin with the mask's
+    (B, L), for floating-point ones may belong to as many regions of an image.
+    """
+    size = batch[MASK].shape
+
+    def of_tokens(name: str, value) -> bool:
+        if not isinstance(value, Tensor) or value.shape[:2] != size:
+            return False
+        return name in (MASK, EMBEDDED) or not value.is_floating_point()
+
+    return {name: x[:, :-1] if of_tokens(name, x) else x for name, x in batch.items()}
 
 
 def padding_mask(batch) -> Tensor | None:
@@ -118,15 +146,16 @@ def _values(batch) -> list:
 
 def _moved(batch, device: torch.device):
     """The batch with its tensors on a device."""
+    return _changed(batch, lambda x: x.to(device) if isinstance(x, Tensor) else x)
 
-    def move(value):
-        return value.to(device) if isinstance(value, Tensor) else value
 
+def _changed(batch, change: Callable):
+    """The batch, each of whose arguments is what `change` makes of it."""
     if isinstance(batch, Mapping):
-        return {name: move(value) for name, value in batch.items()}
+        return {name: change(value) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [move(value) for value in batch]
-    return move(batch)
+        return [change(value) for value in batch]
+    return change(batch)
 
 
 def _mark(batch) -> int:

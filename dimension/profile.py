@@ -19,6 +19,10 @@ DISTANCES = "distances"
 MANY_DUPLICATES = 0.1
 
 
+class TooFewPoints(UserError):
+    """A layer in which too few samples differ for any estimate."""
+
+
 @dataclass
 class LayerID:
     """What was measured of a layer.
@@ -153,14 +157,15 @@ def measure_layer(
         permutations: (20, n).
 
     Raises:
-        UserError: too few different samples for any estimate.
+        TooFewPoints: too few different samples for any estimate.
     """
     analysis = block_analysis(distances, fraction, permutations, fewest=ENOUGH_POINTS)
     if math.isnan(analysis.id):
-        raise UserError(
+        different = "different " if analysis.duplicates else ""
+        raise TooFewPoints(
             f"layer {name}: {analysis.points} of {len(distances)} samples have two neighbours at "
             f"different distances ({analysis.duplicates} are duplicates), and three are needed; "
-            "take more samples (-n)"
+            f"take more {different}samples"
         )
     error = None if math.isnan(analysis.error) else analysis.error
     means = [None if math.isnan(mean) else mean for mean in analysis.mean.tolist()]

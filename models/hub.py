@@ -2,7 +2,8 @@
 
 import inspect
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from data.image_dataset import open_image
+from data.image_dataset import BadImageError, open_image
 from utils import UserError
 
 TRIAL_SECONDS = 10  # that the hub has for its first answer
@@ -45,12 +46,27 @@ class HubModel(NamedTuple):
     @property
     def sees_images(self) -> bool:
         """Whether the model's `forward` takes images."""
-        return "pixel_values" in inspect.signature(self.model.forward).parameters
+        return _takes(self.model, "pixel_values")
 
     @property
     def sees_texts(self) -> bool:
         """Whether the model's `forward` takes token ids."""
-        return "input_ids" in inspect.signature(self.model.forward).parameters
+        return _takes(self.model, "input_ids")
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of whatever kind a damaged or contradictory folder makes
+        raise UserError(
+            f"--hf {name}: transformers cannot load it: {type(error).__name__}: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def open_hub_model(name: str) -> HubModel:
@@ -60,18 +76,19 @@ def open_hub_model(name: str) -> HubModel:
         name: of the folder or on the hub.
 
     Raises:
-        UserError: it is not there, is no model that transformers knows, lacks weights, or lacks
-            what prepares its inputs.
+        UserError: it is not there, is no model that transformers can load, lacks weights or what
+            prepares its inputs, or takes neither images nor texts.
     """
     if not Path(name).is_dir():
         _require_reachable(name)
-    try:
+    with _loading(name):
         model, report = AutoModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True
         )
+    if not _takes(model, "pixel_values") and not _takes(model, "input_ids"):
+        raise UserError(f"--hf {name} takes neither images nor texts, but {model.main_input_name}")
+    with _loading(name):
         processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--hf {name}: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     needed = [key for key in missing if "pooler" not in key]
     if needed:
@@ -170,22 +187,38 @@ class HubInputs:
                 "each picture, in the order of the pictures' names"
             )
         self.images, self.texts, self.batch_size = images, texts, batch_size
+        self.lengths: list[int] = []  # of the texts, in tokens
         if texts is not None:
-            self._prepare_texts(hub.model)
+            self._prepare_texts(hub.model, name)
 
-    def _prepare_texts(self, model: nn.Module) -> None:
-        """Padding at the end, so that equal places of two texts are compared."""
+    def _prepare_texts(self, model: nn.Module, name: str) -> None:
+        """Padding at the end, so that equal places of two texts are compared.
+
+        All texts are padded to the longest one, so that nothing depends on the batch: a model that
+        joins image and text also gives outputs for the padding. Where a prompt says where its
+        picture goes, the processor makes it longer, and pads a batch to its longest.
+
+        Raises:
+            UserError: the tokenizer knows no word.
+        """
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.options = {"padding": True}
         mark = getattr(self.processor, "image_token", None) if self.images else None
-        if mark is not None:  # a prompt says where its picture goes
+        self.prompts = mark is not None
+        if self.prompts:
             self.texts = [x if mark in x else f"{mark}\n{x}" for x in self.texts]
-            return
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
-        self.options |= {"truncation": True, "max_length": longest}
+        limit = {} if self.prompts else {"truncation": True, "max_length": longest}
+        ids = self.tokenizer(self.texts, **limit)["input_ids"]
+        if set().union(*ids) <= set(self.tokenizer.all_special_ids):
+            files = ", ".join(self.tokenizer.vocab_files_names.values())
+            raise UserError(
+                f"--hf {name}: the tokenizer, of {len(self.tokenizer)} tokens, knows no word of "
+                f"--texts; see whether its files are there ({files})"
+            )
+        self.lengths = list(map(len, ids))
 
     def samples(self) -> int:
         """How many there are."""
@@ -197,6 +230,7 @@ class HubInputs:
             self.images = [self.images[i] for i in chosen]
         if self.texts is not None:
             self.texts = [self.texts[i] for i in chosen]
+            self.lengths = [self.lengths[i] for i in chosen]
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -205,13 +239,19 @@ class HubInputs:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """The batches, in order."""
         for start in range(0, self.samples(), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            inputs = {}
-            if self.images is not None:
-                inputs["images"] = [open_image(str(path)) for path in self.images[rows]]
-            if self.texts is not None:
-                inputs |= {"text": self.texts[rows], **self.options}
-            yield dict(self.processor(**inputs, return_tensors="pt"))
+            yield self.batch(range(start, min(start + self.batch_size, self.samples())))
+
+    def batch(self, rows: Iterable[int]) -> dict[str, torch.Tensor]:
+        """What the processor makes of some samples."""
+        inputs = {}
+        if self.images is not None:
+            inputs["images"] = [open_image(str(self.images[i])) for i in rows]
+        if self.texts is not None:
+            inputs |= {"text": [self.texts[i] for i in rows], "padding": True}
+            if not self.prompts:
+                most = max(self.lengths)
+                inputs |= {"padding": "max_length", "max_length": most, "truncation": True}
+        return dict(self.processor(**inputs, return_tensors="pt"))
 
 
 def _require(takes: bool, given: bool, prepares: bool, name: str, what: str, flag: str) -> None:
@@ -230,20 +270,24 @@ def _require(takes: bool, given: bool, prepares: bool, name: str, what: str, fla
 
 
 def check_forward(hub: HubModel, inputs: HubInputs, name: str) -> None:
-    """Runs one sample.
+    """Runs one sample, of those with texts the longest.
 
     Raises:
-        UserError: the model does not take what its processor makes of it.
+        UserError: its picture cannot be read, or the model does not take what its processor makes
+            of the sample.
     """
-    batch = next(iter(inputs))
-    one = {key: value[:1] for key, value in batch.items()}
+    lengths, made = inputs.lengths or [0], {}
     try:
+        made = inputs.batch([lengths.index(max(lengths))])
         with torch.no_grad():
-            hub.model(**one)
-    except Exception as error:  # of whatever kind a model finds
+            hub.model(**made)
+    except BadImageError:
+        raise
+    except Exception as error:  # of whatever kind a model or processor finds
+        text = f", whose text of {max(lengths)} tokens is the longest" if inputs.lengths else ""
         raise UserError(
-            f"--hf {name}: the model does not take what its processor makes of a sample "
-            f"({', '.join(batch)}): {_first_line(error)}"
+            f"--hf {name}: the model does not take what its processor makes of a sample{text} "
+            f"({', '.join(made) or 'nothing'}): {_first_line(error)}"
         ) from error
 
 

@@ -567,7 +567,7 @@ BAD_IMAGES = {
 def test_whatever_reading_an_image_raises_is_that_images_fault(name, tmp_path, monkeypatch):
     BAD_IMAGES[name](tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # large is beyond, huge beyond twice
-    with pytest.raises(BadImageError, match=f"{tmp_path / name}: .+ --skip_bad_images"):
+    with pytest.raises(BadImageError, match=f"{tmp_path / name}: .+ Mend or replace it$"):
         open_image(str(tmp_path / name))
 
 

@@ -171,22 +171,27 @@ def test_measures(folder, data, tmp_path, capsys):
         assert "left out, for the checkpoint lacks them: pooler.dense" in profile.remarks
 
 
-def test_batch_size_changes_nothing(data, tmp_path, monkeypatch):
-    """Texts are padded to the batch's longest; that padding is no part of a representation.
+@pytest.mark.parametrize("kind", ["bert", "flava", "llava"])
+def test_batch_size_changes_nothing(kind, data, tmp_path, monkeypatch):
+    """Also not in FLAVA's layers that see image and text, and give outputs for the padding.
 
     In float64, where the batch does not move the roundings that are kept.
     """
-    save("bert", tmp_path / "bert")
+    save(kind, tmp_path / kind)
     opened = hub.open_hub_model
+
+    def doubled(module, args, inputs):
+        return args, {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
 
     def in_float64(name):
         found = opened(name)
+        found.model.register_forward_pre_hook(doubled, with_kwargs=True)
         return found._replace(model=found.model.double())
 
     monkeypatch.setattr(ComputeID, "open_hub_model", in_float64)
     found = [
-        run(tmp_path / "bert", tmp_path / size, *flags(data, "texts"), "--batch_size", size)
-        for size in ("7", "30")
+        run(tmp_path / kind, tmp_path / size, *flags(data, *INPUTS[kind]), "--batch_size", size)
+        for size in ("4", "30")  # of which the first has not the longest text
     ]
     features = [{n: x.features for n, x in profile.layers.items()} for profile in found]
     assert features[0] == features[1]
@@ -257,7 +262,7 @@ def test_mistakes_in_pictures_and_texts(data, tmp_path):
             run(tmp_path / "clip", to, "--images", images, "--texts", lines)
     (tmp_path / "none" / "broken.png").write_text("not a picture")
     (tmp_path / "one").write_text("word1")
-    with pytest.raises(UserError, match="cannot read image .*broken.png"):
+    with pytest.raises(UserError, match="cannot read image .*broken.png: .* Mend or replace it$"):
         run(tmp_path / "clip", to, "--images", tmp_path / "none", "--texts", tmp_path / "one")
 
 
@@ -284,6 +289,75 @@ def test_mistakes_in_folders(data, tmp_path):
     settings.write_text(json.dumps(content))
     with pytest.raises(UserError, match="does not take what its processor makes .*pixel_values"):
         run(sized, tmp_path / "id", *flags(data, "images"))
+
+
+def changed(path, file, **content):
+    file = path / file
+    file.write_text(json.dumps(json.loads(file.read_text()) | content))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (None, "transformers cannot load it: SafetensorError"),
+        ({"hidden_size": 32}, "transformers cannot load it: RuntimeError"),
+        ({"hidden_size": "16"}, "transformers cannot load it: Strict.*hidden_size"),
+    ],
+)
+def test_damaged_folders(config, message, data, tmp_path):
+    save("vit", tmp_path / "vit")
+    if config is None:
+        weights = tmp_path / "vit" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:2000])
+    else:
+        changed(tmp_path / "vit", "config.json", **config)
+    with pytest.raises(UserError, match=f"--hf .*vit: {message}"):
+        run(tmp_path / "vit", tmp_path / "id", *flags(data, "images"))
+
+
+def test_a_model_of_neither_images_nor_texts(data, tmp_path):
+    sizes = {"conv_dim": (16, 16), "conv_kernel": (3, 3), "conv_stride": (2, 2)}
+    config = transformers.Wav2Vec2Config(
+        **WIDTH, **sizes, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2
+    )
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "wav")
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "wav")
+    with pytest.raises(UserError, match="takes neither images nor texts, but input_values"):
+        run(tmp_path / "wav", tmp_path / "id")
+
+
+def test_a_tokenizer_that_cannot_pad(data, tmp_path):
+    save("bert", tmp_path / "bert")
+    kind = "PreTrainedTokenizerFast"
+    settings = {"pad_token": None, "eos_token": None, "tokenizer_class": kind}
+    changed(tmp_path / "bert", "tokenizer_config.json", **settings)
+    with pytest.raises(UserError, match="makes of a sample.*: Asking to pad but"):
+        run(tmp_path / "bert", tmp_path / "id", *flags(data, "texts"))
+
+
+def test_the_longest_text_is_tried_first(data, tmp_path):
+    """RoBERTa counts positions from 1 + padding id: of 14, 13 remain for tokens."""
+    config = transformers.RobertaConfig(
+        **WIDTH, vocab_size=len(WORDS), max_position_embeddings=14, pad_token_id=0
+    )
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    made = tokenizer()
+    made.model_max_length = int(1e30)
+    made.save_pretrained(tmp_path / "roberta")
+    lines = Path(data / "texts.txt").read_text().splitlines()
+    lines[12] = " ".join(["word1", "word2"] * 8)
+    (tmp_path / "long").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="whose text of 14 tokens is the longest .*: index out of"):
+        run(tmp_path / "roberta", tmp_path / "id", "--texts", tmp_path / "long")
+
+
+def test_a_tokenizer_without_its_files_is_refused(data, tmp_path):
+    """transformers makes one of two tokens, to which all texts are alike."""
+    save("clip", tmp_path / "clip")
+    for file in (tmp_path / "clip").glob("token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"of 2 tokens, knows no word .*files are .*vocab.json"):
+        run(tmp_path / "clip", tmp_path / "id", *flags(data, *BOTH))
 
 
 def test_a_name_of_the_hub_gets_one_quick_attempt(data, tmp_path, monkeypatch):
