@@ -1,8 +1,12 @@
 """IDs of models that are not ours, against plain hooks and the block analysis."""
 
+import subprocess
+import sys
+import textwrap
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -860,3 +864,24 @@ def test_profile_files_keep_the_kind(tmp_path):
     points = {x.get_label(): x for x in figure.axes[0].lines}
     assert {"vision", "language", "other"} <= set(points)
     assert len(plot_scale(profile).axes[0].lines) == 5
+
+
+def test_the_readmes_example_runs_in_a_process_of_its_own(tmp_path):
+    lines = Path("README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if "from dimension import measure" in line)
+    stop = next(i for i in range(start, len(lines)) if lines[i].startswith("`measure` takes"))
+    code = textwrap.dedent("\n".join(lines[start:stop]))
+    for written, smaller in (
+        ("vit_base_patch16_224", "test_vit"),
+        ("pretrained=True", "pretrained=False"),
+        ("ID/vit", str(tmp_path / "ID")),
+        ("n=2000", "n=40"),
+    ):
+        assert code.count(written) == 1
+        code = code.replace(written, smaller)
+    pictures = "import torch; pictures = torch.rand(40, 3, 160, 160)"
+    code = f"{pictures}\n{code}\nprint(sorted(pruner.layers) == sorted(profile.layers))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True"
+    assert (tmp_path / "ID/profile.json").exists()
