@@ -147,11 +147,12 @@ def pooled_differences(
         for fraction in fractions
     ]
     pooled = {}
-    for score in set.intersection(*map(set, found)) if found else ():
+    for score in SCORES[task] if found and all(found) else ():
         of_score = [differences[score] for differences in found]
         seeds = sorted(set.intersection(*map(set, of_score)))
-        pooled[score] = {s: sum(d[s] for d in of_score) / len(of_score) for s in seeds}
-    return {score: of_seed for score, of_seed in pooled.items() if of_seed}
+        if seeds:
+            pooled[score] = {s: sum(d[s] for d in of_score) / len(of_score) for s in seeds}
+    return pooled
 
 
 def groups(results: dict[Cell, dict]) -> list[Group]:

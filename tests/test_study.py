@@ -323,7 +323,9 @@ def test_pooled_differences_are_of_seeds_with_all_fractions():
     del results[Cell("caption", "PLATON", 0.5, NONE, 2)]
     found = pooled_differences(results, "caption", "PLATON", [0.25, 0.5], ID, NONE)
     assert found["loss"] == {0: 0, 1: 0.375, 3: 1.125}
+    assert list(found) == ["loss", "CIDEr"]
     assert pooled_differences(results, "caption", "PLATON", [0.25, 0.1], ID, NONE) == {}
+    assert pooled_differences(results, "caption", "PLATON", [], ID, NONE) == {}
 
 
 def test_comparisons_are_with_the_baselines_and_of_ids_with_their_controls():
