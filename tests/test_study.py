@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -226,6 +227,25 @@ def test_the_embedded_preset_is_the_study_that_was_run():
     assert (kept.notes, kept.pooled) == (preset.notes, preset.pooled)
 
 
+def test_the_readmes_table_is_the_studys(tmp_path):
+    shutil.copy("docs/study.json", tmp_path)
+    page = report(tmp_path / "study.json").read_text()
+    of_readme = table_rows(Path("README.md").read_text().partition("### Does it help?")[2])
+    head, _, *rows = of_readme[: next(i for i, row in enumerate(of_readme) if len(row) < 7)]
+    assert len(rows) == 6 and head[-1] == "verdict"
+    expected = [
+        [*row[3:8], *row[8:9], row[10]]
+        for row in table_rows(page)
+        if row[:3] == ["caption", "PLATON", "90 % and 95 %"]
+    ]
+    assert all(row in expected for row in rows)
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of the lines of tables in Markdown."""
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+
+
 # --- statistics
 
 
@@ -367,7 +387,7 @@ def test_the_page_says_what_the_file_holds_and_keeps_what_people_wrote(reported)
     assert text.startswith(f"# Ours\n\nWords.\n{MARK}\n") and "stale" not in text
     assert "24 of 36 planned cells are done, in 6.0 hours of one process" in text
     assert "on a CPU, torch 2 (24 cells)" in text and RULE in text
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    rows = table_rows(text)
     pooled = ["caption", "PLATON", "80 % and 90 %", ID, NONE]
     assert [*pooled, "loss ↓", "6", "-0.2500", "-0.2500 to -0.2500", "p 0.031", BETTER] in rows
     assert [
