@@ -152,10 +152,11 @@ def report(model: nn.Module, config: dict) -> dict:
 
 
 def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
-    """Milliseconds of one sample (a caption, or a forward pass), and resident bytes."""
+    """Milliseconds of one sample (a caption of TOKENS, or a forward pass), and resident bytes."""
     if config["task"] == "caption":
-        lengths = config["num_beams"], config["max_length"], config["min_length"]
-        time = milliseconds(lambda: model.generate(sample[0], *lengths))
+        length = min(TOKENS["caption"], config["max_length"])  # the same whatever a model says
+        lengths = {"num_beams": config["num_beams"], "max_length": length, "min_length": length}
+        time = milliseconds(lambda: model.generate(sample[0], **lengths))
     else:
         with torch.no_grad():
             time = milliseconds(lambda: infer(model, sample))

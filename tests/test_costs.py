@@ -158,6 +158,21 @@ def test_milliseconds_are_those_of_a_call(monkeypatch):
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize(("longest", "tokens"), [(40, 15), (8, 8)])
+def test_captions_that_are_timed_are_of_one_length(tiny, monkeypatch, longest, tokens):
+    """Or the time would be that of how much a model says of random pixels."""
+    lengths, generate_ids = [], tiny.generate_ids
+
+    def counted(*args, **kwargs):
+        lengths.append(generate_ids(*args, **kwargs).shape[1])
+        return torch.zeros(1, 4, dtype=torch.int64)
+
+    monkeypatch.setattr(tiny, "generate_ids", counted)
+    config = {"task": "caption", "num_beams": 2, "max_length": longest, "min_length": 5}
+    costs.measured(tiny, config, costs.example(tiny, "caption", 32))
+    assert set(lengths) == {tokens}
+
+
 def test_resident_memory_holds_what_is_in_use():
     before = costs.resident_bytes()
     if before is None:
