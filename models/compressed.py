@@ -13,8 +13,6 @@ All others are stored as they are.
 import json
 import math
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from utils import UserError, atomic_write
+from utils.compiling import thread_pool
 
 FORMAT, VERSION = "bitmask", "1"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size to integer
@@ -75,14 +74,9 @@ def unpack(bitmask: Tensor, values: Tensor, target: Tensor) -> None:
         elements = slice(start * _WORD, (start + size) * _WORD)
         expand(words[start : start + size], source, first, flat[elements])
 
-    spread = _pool(threads).map if len(starts) > 1 else map
+    spread = thread_pool(threads).map if len(starts) > 1 else map
     for _ in spread(expand_chunk, starts, accumulate(counts, initial=0)):
         pass  # raises here what was raised there
-
-
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
 
 
 def packed_bytes(elements: int, stored: int, size: int) -> float:

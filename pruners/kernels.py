@@ -10,13 +10,13 @@ views, followed by the scalars of the equation.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from utils.compiling import thread_pool
 
 PIECE_ON_CPU = 9 << 15  # elements: few enough to stay in the cache and to share among threads
 PIECE_ON_ACCELERATOR = 9 << 18  # elements: BLIP base's largest matrix, for each call costs a launch
@@ -74,18 +74,13 @@ def _on_threads(loop: Callable, pieces: list[tuple]) -> list:
             results[i] = loop(*map(_argument, pieces[i]))
 
     threads = torch.get_num_threads()
-    for _ in _pool(threads).map(work, range(threads)):
+    for _ in thread_pool(threads).map(work, range(threads)):
         pass  # raises here what a thread raised
     return results
 
 
 def _argument(value: Tensor | float) -> np.ndarray | float:
     return value.numpy() if isinstance(value, Tensor) else float(value)
-
-
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
 
 
 # Scalars arrive in double precision. Each loop rounds them to float32 first, as torch does.

@@ -1,6 +1,8 @@
-"""Functions that Numba compiles, kept on disk."""
+"""Functions that Numba compiles: kept on disk, and the threads that run them."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 
 def kept_on_disk(decorator: Callable, function: Callable, *arguments, **options):
@@ -20,3 +22,9 @@ def kept_on_disk(decorator: Callable, function: Callable, *arguments, **options)
         return decorator(*arguments, cache=True, **options)(function)
     except RuntimeError:  # Numba finds no folder for its cache
         return decorator(*arguments, **options)(function)
+
+
+@lru_cache
+def thread_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for loops that let go of the GIL, started once: that takes longer than a piece."""
+    return ThreadPoolExecutor(threads)

@@ -4,13 +4,14 @@ import ctypes
 import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from utils.compiling import thread_pool
 
 PANEL = 256  # columns; a panel of a tile stays in the cache, and a column of it fits in a byte
 TILES = (4, 16, 32, 64)  # tokens; a kernel is compiled for each
@@ -172,7 +173,7 @@ def run_on_threads(kernel: int, arguments: ctypes.Array, threads: int) -> None:
     elif (team := _openmp_team()) is not None:
         team(kernel, arguments, threads, 0)
     else:
-        for _ in _pool(threads).map(lambda _: _Kernel(kernel)(arguments), range(threads)):
+        for _ in thread_pool(threads).map(lambda _: _Kernel(kernel)(arguments), range(threads)):
             pass
 
 
@@ -186,8 +187,3 @@ def _openmp_team():
     team.restype = None
     team.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     return team
-
-
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
