@@ -5,9 +5,12 @@ import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
@@ -26,7 +29,8 @@ TINY_TEXT = {
 }
 
 # A server process imports everything once; the runs are forked from it.
-processes = multiprocessing.get_context("forkserver")
+FORKED = "forkserver"
+processes = multiprocessing.get_context(FORKED)
 processes.set_forkserver_preload(
     ["engine.loop", "engine.tasks", "train_caption"]
 )  # found where the current folder is the root
@@ -74,6 +78,21 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def on_two_processes(work: Callable, *arguments) -> None:
+    """Calls work(rank, *arguments) on two processes of a group, of one thread each."""
+    torch.multiprocessing.start_processes(
+        _member, (free_port(), work, arguments), nprocs=2, start_method=FORKED
+    )
+
+
+def _member(rank: int, port: int, work: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://localhost:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    work(rank, *arguments)
+    dist.destroy_process_group()
 
 
 def start(

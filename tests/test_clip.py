@@ -1,14 +1,10 @@
 """CLIP: the golden steps, checkpoints of every format, layers, tokens, and two processes."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +14,7 @@ from dimension.capture import Capture, Samples, trace_stages
 from dimension.twonn import pairwise_distances
 from models import build_clip, clip, load_checkpoint, modality, prunable_layers
 from tests.conftest import read_golden
+from tests.runs import on_two_processes
 from utils import UserError
 
 TINY = {
@@ -567,24 +564,17 @@ def train(model, rank: int, world_size: int) -> tuple[list[torch.Tensor], dict]:
     return losses, {n.removeprefix("module."): v for n, v in model.state_dict().items()}
 
 
-def work(rank: int, port: int, folder):
+def work(rank: int, folder: Path):
     """A process of the data-parallel run."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE)
     torch.manual_seed(0)
     # nothing but the gathering keeps buffers equal
     model = DistributedDataParallel(build_clip(CONFIG), forward_sync_buffers=False)
     losses, state = train(model, rank, WORLD_SIZE)
     torch.save((losses, state), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_train_as_one_with_the_double_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(work, (port, tmp_path), WORLD_SIZE, start_method="spawn")
+    on_two_processes(work, tmp_path)
     (losses0, state0), (losses1, state1) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     torch.manual_seed(0)
     losses, state = train(build_clip(CONFIG), 0, 1)

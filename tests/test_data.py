@@ -9,8 +9,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader
@@ -23,6 +21,7 @@ from data.image_dataset import BadImageError, open_image, seeded
 from data.nlvr_dataset import build_nlvr_datasets, mirror
 from data.samplers import EvalSampler, TrainBatchSampler
 from data.transforms import CLIP_MEAN, CLIP_STD, build_transform, operations
+from tests.runs import on_two_processes
 from utils import UserError, download
 
 
@@ -441,18 +440,15 @@ def test_a_download_always_says_why_it_failed(error, tmp_path, monkeypatch):
 
 def find_nothing(rank, folder):
     """A process without network; writes what it is told."""
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     annotation.PUBLISHED_AT = f"file://{folder}/nowhere"
     try:
         annotation_files((f"{folder}/annotation", "nlvr_dev.json"))
     except UserError as mistake:
         (folder / f"{rank}.txt").write_text(str(mistake))
-    dist.destroy_process_group()
 
 
 def test_every_process_is_told_why_a_download_failed(tmp_path):
-    mp.start_processes(find_nothing, (tmp_path,), 2, start_method="spawn")
+    on_two_processes(find_nothing, tmp_path)
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second and "No such file or directory" in first
 

@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,6 +12,7 @@ from data.samplers import EvalSampler
 from evaluation.captions import caption_split, generate_captions
 from evaluation.figures import contact_sheet, draw_sheet
 from models import build_captioner
+from tests.runs import on_two_processes
 
 IMAGES, BATCH = 101, 8
 DECODING = {"num_beams": 3, "max_length": 12, "min_length": 5}
@@ -21,9 +20,6 @@ DECODING = {"num_beams": 3, "max_length": 12, "min_length": 5}
 
 def caption(rank, world_size, model_config, path):
     """Captions the split with a model whose captions differ from image to image."""
-    if world_size > 1:
-        store = f"file://{path}.store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     torch.manual_seed(0)
     model = build_captioner(model_config).eval()
     with torch.no_grad():
@@ -35,14 +31,11 @@ def caption(rank, world_size, model_config, path):
     loader = DataLoader(split, BATCH, sampler=sampler)
     results = caption_split(model, loader, DECODING, torch.device("cpu"), path)
     assert (results is None) == (rank > 0)
-    if world_size > 1:
-        dist.destroy_process_group()
 
 
 def test_two_processes_write_the_captions_of_one(caption_tiny_config, tmp_path):
     caption(0, 1, caption_tiny_config, tmp_path / "one.json")
-    arguments = (2, caption_tiny_config, tmp_path / "two.json")
-    mp.start_processes(caption, arguments, 2, start_method="spawn")
+    on_two_processes(caption, 2, caption_tiny_config, tmp_path / "two.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert [result["image_id"] for result in one] == list(range(900, 1001))
     assert len({result["caption"] for result in one}) > 20

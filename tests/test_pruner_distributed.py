@@ -1,27 +1,21 @@
-import os
-import socket
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruners import Pruner
 from pruners.kernels import PIECE_ON_CPU as PIECE
 from pruners.mask import mask_checksums
+from tests.runs import on_two_processes
 
-STEPS, WORLD_SIZE = 12, 2
+STEPS = 12
 
 
-def work(rank: int, port: int, folder):
+def work(rank: int, folder: Path):
     """A process: trains undisturbed, then with differences planted on either process."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE)
     outcomes = [train(rank, planted_rank) for planted_rank in (None, 0, 1)]
     torch.save(outcomes, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def train(rank: int, planted_rank: int | None) -> tuple[str, torch.Tensor]:
@@ -51,11 +45,8 @@ def train(rank: int, planted_rank: int | None) -> tuple[str, torch.Tensor]:
 
 
 def test_processes_prune_the_same_weights_or_stop(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(work, (port, tmp_path), WORLD_SIZE, start_method="spawn")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE))
+    on_two_processes(work, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     (first_ending, first_zeros), (second_ending, second_zeros) = first[0], second[0]
     assert first_ending == second_ending == "finished"
     assert torch.equal(first_zeros, second_zeros)

@@ -1,12 +1,9 @@
 """Recalls against goldens, sorting and ties; features over one and two processes."""
 
-import os
-import socket
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -14,6 +11,7 @@ from data.flickr_dataset import TextDataset
 from data.samplers import EvalSampler
 from evaluation.retrieval import recalls, retrieval_features
 from tests.conftest import read_golden
+from tests.runs import on_two_processes
 
 NAMES = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10")
 
@@ -117,13 +115,9 @@ def split_features(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tens
     return retrieval_features(Towers().eval(), *loaders, torch.device("cpu"))
 
 
-def work(rank: int, port: int, folder):
+def work(rank: int, folder: Path):
     """A process: its features of the split."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.save(split_features(rank, 2), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_features_are_unit_vectors_of_all_images_and_texts_in_order():
@@ -136,10 +130,7 @@ def test_features_are_unit_vectors_of_all_images_and_texts_in_order():
 
 
 def test_every_process_has_the_features_of_all(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(work, (port, tmp_path), 2, start_method="spawn")
+    on_two_processes(work, tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes
     alone = split_features(0, 1)
