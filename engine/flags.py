@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser, task: str):
     )
     run.add_argument("--model_dir", help="folder of this run's results; default: the config's name")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
-    run.add_argument("--seed", type=FROM_ZERO, default=42)
+    run.add_argument("--seed", type=FROM_ZERO, default=42, help="default: 42")
     run.add_argument("--check", action="store_true", help="only say what is missing or wrong")
     run.add_argument("--resume", default="auto", help="auto (newest checkpoint), off, or a file")
     run.add_argument(
@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser, task: str):
         type=FROM_ZERO,
         default=0,
         help="optimizer steps between checkpoints; 0: at the end of each epoch, and every ten "
-        "minutes where writing one takes less than a twentieth of the time",
+        "minutes, or less often, so that writing takes at most a twentieth of the time",
     )
     run.add_argument("--keep_checkpoints", type=COUNT, default=2, help="how many stay")
     run.add_argument(
@@ -58,7 +58,13 @@ def add_flags(parser: argparse.ArgumentParser, task: str):
         help="bf16 autocast; auto: on a GPU only, though CPUs with AMX gain from it too",
     )
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--gradient_accumulation_steps", type=COUNT, default=1, metavar="BATCHES")
+    run.add_argument(
+        "--gradient_accumulation_steps",
+        type=COUNT,
+        default=1,
+        metavar="BATCHES",
+        help="batches of each process in an optimizer step; default: 1",
+    )
     run.add_argument("--max_steps", type=COUNT, help="optimizer steps, in place of max_epoch")
 
     scores = parser.add_argument_group("evaluation")
@@ -67,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser, task: str):
     scores.add_argument(
         "--sparse",
         action="store_true",
-        help="with --evaluate, on a CPU: compute without the weights that are zero",
+        help="with --evaluate: compute on the CPU, without the weights that are zero",
     )
     scores.add_argument(
         "--eval_epochs", type=FROM_ZERO, default=1, help="epochs between validations; 0: none"
@@ -76,8 +82,8 @@ def add_flags(parser: argparse.ArgumentParser, task: str):
 
     override = parser.add_argument_group("in place of the config's values")
     override.add_argument("--pretrained", help="weights to start from; '' starts from random ones")
-    override.add_argument("--init_lr", "--lr", type=RATE)
-    override.add_argument("--max_epoch", "--epoch", type=COUNT)
+    override.add_argument("--init_lr", "--lr", type=RATE, help="learning rate at first")
+    override.add_argument("--max_epoch", "--epoch", type=COUNT, help="epochs of training")
     override.add_argument("--batch_size", type=COUNT, help="training samples of one process")
     override.add_argument("--num_workers", type=FROM_ZERO, help="image loading processes")
 
@@ -91,18 +97,32 @@ def add_flags(parser: argparse.ArgumentParser, task: str):
 
 
 def _add_pruning_flags(prune, initial: int, final: int) -> None:
-    prune.add_argument("--pruner_name", choices=["PLATON", "Taylor", "Magnitude"], default="PLATON")
-    prune.add_argument("--beta1", type=FRACTION, default=0.85, help="decay of the importance")
-    prune.add_argument("--beta2", type=FRACTION, default=0.95, help="decay of the uncertainty")
-    prune.add_argument("--deltaT", type=COUNT, default=10, help="steps between mask events")
     prune.add_argument(
-        "--initial_threshold", type=FRACTION, default=1.0, help="fraction that remains at first"
+        "--pruner_name",
+        choices=["PLATON", "Taylor", "Magnitude"],
+        default="PLATON",
+        help="importance scores; default: PLATON",
+    )
+    prune.add_argument(
+        "--beta1", type=FRACTION, default=0.85, help="decay of the importance; default: 0.85"
+    )
+    prune.add_argument(
+        "--beta2", type=FRACTION, default=0.95, help="decay of the uncertainty; default: 0.95"
+    )
+    prune.add_argument(
+        "--deltaT", type=COUNT, default=10, help="steps between mask events; default: 10"
+    )
+    prune.add_argument(
+        "--initial_threshold",
+        type=FRACTION,
+        default=1.0,
+        help="fraction that remains at first; default: 1",
     )
     prune.add_argument(
         "--final_threshold",
         type=FRACTION,
         default=0.2,
-        help="fraction of the weights that remains at last; 1: no pruning",
+        help="fraction of the weights that remains at last; 1: no pruning; default: 0.2",
     )
     prune.add_argument(
         "--warmup_steps", type=FROM_ZERO, help="steps of a warm-up; default: one epoch of the data"
@@ -119,8 +139,12 @@ def _add_pruning_flags(prune, initial: int, final: int) -> None:
         default=final,
         help=f"warm-ups at the final sparsity; default: {final}",
     )
-    prune.add_argument("--useID", action="store_true", help="weight scores by intrinsic dimension")
-    prune.add_argument("--id_profile", help="the profile for --useID, which it implies")
+    prune.add_argument(
+        "--useID",
+        action="store_true",
+        help="weight scores by intrinsic dimension, of --id_profile or the config's id_profile",
+    )
+    prune.add_argument("--id_profile", help="profile or folder of ComputeID.py; implies --useID")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -135,6 +159,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--sparse goes with --evaluate; training needs all weights")
     if args.sparse and args.amp == "bf16":
         raise UserError("--sparse computes in float32: leave out --amp bf16")
+    if args.sparse and args.device not in ("auto", "cpu"):
+        raise UserError(f"--sparse computes on the CPU: leave out --device {args.device}")
     for flag in ("eval_test", "check", "compile"):
         if args.evaluate and getattr(args, flag):
             raise UserError(f"--{flag} goes with training, not with --evaluate")

@@ -219,7 +219,7 @@ def start(args: argparse.Namespace, task: Task) -> Run:
         UserError: a flag, the config or the folder is wrong.
     """
     config, id_profile = read_experiment(args, task.name)
-    process = init_distributed(args.device)
+    process = init_distributed("cpu" if args.sparse else args.device)
     run = Run(args, task, config, process, results_folder(args), id_profile)
     if process.is_main:
         take_folder(run.folder)

@@ -26,6 +26,7 @@ from dimension import twonn
 from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile
 from engine import loop, tasks
+from engine.run import start
 from engine.tasks import TASKS
 from models import nlvr
 from pruners import Pruner, kernels, threshold
@@ -471,6 +472,13 @@ def test_gradients_may_be_views_of_a_bucket(sim, gradients):
     expected = take_steps(own, range(1, 25), gradients)
     assert take_steps(views, range(1, 25), gradients, as_views=True) == expected
     assert same(weights_of(own), weights_of(views))
+
+
+@pytest.mark.parametrize(("flags", "device"), [("", "sim"), ("--sparse", "cpu")])
+def test_sparse_evaluation_takes_the_cpu(folder, sim, flags, device):
+    argv = ["--config", str(folder / "caption.yaml"), "--output_dir", str(folder), "--evaluate"]
+    args = train_caption.parse_args([*argv, "--model_dir", device, *flags.split()])
+    assert start(args, tasks.CAPTION).process.device.type == device
 
 
 # --- profile -------------------------------------------------------------------------------------

@@ -336,9 +336,11 @@ def test_flag_that_would_be_ignored(flags):
         run(flags.split())
 
 
-def test_sparse_products_are_not_in_bf16():
-    with pytest.raises(UserError, match="--sparse computes in float32"):
-        run("--evaluate --sparse --amp bf16".split())
+@pytest.mark.parametrize("flag", ["--amp bf16", "--device cuda"])
+def test_sparse_products_are_in_float32_on_the_cpu(flag):
+    where = "in float32" if "amp" in flag else "on the CPU"
+    with pytest.raises(UserError, match=f"--sparse computes {where}: leave out {flag}"):
+        run(["--evaluate", "--sparse", *flag.split()])
 
 
 def test_captions_that_are_cut_are_counted(scenes, tmp_path, capsys, monkeypatch):
