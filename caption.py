@@ -1,4 +1,4 @@
-"""Captions pictures.
+r"""Captions pictures.
 
     python caption.py holiday.jpg other.png
     python caption.py pictures --config configs/caption_coco.yaml --pruned blip80.safetensors \

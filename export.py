@@ -1,4 +1,4 @@
-"""Makes a pruned model small, or opens it to Hugging Face's transformers; says what it costs.
+r"""Makes a pruned model small, or opens it to Hugging Face's transformers; says what it costs.
 
     python export.py --config configs/caption_coco.yaml --pruned output/coco/PLATON80 \
         --to compressed --out blip80.safetensors
@@ -106,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file of the model's experiment")
     parser.add_argument("--pruned", required=True, help="weights, or the folder of a run")
-    parser.add_argument("--to", choices=["compressed", "huggingface"])
+    parser.add_argument("--to", choices=["compressed", "huggingface"], help="what to write")
     parser.add_argument("--out", type=Path, help="file (compressed) or folder (huggingface)")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of weights"

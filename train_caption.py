@@ -1,4 +1,4 @@
-"""Prunes BLIP's captioner while it is fine-tuned, and scores its captions.
+r"""Prunes BLIP's captioner while it is fine-tuned, and scores its captions.
 
     python -m torch.distributed.run --nproc_per_node=2 train_caption.py \
         --final_threshold 0.2 --model_dir coco/PLATON80 --pruner_name PLATON --useID

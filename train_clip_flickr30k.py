@@ -1,4 +1,4 @@
-"""Prunes CLIP while it is fine-tuned for retrieval, and measures its recalls.
+r"""Prunes CLIP while it is fine-tuned for retrieval, and measures its recalls.
 
     python -m torch.distributed.run --nproc_per_node=2 train_clip_flickr30k.py \
         --final_threshold 0.2 --model_dir flickr_clip/PLATONID80 --pruner_name PLATON --useID

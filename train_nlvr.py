@@ -1,4 +1,4 @@
-"""Prunes BLIP's NLVR2 model while it is fine-tuned, and measures its accuracy.
+r"""Prunes BLIP's NLVR2 model while it is fine-tuned, and measures its accuracy.
 
     python -m torch.distributed.run --nproc_per_node=2 train_nlvr.py \
         --final_threshold 0.2 --model_dir nlvr/PLATON80 --pruner_name PLATON --useID

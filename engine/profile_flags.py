@@ -55,9 +55,17 @@ def parse_profile_flags(description: str, argv: list[str] | None = None) -> argp
         help="for activations, states and matrices of each process",
     )
     add("--compare", nargs="+", default=[], metavar="PROFILE", help="draw these profiles, too")
-    add("--batch_size", type=COUNT, help="samples in a forward pass; default: the config's")
+    add(
+        "--batch_size",
+        type=COUNT,
+        help="samples in a forward pass; default: the config's eval_batch_size, 8 with --hf",
+    )
     add("--seed", type=FROM_ZERO, default=0, help="of the choice of samples and blocks")
-    add("--config", default=DEFAULT_CONFIG)
+    add(
+        "--config",
+        default=DEFAULT_CONFIG,
+        help=f"YAML file of the model; default: {DEFAULT_CONFIG}",
+    )
     add("--pretrained", help="weights instead of the config's")
     add("--pruned", help="measure pruned weights (a file, or the folder of a pruning run)")
     add("--hf", metavar="NAME_OR_FOLDER", help="measure this model of Hugging Face's")

@@ -2,7 +2,7 @@
 
     python -m data.scenes --out datasets/scenes
 
-writes, in a few seconds and always the same for the same settings:
+writes, in half a minute and always the same for the same settings:
 
     images/{train,val,test}/scene_0000000.png     64 x 64 pixels, named by COCO id
     annotation/coco_karpathy_{train,val,test}.json and coco_karpathy_{val,test}_gt.json
@@ -23,12 +23,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Generates the embedded data.")
     parser.add_argument("--out", default="datasets/scenes", help="folder to write")
-    parser.add_argument("--train", type=int, default=20000, help="scenes with a caption")
+    parser.add_argument("--train", type=int, default=20000, help="scenes with a caption (20000)")
     parser.add_argument("--val", type=int, default=500, help="scenes with 5 references")
     parser.add_argument("--test", type=int, default=500, help="scenes with 5 references")
     parser.add_argument("--statements", type=int, default=40000, help="about training pairs")
     parser.add_argument("--heldout_statements", type=int, default=1000, help="in dev, and in test")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser.parse_args(argv)
 
 
