@@ -150,6 +150,27 @@ def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):
         read_run(tmp_path / "copy")
 
 
+@pytest.mark.parametrize(
+    ("newer", "older", "told"),
+    [
+        (["val.json", "val_scores.json"], [], True),  # of the validations of a second training
+        (["test.json"], [], True),  # an evaluation that was stopped before the scores
+        (["test.json", "test_scores.json"], ["val.json"], False),
+    ],
+)
+def test_scores_are_old_whatever_else_is_newer_than_the_weights(runs, tmp_path, newer, older, told):
+    root, *_ = runs
+    folder = shutil.copytree(root / "a&b", tmp_path / "copy")
+    weights = time.time() + 60
+    os.utime(folder / "pruned.safetensors", (weights,) * 2)
+    for names, when in ((newer, weights + 60), (older, weights - 60)):
+        for name in names:
+            (folder / "results" / name).touch()
+            os.utime(folder / "results" / name, (when,) * 2)
+    old = [remark for remark in read_run(folder).remarks if "older than its weights" in remark]
+    assert len(old) == told
+
+
 def test_size_and_speed(read, runs):
     _, model, _ = runs  # as it was pruned
     counts = {"parameters": torch.Tensor.numel, "nonzeros": torch.Tensor.count_nonzero}
