@@ -229,7 +229,8 @@ def all_costs(found: dict) -> dict[str, str]:
 
 def with_prefix(count: float) -> str:
     """Three digits and a prefix, as 1.13 M."""
-    for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+    count = float(f"{count:.3g}")  # rounded first, for 999,600 is 1 M and not 1e+03 k
+    for unit, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if count >= unit:
             return f"{count / unit:.3g}{letter}"
     return f"{count:.3g}"

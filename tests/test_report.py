@@ -187,9 +187,13 @@ def test_size_and_speed(read, runs):
 
 
 def test_numbers_with_prefixes():
-    numbers = [0, 7, 999, 1000, 12345, 1_130_000, 65.7e9]
-    shown = ["0", "7", "999", "1 k", "12.3 k", "1.13 M", "65.7 G"]
+    numbers = [0, 7, 999, 1000, 12345, 1_130_000, 65.7e9, 1.2e12]
+    shown = ["0", "7", "999", "1 k", "12.3 k", "1.13 M", "65.7 G", "1.2 T"]
     assert [page.with_prefix(number) for number in numbers] == shown
+    below = [999.4, 999_400, 999_499_999, 999.4e9]
+    assert [page.with_prefix(number) for number in below] == ["999", "999 k", "999 M", "999 G"]
+    rounded_up = [999.6, 999_600, 999_999_999, 999.6e9]
+    assert [page.with_prefix(number) for number in rounded_up] == ["1 k", "1 M", "1 G", "1 T"]
 
 
 def test_every_picture_has_both_captions_as_they_were_written(read, runs):
