@@ -249,20 +249,48 @@ def size_and_speed(found: list[dict | None], labels: list[str]) -> Element | Non
 
 
 def captions(runs: list[RunFolder], labels: list[str]) -> Element | None:
-    """A few test pictures with the captions of all runs that have some."""
-    told = {name: run for name, run in zip(labels, runs, strict=True) if run.captions}
-    configs = [run.config for run in told.values() if run.config]
-    if not configs:
+    """A few test pictures with the captions of all runs that have some of the first one's data.
+
+    Another data set may give its ids to other pictures.
+    """
+    captioned = {
+        name: run for name, run in zip(labels, runs, strict=True) if run.captions and run.config
+    }
+    if not captioned:
         return None
-    annotation = Path(configs[0]["ann_root"], "coco_karpathy_test.json")
+    annotations, images = first = data_folders(next(iter(captioned.values())))
+    annotation = annotations / "coco_karpathy_test.json"
     if not annotation.is_file():
         return None
-    records = {row["image_id"]: row for row in read_records(annotation, CAPTION_EVALUATION)}
-    common = [image for image in records if all(image in run.captions for run in told.values())]
+    told = {name: run for name, run in captioned.items() if data_folders(run) == first}
+    figures = pictures(told, read_records(annotation, CAPTION_EVALUATION), images)
+    if not figures:
+        return None
+    parts = [element("div", *figures, class_="pictures")]
+    if others := [name for name in captioned if name not in told]:
+        parts.append(note(f"Without runs of another ann_root or image_root: {', '.join(others)}."))
+    return section("Test pictures", *parts)
+
+
+def data_folders(run: RunFolder) -> tuple[Path, Path]:
+    """The folders of a run's annotations and of its images, the same however they are written."""
+    return Path(run.config["ann_root"]).resolve(), Path(run.config["image_root"]).resolve()
+
+
+def pictures(told: dict[str, RunFolder], records: list[dict], images: Path) -> list[Element]:
+    """A few pictures that all runs have captioned, with the captions under them.
+
+    Args:
+        told: runs by label.
+        records: of the test split.
+        images: folder of their files.
+    """
+    files = {row["image_id"]: row["image"] for row in records}
+    common = [image for image in files if all(image in run.captions for run in told.values())]
     figures = []
     for image in spread(common, PICTURES):
         try:
-            picture = open_image(str(Path(configs[0]["image_root"], records[image]["image"])))
+            picture = open_image(str(images / files[image]))
         except BadImageError:
             continue
         picture.thumbnail((SIDE, SIDE))
@@ -273,8 +301,7 @@ def captions(runs: list[RunFolder], labels: list[str]) -> Element | None:
         ]
         drawn = embedded(picture, f"test picture {image}")
         figures.append(element("figure", drawn, element("dl", *of_runs)))
-    title = "Test pictures"
-    return section(title, *([element("div", *figures, class_="pictures")] if figures else []))
+    return figures
 
 
 def commands(runs: list[RunFolder], command: str) -> Element | None:

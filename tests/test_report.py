@@ -212,6 +212,26 @@ def test_eight_pictures_at_most_spread_over_the_split(runs, monkeypatch):
     assert [text.split()[1] for text in shown] == [str(ids[n]) for n in (0, 2, 4)]
 
 
+@pytest.mark.parametrize("root_key", ["ann_root", "image_root"])
+def test_pictures_have_no_captions_of_other_data(runs, tmp_path, root_key):
+    root, _, ids = runs
+    folder = shutil.copytree(root / "dense", tmp_path / "other")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    roots = evaluation["config"]
+    same = {key: os.path.relpath(roots[key]) for key in ("ann_root", "image_root")}
+
+    def captioned_and_remarks(changes):
+        write_json(folder / "evaluation.json", evaluation | {"config": roots | changes})
+        found = [read_run(root / "dense"), read_run(folder), read_run(root / "a&b")]
+        shown = Page(page.build_page(found, [None] * 3, "c").decode())
+        return shown.texts["dt"], [text for text in shown.texts["p"] if "Without runs" in text]
+
+    assert captioned_and_remarks(same) == (["dense", "other", "a&b"] * len(ids), [])
+    other = {root_key: str(tmp_path)}
+    left_out = "Without runs of another ann_root or image_root: other."
+    assert captioned_and_remarks(other) == (["dense", "a&b"] * len(ids), [left_out])
+
+
 def test_commands_give_the_flags_that_the_runs_had(read, runs):
     root, *_ = runs
     commands = [shlex.split(text) for text in read.texts["pre"]]
