@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
@@ -14,6 +15,7 @@ from data.records import CAPTION_EVALUATION, read_records
 from dimension.figures import plot_comparison, plot_depth
 from dimension.profile import IDProfile, load_profile
 from engine.flags import command_line
+from engine.profile_flags import parse_profile_flags
 from engine.tasks import TASKS
 from evaluation import costs
 from evaluation.figures import plot_sparsity, spread
@@ -318,7 +320,7 @@ def commands(runs: list[RunFolder], command: str) -> Element | None:
 
 
 def profile_command(run: RunFolder) -> str:
-    """The command that measured a run's IDs, if it was with the run's own config; or ""."""
+    """The command that measured a run's IDs, if one did, and with the run's own config; or ""."""
     path = Path(run.id_profile)
     try:
         settings = IDProfile.read(path).settings
@@ -326,8 +328,19 @@ def profile_command(run: RunFolder) -> str:
         same = settings["checkpoint"] == ours["pretrained"]
         if not same or any(ours.get(key) != value for key, value in theirs.items()):
             return ""
-        folder = path if path.is_dir() else path.parent
-        config = run.trained["flags"]["config"]
-        return f"python ComputeID.py --config {config} -n {settings['nsamples']} --Path {folder}"
+        if "block_seed" in settings:  # a second command, with -s, estimated them again
+            return ""
+        flags = {name: run.trained["flags"][name] for name in ("config", "pretrained")}
+        known = "seed fraction keep_padding save_distances".split()
+        flags |= {name: settings[name] for name in known}
+        flags["skip_bad_images"] = settings["bad_images"] > 0
+        # always: the default batch size is of the config's file, which may have changed
+        always = ["-n", settings["nsamples"], "--batch_size", settings["batch_size"]]
     except (UserError, KeyError):
         return ""
+    defaults = vars(parse_profile_flags("", []))
+    words = ["python", "ComputeID.py", *map(str, always)]
+    for name, value in flags.items():
+        if value != defaults[name]:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join([*words, "--Path", str(path if path.is_dir() else path.parent)])

@@ -8,16 +8,19 @@ import shlex
 import shutil
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import ComputeID
 import train_caption
 from configs import load_config
+from data.caption_dataset import build_caption_datasets
 from evaluation import page, report
-from evaluation.runs import read_run
+from evaluation.runs import RunFolder, read_run
 from models import build_captioner, prunable_layers
 from models.checkpoint import stored_tensors
 from pruners import sparsity_report
@@ -241,6 +244,47 @@ def test_commands_give_the_flags_that_the_runs_had(read, runs):
         flags = json.loads((root / file).read_text())["flags"]
         assert vars(train_caption.parse_args(words[2:])) == flags
     assert commands[-1] == f"python -m evaluation.report {root}/dense {root}/a&b".split()
+
+
+def test_the_command_of_a_profile_gives_the_flags_that_it_was_measured_with(tmp_path):
+    data = make_scenes(tmp_path / "scenes")
+    weights = str(tmp_path / "the weights.pt")
+    config_file = write_config(tmp_path / "a config.yaml", data)
+    file_with_weights = write_config(tmp_path / "another.yaml", data, pretrained=weights)
+    torch.manual_seed(0)
+    torch.save({"model": build_captioner(load_config(config_file)).state_dict()}, weights)
+
+    def measured(*flags):
+        flags = [*flags, "--Path", str(tmp_path / "the IDs")]
+        ComputeID.main(asked := ComputeID.parse_args(flags))
+        return asked
+
+    def told(*flags):
+        flags = [*flags, "--id_profile", str(tmp_path / "the IDs/profile.json")]
+        args = train_caption.parse_args(flags)
+        config = load_config(args.config, {"pretrained": args.pretrained})
+        trained = {"config": config, "flags": vars(args)}
+        run = RunFolder(tmp_path, None, {}, trained, None, {})
+        return shlex.split(page.profile_command(run))
+
+    asked = measured("--config", file_with_weights, "-n", "20")
+    words = told("--config", file_with_weights)
+    assert words[:2] == ["python", "ComputeID.py"] and len(words) == 10
+    assert vars(ComputeID.parse_args(words[2:])) == vars(asked) | {"batch_size": 2}
+
+    shared = ["--config", config_file, "--pretrained", weights]
+    others = "--seed 7 --fraction 0.9 --keep_padding --save_distances --batch_size 5"
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(7))
+    dataset = build_caption_datasets(load_config(config_file))[0]
+    (first,) = dataset.image_paths(int(order[0]))
+    Path(first).write_bytes(b"")
+    asked = measured(*shared, "-n", "20", *others.split(), "--skip_bad_images")
+    words = told(*shared)
+    assert words[:2] == ["python", "ComputeID.py"]
+    assert ComputeID.parse_args(words[2:]) == asked
+
+    measured("-s", "--seed", "8")  # of two commands, one alone gives other IDs
+    assert told(*shared) == []
 
 
 def test_figures_are_of_what_was_pruned_and_of_the_ids_that_weighted_it(read):
