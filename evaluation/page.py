@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
@@ -14,6 +15,7 @@ from data.records import CAPTION_EVALUATION, read_records
 from dimension.figures import plot_comparison, plot_depth
 from dimension.profile import IDProfile, load_profile
 from engine.flags import command_line
+from engine.profile_flags import parse_profile_flags
 from engine.tasks import TASKS
 from evaluation import costs
 from evaluation.figures import plot_sparsity, spread
@@ -229,7 +231,8 @@ def all_costs(found: dict) -> dict[str, str]:
 
 def with_prefix(count: float) -> str:
     """Three digits and a prefix, as 1.13 M."""
-    for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+    count = float(f"{count:.3g}")  # rounded first, for 999,600 is 1 M and not 1e+03 k
+    for unit, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if count >= unit:
             return f"{count / unit:.3g}{letter}"
     return f"{count:.3g}"
@@ -248,20 +251,48 @@ def size_and_speed(found: list[dict | None], labels: list[str]) -> Element | Non
 
 
 def captions(runs: list[RunFolder], labels: list[str]) -> Element | None:
-    """A few test pictures with the captions of all runs that have some."""
-    told = {name: run for name, run in zip(labels, runs, strict=True) if run.captions}
-    configs = [run.config for run in told.values() if run.config]
-    if not configs:
+    """A few test pictures with the captions of all runs that have some of the first one's data.
+
+    Another data set may give its ids to other pictures.
+    """
+    captioned = {
+        name: run for name, run in zip(labels, runs, strict=True) if run.captions and run.config
+    }
+    if not captioned:
         return None
-    annotation = Path(configs[0]["ann_root"], "coco_karpathy_test.json")
+    annotations, images = first = data_folders(next(iter(captioned.values())))
+    annotation = annotations / "coco_karpathy_test.json"
     if not annotation.is_file():
         return None
-    records = {row["image_id"]: row for row in read_records(annotation, CAPTION_EVALUATION)}
-    common = [image for image in records if all(image in run.captions for run in told.values())]
+    told = {name: run for name, run in captioned.items() if data_folders(run) == first}
+    figures = pictures(told, read_records(annotation, CAPTION_EVALUATION), images)
+    if not figures:
+        return None
+    parts = [element("div", *figures, class_="pictures")]
+    if others := [name for name in captioned if name not in told]:
+        parts.append(note(f"Without runs of another ann_root or image_root: {', '.join(others)}."))
+    return section("Test pictures", *parts)
+
+
+def data_folders(run: RunFolder) -> tuple[Path, Path]:
+    """The folders of a run's annotations and of its images, the same however they are written."""
+    return Path(run.config["ann_root"]).resolve(), Path(run.config["image_root"]).resolve()
+
+
+def pictures(told: dict[str, RunFolder], records: list[dict], images: Path) -> list[Element]:
+    """A few pictures that all runs have captioned, with the captions under them.
+
+    Args:
+        told: runs by label.
+        records: of the test split.
+        images: folder of their files.
+    """
+    files = {row["image_id"]: row["image"] for row in records}
+    common = [image for image in files if all(image in run.captions for run in told.values())]
     figures = []
     for image in spread(common, PICTURES):
         try:
-            picture = open_image(str(Path(configs[0]["image_root"], records[image]["image"])))
+            picture = open_image(str(images / files[image]))
         except BadImageError:
             continue
         picture.thumbnail((SIDE, SIDE))
@@ -272,8 +303,7 @@ def captions(runs: list[RunFolder], labels: list[str]) -> Element | None:
         ]
         drawn = embedded(picture, f"test picture {image}")
         figures.append(element("figure", drawn, element("dl", *of_runs)))
-    title = "Test pictures"
-    return section(title, *([element("div", *figures, class_="pictures")] if figures else []))
+    return figures
 
 
 def commands(runs: list[RunFolder], command: str) -> Element | None:
@@ -290,7 +320,7 @@ def commands(runs: list[RunFolder], command: str) -> Element | None:
 
 
 def profile_command(run: RunFolder) -> str:
-    """The command that measured a run's IDs, if it was with the run's own config; or ""."""
+    """The command that measured a run's IDs, if one did, and with the run's own config; or ""."""
     path = Path(run.id_profile)
     try:
         settings = IDProfile.read(path).settings
@@ -298,8 +328,19 @@ def profile_command(run: RunFolder) -> str:
         same = settings["checkpoint"] == ours["pretrained"]
         if not same or any(ours.get(key) != value for key, value in theirs.items()):
             return ""
-        folder = path if path.is_dir() else path.parent
-        config = run.trained["flags"]["config"]
-        return f"python ComputeID.py --config {config} -n {settings['nsamples']} --Path {folder}"
+        if "block_seed" in settings:  # a second command, with -s, estimated them again
+            return ""
+        flags = {name: run.trained["flags"][name] for name in ("config", "pretrained")}
+        known = "seed fraction keep_padding save_distances".split()
+        flags |= {name: settings[name] for name in known}
+        flags["skip_bad_images"] = settings["bad_images"] > 0
+        # always: the default batch size is of the config's file, which may have changed
+        always = ["-n", settings["nsamples"], "--batch_size", settings["batch_size"]]
     except (UserError, KeyError):
         return ""
+    defaults = vars(parse_profile_flags("", []))
+    words = ["python", "ComputeID.py", *map(str, always)]
+    for name, value in flags.items():
+        if value != defaults[name]:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join([*words, "--Path", str(path if path.is_dir() else path.parent)])

@@ -9,6 +9,8 @@ from utils import UserError
 
 PRUNED_FILE = "pruned.safetensors"
 LOG_FILE = "log.txt"  # a line of JSON for each epoch
+# of results/: what is read here; a validation in training writes others beside them
+SHOWN = ("accuracy.json", "recalls.json", "test_scores.json", "test.json")
 CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
 RECALLS = {"TR@1": "txt_r1", "TR@5": "txt_r5", "IR@1": "img_r1", "IR@5": "img_r5", "mean": "r_mean"}
 
@@ -97,8 +99,9 @@ def _remarks(run: RunFolder) -> Iterator[str]:
                 f"{asked:.0%} are asked for"
             )
     weights = run.folder / PRUNED_FILE
-    scored = [path.stat().st_mtime for path in (run.folder / "results").glob("*.json")]
-    if scored and weights.exists() and max(scored) < weights.stat().st_mtime:
+    shown = [run.folder / "results" / name for name in SHOWN]
+    written = [path.stat().st_mtime for path in shown if path.exists()]
+    if written and weights.exists() and min(written) < weights.stat().st_mtime:
         yield (
             f"the scores and captions of {run.name} are older than its weights: run --evaluate "
             "again if it was trained again"

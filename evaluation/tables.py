@@ -1,6 +1,6 @@
 """Prints what evaluated runs have come to, as a Markdown table.
 
-    python -m evaluation.tables output/demo dense PLATON80 PLATON80-ID
+    python -m evaluation.tables output/demo dense PLATON90 PLATON90-ID
 
 reads what `--evaluate` wrote: sparsity.json and results/ of each run. `--ids PROFILE` adds a line
 with the mean ID of each modality.

@@ -8,16 +8,19 @@ import shlex
 import shutil
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import ComputeID
 import train_caption
 from configs import load_config
+from data.caption_dataset import build_caption_datasets
 from evaluation import page, report
-from evaluation.runs import read_run
+from evaluation.runs import RunFolder, read_run
 from models import build_captioner, prunable_layers
 from models.checkpoint import stored_tensors
 from pruners import sparsity_report
@@ -150,6 +153,27 @@ def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):
         read_run(tmp_path / "copy")
 
 
+@pytest.mark.parametrize(
+    ("newer", "older", "told"),
+    [
+        (["val.json", "val_scores.json"], [], True),  # of the validations of a second training
+        (["test.json"], [], True),  # an evaluation that was stopped before the scores
+        (["test.json", "test_scores.json"], ["val.json"], False),
+    ],
+)
+def test_scores_are_old_whatever_else_is_newer_than_the_weights(runs, tmp_path, newer, older, told):
+    root, *_ = runs
+    folder = shutil.copytree(root / "a&b", tmp_path / "copy")
+    weights = time.time() + 60
+    os.utime(folder / "pruned.safetensors", (weights,) * 2)
+    for names, when in ((newer, weights + 60), (older, weights - 60)):
+        for name in names:
+            (folder / "results" / name).touch()
+            os.utime(folder / "results" / name, (when,) * 2)
+    old = [remark for remark in read_run(folder).remarks if "older than its weights" in remark]
+    assert len(old) == told
+
+
 def test_size_and_speed(read, runs):
     _, model, _ = runs  # as it was pruned
     counts = {"parameters": torch.Tensor.numel, "nonzeros": torch.Tensor.count_nonzero}
@@ -166,9 +190,13 @@ def test_size_and_speed(read, runs):
 
 
 def test_numbers_with_prefixes():
-    numbers = [0, 7, 999, 1000, 12345, 1_130_000, 65.7e9]
-    shown = ["0", "7", "999", "1 k", "12.3 k", "1.13 M", "65.7 G"]
+    numbers = [0, 7, 999, 1000, 12345, 1_130_000, 65.7e9, 1.2e12]
+    shown = ["0", "7", "999", "1 k", "12.3 k", "1.13 M", "65.7 G", "1.2 T"]
     assert [page.with_prefix(number) for number in numbers] == shown
+    below = [999.4, 999_400, 999_499_999, 999.4e9]
+    assert [page.with_prefix(number) for number in below] == ["999", "999 k", "999 M", "999 G"]
+    rounded_up = [999.6, 999_600, 999_999_999, 999.6e9]
+    assert [page.with_prefix(number) for number in rounded_up] == ["1 k", "1 M", "1 G", "1 T"]
 
 
 def test_every_picture_has_both_captions_as_they_were_written(read, runs):
@@ -187,6 +215,26 @@ def test_eight_pictures_at_most_spread_over_the_split(runs, monkeypatch):
     assert [text.split()[1] for text in shown] == [str(ids[n]) for n in (0, 2, 4)]
 
 
+@pytest.mark.parametrize("root_key", ["ann_root", "image_root"])
+def test_pictures_have_no_captions_of_other_data(runs, tmp_path, root_key):
+    root, _, ids = runs
+    folder = shutil.copytree(root / "dense", tmp_path / "other")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    roots = evaluation["config"]
+    same = {key: os.path.relpath(roots[key]) for key in ("ann_root", "image_root")}
+
+    def captioned_and_remarks(changes):
+        write_json(folder / "evaluation.json", evaluation | {"config": roots | changes})
+        found = [read_run(root / "dense"), read_run(folder), read_run(root / "a&b")]
+        shown = Page(page.build_page(found, [None] * 3, "c").decode())
+        return shown.texts["dt"], [text for text in shown.texts["p"] if "Without runs" in text]
+
+    assert captioned_and_remarks(same) == (["dense", "other", "a&b"] * len(ids), [])
+    other = {root_key: str(tmp_path)}
+    left_out = "Without runs of another ann_root or image_root: other."
+    assert captioned_and_remarks(other) == (["dense", "a&b"] * len(ids), [left_out])
+
+
 def test_commands_give_the_flags_that_the_runs_had(read, runs):
     root, *_ = runs
     commands = [shlex.split(text) for text in read.texts["pre"]]
@@ -196,6 +244,47 @@ def test_commands_give_the_flags_that_the_runs_had(read, runs):
         flags = json.loads((root / file).read_text())["flags"]
         assert vars(train_caption.parse_args(words[2:])) == flags
     assert commands[-1] == f"python -m evaluation.report {root}/dense {root}/a&b".split()
+
+
+def test_the_command_of_a_profile_gives_the_flags_that_it_was_measured_with(tmp_path):
+    data = make_scenes(tmp_path / "scenes")
+    weights = str(tmp_path / "the weights.pt")
+    config_file = write_config(tmp_path / "a config.yaml", data)
+    file_with_weights = write_config(tmp_path / "another.yaml", data, pretrained=weights)
+    torch.manual_seed(0)
+    torch.save({"model": build_captioner(load_config(config_file)).state_dict()}, weights)
+
+    def measured(*flags):
+        flags = [*flags, "--Path", str(tmp_path / "the IDs")]
+        ComputeID.main(asked := ComputeID.parse_args(flags))
+        return asked
+
+    def told(*flags):
+        flags = [*flags, "--id_profile", str(tmp_path / "the IDs/profile.json")]
+        args = train_caption.parse_args(flags)
+        config = load_config(args.config, {"pretrained": args.pretrained})
+        trained = {"config": config, "flags": vars(args)}
+        run = RunFolder(tmp_path, None, {}, trained, None, {})
+        return shlex.split(page.profile_command(run))
+
+    asked = measured("--config", file_with_weights, "-n", "20")
+    words = told("--config", file_with_weights)
+    assert words[:2] == ["python", "ComputeID.py"] and len(words) == 10
+    assert vars(ComputeID.parse_args(words[2:])) == vars(asked) | {"batch_size": 2}
+
+    shared = ["--config", config_file, "--pretrained", weights]
+    others = "--seed 7 --fraction 0.9 --keep_padding --save_distances --batch_size 5"
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(7))
+    dataset = build_caption_datasets(load_config(config_file))[0]
+    (first,) = dataset.image_paths(int(order[0]))
+    Path(first).write_bytes(b"")
+    asked = measured(*shared, "-n", "20", *others.split(), "--skip_bad_images")
+    words = told(*shared)
+    assert words[:2] == ["python", "ComputeID.py"]
+    assert ComputeID.parse_args(words[2:]) == asked
+
+    measured("-s", "--seed", "8")  # of two commands, one alone gives other IDs
+    assert told(*shared) == []
 
 
 def test_figures_are_of_what_was_pruned_and_of_the_ids_that_weighted_it(read):

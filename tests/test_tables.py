@@ -1,7 +1,10 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from evaluation import tables
 from evaluation.tables import main, parse_args
 from utils import UserError
 
@@ -67,3 +70,11 @@ def test_only_the_runs_own_figures_are_listed(tmp_path, capsys):
     main(parse_args([str(tmp_path), "ID"]))
     said = capsys.readouterr().out
     assert "ID/sparsity.png" in said and "other" not in said
+
+
+def test_the_command_in_the_help_reads_the_runs_of_the_demo():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    made = re.search(r"^RUNS *:= (.*)$", makefile, re.MULTILINE)[1].split()
+    (command,) = re.findall(r"python -m evaluation\.tables (.*)", tables.__doc__)
+    args = parse_args(command.split())
+    assert [str(args.folder / run) for run in args.runs] == made
