@@ -21,7 +21,7 @@ from data.records import read_references
 from dimension.profile import load_profile
 from engine.loading import move
 from engine.loop import train
-from engine.run import CHECKPOINTS, Run, prepare_run, start
+from engine.run import CHECKPOINTS, Run, Task, prepare_run, start
 from engine.tasks import CAPTION, NLVR, ground_truth
 from evaluation import metrics
 from evaluation.captions import generate_captions
@@ -118,23 +118,40 @@ class Runner:
 
     def prepare(self, cell: Cell, args: argparse.Namespace) -> tuple[Run, Bench]:
         """The cell's run, and its task's bench with the model at the weights cells start from."""
-        setting, (task, _) = self.settings[cell.task], TRAINERS[cell.task]
-        bench = self.benches.get(cell.task)
-        if bench is None:
-            run, model, train_set, splits = prepare_run(args, task)
-            if run.process.world_size > 1:
-                raise UserError("a cell runs in one process: give each a share with --cells I/N")
-            cache_images(run, train_set, *splits.values())
-            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            validation = validation_set(run, splits[task.held_out[0]], setting.validation)
-            bench = Bench(model, weights, train_set, splits, validation)
-            self.benches[cell.task] = bench
-            return run, bench
+        task, _ = TRAINERS[cell.task]
+        if cell.task not in self.benches:
+            self.benches[cell.task] = build_bench(args, task, self.settings[cell.task])
+        bench = self.benches[cell.task]
         run = start(args, task)
         run.layer_id = load_profile(run.id_profile) if run.id_profile else None
         bench.model.load_state_dict(bench.weights)
+        bench.model.zero_grad()  # a cell that diverged leaves gradients that are NaN
         bench.train_set.seed = cell.seed
         return run, bench
+
+
+def build_bench(args: argparse.Namespace, task: Task, setting: Setting) -> Bench:
+    """Loads what the cells of a task share.
+
+    Layers that the starting weights lack are drawn under one seed, so that cells start from the
+    same weights whichever of them a process runs first.
+
+    Args:
+        args: of one of the cells.
+        task: of the cells.
+        setting: of the task.
+
+    Raises:
+        UserError: the setting, the data or the weights are wrong, or there are several processes.
+    """
+    args = argparse.Namespace(**vars(args) | {"seed": 0})
+    run, model, train_set, splits = prepare_run(args, task)
+    if run.process.world_size > 1:
+        raise UserError("a cell runs in one process: give each a share with --cells I/N")
+    cache_images(run, train_set, *splits.values())
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    validation = validation_set(run, splits[task.held_out[0]], setting.validation)
+    return Bench(model, weights, train_set, splits, validation)
 
 
 def cache_images(run: Run, train_set: Dataset, *held_out: Dataset) -> None:

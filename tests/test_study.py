@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 
 import study
 from configs import SCHEMAS, load_config
+from engine import loop
 from evaluation import metrics
 from models import build_captioner, prunable_layers
 from studies.cells import Runner, cache_images, cider, mean_loss, with_references
@@ -444,11 +445,11 @@ def tiny(tmp_path_factory):
 
 
 def flags(folder: Path, name: str) -> list[str]:
-    """Of a study of two cells and the dense start; one file of results a name."""
+    """Of a study of two seeds and the dense start; one file of results a name."""
     return [
         *("--config", str(folder / "tiny.yaml"), "--id_profile", str(folder / "ids.json")),
         *("--file", str(folder / f"{name}.json"), "--output_dir", str(folder / name)),
-        *("--weightings", NONE, SHUFFLED, "--seeds", "1", "--remaining", "0.5"),
+        *("--weightings", NONE, SHUFFLED, "--seeds", "2", "--remaining", "0.5"),
         *("--validation", "4"),
         *("--", "--max_steps=6", "--warmup_steps=1", "--deltaT=2", "--device=cpu"),
         "--checkpoint_steps=2",
@@ -464,19 +465,19 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(tiny):
     assert finish(start(flags(tiny, "whole"), script="study")) == [0]
     whole, file = scores(tiny / "whole.json"), tiny / "killed.json"
     plan = Study.read(tiny / "whole.json")
-    assert list(whole) == [cell.name for cell in plan.cells] and len(whole) == 3
+    assert list(whole) == [cell.name for cell in plan.cells] and len(whole) == 5
 
     (process,) = start(flags(tiny, "killed"), script="study")
-    second = tiny / "killed" / plan.cells[1].name
-    while process.is_alive() and not list(second.glob("checkpoints/step_*.pt")):
+    of_seed_1 = tiny / "killed" / plan.cells[3].name
+    while process.is_alive() and not list(of_seed_1.glob("checkpoints/step_*.pt")):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     kept = Study.read(file).results
-    assert list(kept) == plan.cells[:1]
+    assert plan.cells[3].seed == 1 and list(kept) == plan.cells[:3]
     assert finish(start(flags(tiny, "killed"), script="study")) == [0]
     assert scores(file) == whole
-    assert "resumed from" in (second / "output.txt").read_text()
+    assert "resumed from" in (of_seed_1 / "output.txt").read_text()
     after = Study.read(file).results
     assert {cell: after[cell] for cell in kept} == kept  # with their seconds: not run again
     weights = [*tiny.rglob("killed/**/*.safetensors"), *tiny.rglob("killed/**/checkpoints")]
@@ -491,7 +492,7 @@ def test_finished_cells_run_again_give_their_scores(tiny, capsys):
     study.main(study.parse_args(again))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
-        Study.read(tiny / "whole.json").cells[place].name for place in (0, 1)
+        Study.read(tiny / "whole.json").cells[place].name for place in (0, 2)
     ]
     assert all("loss +0.00e+00  CIDEr +0.00e+00" in line for line in lines)
     assert (tiny / "whole.json").read_text() == before
@@ -524,7 +525,7 @@ def test_a_cell_that_diverges_is_kept_as_such_and_the_others_go_on(tiny, monkeyp
 def test_cells_are_pruned_as_asked_and_by_their_weighting(tiny):
     found = scores(tiny / "whole.json")
     losses = [loss for loss, _, _ in found.values()]
-    assert len(set(losses)) == 3
+    assert len(set(losses)) == 5
     for name, (loss, _, sparsity) in found.items():
         # the k-th score, which stays, is one of more than 10,000
         assert DENSE in name or sparsity["overall"] == pytest.approx(0.5, abs=1e-4)
@@ -540,7 +541,7 @@ def runner(tiny, tmp_path):
         str(tiny / "tiny.yaml"),
         str(tiny / "ids.json"),
         4,
-        ["--max_steps=6", "--device=cpu", "--num_workers=0"],
+        ["--max_steps=6", "--warmup_steps=1", "--deltaT=2", "--device=cpu", "--num_workers=0"],
     )
     return Runner({"caption": setting}, tmp_path)
 
@@ -562,6 +563,29 @@ def test_the_second_cell_starts_from_the_same_weights_with_its_own_seed_and_weig
     assert run.layer_id == weigh(SHUFFLED, ids, 7) and bench.train_set.seed == 7
     assert (run.args.seed, run.args.final_threshold, run.args.pruner_name) == (7, 0.25, "Magnitude")
     assert run.args.max_steps == 6 and len(bench.validation) == 4
+
+
+def test_cells_start_from_the_same_weights_whichever_runs_first(runner):
+    first, second = (Cell("caption", "PLATON", 0.5, NONE, seed) for seed in (0, 1))
+    prepare(runner, first)
+    _, bench = prepare(runner, second)
+    run, restarted = prepare(Runner(runner.settings, runner.folder), second)
+    assert same(restarted.model.state_dict(), bench.model.state_dict())
+    assert run.args.seed == 1 and restarted.train_set.seed == 1
+
+
+def test_a_cell_that_diverges_leaves_nothing_to_the_next(runner, tmp_path, monkeypatch):
+    cells = grid("caption", ["PLATON"], [0.5], [NONE, SHUFFLED], [0])
+    with monkeypatch.context() as diverging:
+        diverging.setattr(loop, "move", lambda part, _: (part[0] * math.nan, *part[1:]))
+        with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+            runner.run_cell(cells[0])
+    assert any(p.grad.isnan().any() for p in runner.benches["caption"].model.parameters())
+    after, fresh = (
+        of.run_cell(cells[1]) for of in (runner, Runner(runner.settings, tmp_path / "fresh"))
+    )
+    assert [after[s] for s in ("loss", "CIDEr")] == [fresh[s] for s in ("loss", "CIDEr")]
+    assert math.isfinite(after["loss"]) and after["sparsity"] == fresh["sparsity"]
 
 
 def test_images_are_decoded_once_unless_each_look_at_one_is_another(runner):
