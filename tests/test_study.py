@@ -23,7 +23,7 @@ from models import build_captioner, prunable_layers
 from studies.cells import Runner, cache_images, cider, mean_loss, with_references
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
 from studies.grid import DENSE, Cell, Setting, Study, changing, grid, open_study, share
-from studies.page import MARK, progress, report, verdict_table
+from studies.page import MARK, difference_tables, progress, report, verdict_table
 from studies.presets import embedded
 from studies.statistics import (
     BETTER,
@@ -33,6 +33,7 @@ from studies.statistics import (
     compare,
     comparisons,
     interval,
+    machine,
     paired_differences,
     planned_pairs,
     pooled_differences,
@@ -270,6 +271,19 @@ def test_verdicts_need_the_interval_and_the_signs():
 def test_differences_of_zero_say_nothing():
     found = compare([0.0, 0.0, 0.0], "loss")
     assert (found.mean, found.p, found.verdict) == (0, 1, UNSEEN)
+    # so do those of rounding: six of one sign would give p = 2 / 2^6
+    assert compare([1e-17] * 6, "loss").p == 1
+    # a tie is as a pair that is missing: five of one sign are left, 2 / 2^5
+    tie = compare([-0.02, -0.01, -0.03, -0.02, -0.01, -1e-17], "loss")
+    assert tie.p == pytest.approx(1 / 16) and tie.verdict == UNSEEN
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_verdict_is_not_against_most_of_its_signs(sign):
+    # 16 of 20 fall a little (p = 0.012), but the mean of four that rise much is surely above zero
+    found = compare([sign * d for d in [-0.001] * 16 + [1.0] * 4], "accuracy")
+    assert found.p < 0.05 and min(sign * found.low, sign * found.high) > 0
+    assert found.verdict == UNSEEN
 
 
 def test_the_interval_of_two_values_lies_between_them_and_of_one_is_unknown():
@@ -304,12 +318,17 @@ def test_pairs_share_the_seed_and_the_fraction():
     assert paired_differences(results, ("caption", "PLATON", 0.2), ID, NONE) == {}
 
 
-@pytest.mark.parametrize("other", [{"processor": "another CPU"}, {"torch": "3"}])
+@pytest.mark.parametrize("other", [{"processor": "another CPU"}, {"torch": "3"}, {"threads": 2}])
 def test_pairs_are_of_one_machine(other):
     results = results_of({(0.1, w, s): 1.0 + (w == ID) for w in (NONE, ID) for s in range(2)})
     results[Cell("caption", "PLATON", 0.1, ID, 0)] |= other
     found = paired_differences(results, ("caption", "PLATON", 0.1), ID, NONE)
     assert found == {"loss": {1: 1.0}, "CIDEr": {1: -1.0}}
+
+
+def test_results_that_tell_no_threads_are_of_one():
+    assert machine(MACHINE) == machine(MACHINE | {"threads": 1}) == "a CPU, torch 2"
+    assert machine(MACHINE | {"threads": 4}) == "a CPU, torch 2, 4 threads"
 
 
 def test_means_are_over_the_seeds_that_all_weightings_have():
@@ -325,14 +344,25 @@ def test_means_are_over_the_seeds_that_all_weightings_have():
     assert {w: [r["loss"] for r in of] for w, of in found.items()} == {
         w: [1.0, 2.0, 3.0] for w in (NONE, ID)
     }
+    results[Cell(*group, ID, 1)] |= {"processor": "another CPU"}
+    for weighting in (NONE, ID):  # both elsewhere
+        results[Cell(*group, weighting, 2)] |= {"processor": "another CPU"}
+    found = results_by_weighting(list(results), results, group)
+    assert {w: [r["loss"] for r in of] for w, of in found.items()} == {
+        w: [1.0, 3.0] for w in (NONE, ID)
+    }
 
 
 def test_pairs_are_counted_that_the_cells_plan():
     cells = grid("caption", ["PLATON"], [0.2, 0.1], [NONE, ID], range(3))
     cells += grid("caption", ["PLATON"], [0.1], [NONE, ID], [7])
-    assert planned_pairs(cells, "caption", "PLATON", [0.1], (ID, NONE)) == 4
-    assert planned_pairs(cells, "caption", "PLATON", [0.1, 0.2], (ID, NONE)) == 3
-    assert planned_pairs(cells, "caption", "PLATON", [0.1], (ID, SHUFFLED)) == 0
+    task = ("caption", "PLATON")
+    single = planned_pairs(cells, *task, [0.1], (ID, NONE))
+    assert single == [[Cell(*task, 0.1, w, s) for w in (ID, NONE)] for s in (0, 1, 2, 7)]
+    pooled = planned_pairs(cells, *task, [0.1, 0.2], (ID, NONE))
+    assert [{cell.seed for cell in pair} for pair in pooled] == [{0}, {1}, {2}]
+    assert set(pooled[1]) == {Cell(*task, f, w, 1) for f in (0.1, 0.2) for w in (ID, NONE)}
+    assert planned_pairs(cells, *task, [0.1], (ID, SHUFFLED)) == []
 
 
 def test_pooled_differences_are_of_seeds_with_all_fractions():
@@ -355,6 +385,35 @@ def test_comparisons_are_with_the_baselines_and_of_ids_with_their_controls():
 
 
 # --- page and figures
+
+
+@pytest.mark.parametrize(
+    ("weighting", "change", "pairs", "so_far"),
+    [
+        (NONE, "elsewhere", "7 of 8, 1 lost", ""),
+        (ID, "diverged", "7 of 8, 1 lost", ""),
+        (ID, "to come", "7 of 8", " so far"),
+        (ID, "both", "6 of 8, 1 lost", " so far"),
+        (ID, "", "8", ""),
+    ],
+)
+def test_pairs_that_are_lost_are_told_apart_from_those_to_come(weighting, change, pairs, so_far):
+    losses = {(0.1, w, s): 1.0 - (w == ID) for w in (NONE, ID) for s in range(8)}
+    results = results_of(losses)
+    one = Study({}, list(results), results)
+    cell = Cell("caption", "PLATON", 0.1, weighting, 7)
+    if change == "elsewhere":
+        results[cell] |= {"processor": "another CPU"}
+    if change in ("to come", "diverged", "both"):
+        del results[cell]
+    if change == "both":
+        cell = replace(cell, seed=0)
+        del results[cell]
+    if change in ("diverged", "both"):
+        one.failures[cell] = "the loss is nan"
+    (table,) = difference_tables(one)
+    row = next(row for row in table_rows(table) if row[:3] == [ID, NONE, "loss ↓"])
+    assert (row[3], row[-1]) == (pairs, BETTER + so_far)
 
 
 @pytest.fixture
@@ -426,8 +485,16 @@ def test_figures_draw_means_differences_and_shares(reported):
     assert dots.tolist() == [[pytest.approx(-0.25), 1]] * 6
     assert to_none.get_title() == "caption, PLATON, 80 % pruned, against none"
     assert [t.get_text() for t in to_none.get_yticklabels()] == [NONE, ID]
-    shares = plot_sparsity_shares(study_)[0].axes[0]
+    shares, _ = plot_sparsity_shares(study_)[0].axes
     assert [line.get_ydata()[0] for line in shares.lines[:2]] == pytest.approx([90, 70])
+
+
+def test_panels_without_a_group_are_not_drawn():
+    results = results_of({(f, NONE, 0): 1.0 for f in (0.5, 0.4, 0.3, 0.2, 0.1)})
+    for result in results.values():
+        result["sparsity"] = {"vision": 0.9, "language": 0.7}
+    panels = plot_sparsity_shares(Study({}, list(results), results))[0].axes
+    assert [panel.axison for panel in panels] == [True] * 5 + [False] * 3
 
 
 # --- a tiny grid through the script
