@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import platform
+import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,15 +19,35 @@ from ruamel.yaml import YAML
 from torch.utils.data import Subset
 
 import study
+import train_nlvr
 from configs import SCHEMAS, load_config
 from engine import loop
 from evaluation import metrics
+from evaluation.runs import PRUNED_FILE
 from models import build_captioner, prunable_layers
-from studies.cells import Runner, cache_images, cider, mean_loss, with_references
+from studies.cells import (
+    Runner,
+    cache_images,
+    cider,
+    mean_loss,
+    processor_name,
+    start_anew_elsewhere,
+    with_references,
+)
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
-from studies.grid import DENSE, Cell, Setting, Study, changing, grid, open_study, share
+from studies.grid import (
+    DENSE,
+    Cell,
+    Setting,
+    Study,
+    changing,
+    grid,
+    open_study,
+    share,
+    trainer_flags,
+)
 from studies.page import MARK, difference_tables, progress, report, verdict_table
-from studies.presets import embedded
+from studies.presets import embedded, of_config
 from studies.statistics import (
     BETTER,
     RULE,
@@ -40,7 +63,7 @@ from studies.statistics import (
     results_by_weighting,
 )
 from studies.weightings import ID, MEAN, NONE, SHUFFLED, WEIGHTINGS, WITHIN, weigh, write_weighting
-from tests.runs import finish, make_scenes, same, start, write_config
+from tests.runs import finish, make_scenes, processes, same, start, write_config
 from utils import UserError
 
 VISION = [f"visual_encoder.blocks.{i}.mlp.fc1" for i in range(6)]
@@ -156,6 +179,101 @@ def test_a_file_of_another_study_is_refused_and_one_alone_goes_on(tmp_path):
         open_study(path, Study({"nlvr": Setting("c", "p")}, one.cells))
 
 
+def add_results(path: Path, cells: list[Cell], together) -> None:
+    together.wait()
+    for cell in cells:
+        with changing(path) as changed:
+            changed.results[cell] = {"loss": float(cell.seed)}
+
+
+def test_processes_that_add_results_at_once_lose_none(tmp_path):
+    path, cells = tmp_path / "study.json", grid("nlvr", ["Taylor"], [0.1], [NONE, ID], range(10))
+    Study({}, cells).write(path)
+    together = processes.Barrier(2)
+    adding = [
+        processes.Process(target=add_results, args=(path, cells[half::2], together))
+        for half in (0, 1)
+    ]
+    for process in adding:
+        process.start()
+    assert finish(adding) == [0, 0]
+    assert Study.read(path).results == {cell: {"loss": float(cell.seed)} for cell in cells}
+
+
+def test_a_study_keeps_the_digests_of_its_first_cells_and_refuses_others(tmp_path):
+    one, path = Study({}, grid("nlvr", ["Taylor"], [0.1], [NONE], [0])), tmp_path / "study.json"
+    one.write(path)
+    assert "digests" not in path.read_text() and Study.read(path).digests == {}
+    with changing(path) as changed:
+        changed.keep_digests("nlvr", {"the config": "a", "the ID profile": "b"})
+    kept = Study.read(path)
+    assert kept.digests == {"nlvr": {"the config": "a", "the ID profile": "b"}}
+    kept.keep_digests("nlvr", {"the config": "a", "the ID profile": "b"})
+    kept.keep_digests("caption", {"the config": "c"})
+    with pytest.raises(UserError, match="nlvr cell .* changed of the ID profile: put it back"):
+        kept.keep_digests("nlvr", {"the config": "a", "the ID profile": "c"})
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--seed=3", "seed"),
+        ("--final_thr=0.5", "final_threshold"),
+        ("--pruner_name=Taylor", "pruner_name"),
+        ("--id_profile=q", "id_profile"),
+        ("--model_dir=m", "model_dir"),
+        ("--output_dir=o", "output_dir"),
+        ("--config=c", "config"),
+        ("--eval_epochs=1", "eval_epochs"),
+        ("--useID", "useID"),
+        ("--check", "check"),
+        ("--evaluate", "evaluate"),
+    ],
+)
+def test_flags_that_are_the_cells_own_are_refused(tmp_path, flag, named):
+    file = tmp_path / "study.json"
+    argv = ["--config=configs/nlvr_demo.yaml", "--id_profile=p", f"--file={file}", "--"]
+    with pytest.raises(UserError, match=f"^--{named} after --: each cell has its own"):
+        study.main(study.parse_args([*argv, "--max_steps=9", flag]))
+    assert not file.exists()
+    assert of_config(study.parse_args([*argv, "--max_steps=9"])).settings["nlvr"].flags == [
+        "--max_steps=9"
+    ]
+
+
+def test_a_cells_own_flags_come_after_the_settings():
+    setting = Setting("c", "p", flags=["--seed=1", "--pruner_name=Taylor", "--max_steps=9"])
+    cell = Cell("nlvr", "Magnitude", 0.25, ID, 7)
+    args = train_nlvr.parse_args(trainer_flags(cell, setting, Path("o"), Path("w")))
+    assert (args.seed, args.pruner_name, args.final_threshold) == (7, "Magnitude", 0.25)
+    assert (args.max_steps, args.id_profile, args.model_dir) == (9, "w", cell.name)
+
+
+def test_flags_of_the_machine_are_those_that_were_given():
+    assert study.machine_flags(study.parse_args(["--preset=embedded"])) == []
+    args = study.parse_args(["--preset=embedded", "--device=cpu", "--num_workers=0"])
+    assert study.machine_flags(args) == ["--device=cpu", "--num_workers=0"]
+
+
+def test_the_time_left_is_of_cells_that_train():
+    cells = [Cell("nlvr", DENSE, 1.0, NONE, 0), *grid("nlvr", ["Taylor"], [0.1], [NONE], range(3))]
+    assert study.time_left([], cells) == "?"
+    assert study.time_left([1800, 5400], cells) == "3:00"
+    assert study.time_left([60], []) == "0:00"
+    assert [study.hours(s) for s in (29, 31, 3599, 25 * 3600 + 300)] == [
+        *("0:00", "0:01", "1:00", "25:05")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"), [(["--preset=embedded"], 6), (["--file=study.json"], 1)]
+)
+def test_processes_are_as_many_as_cpus_for_small_models(monkeypatch, argv, expected):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert study.default_processes(study.parse_args(argv)) == expected
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -214,6 +332,59 @@ def test_a_command_starts_its_shares_and_a_share_runs_itself(monkeypatch, tmp_pa
     for command, _ in list(started):
         study.main(study.parse_args(command[2:]))
     assert ran == [(file, "1/2"), (file, "2/2")] and len(started) == 2
+
+
+WAITS = """
+import signal, sys, time
+from pathlib import Path
+here = Path(__file__).parent / sys.argv[-1].replace("/", "_")
+def stop(number, frame):
+    here.write_text(f"told {number}")
+    raise SystemExit(75)
+signal.signal(signal.SIGTERM, stop)
+here.write_text("ready")
+time.sleep(60)
+"""
+
+
+def test_a_signal_goes_on_to_the_shares(monkeypatch, tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    said = [tmp_path / f"--cells={number}_2" for number in (1, 2)]
+
+    def stop_when_ready():
+        while not all(file.exists() and file.read_text() for file in said):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_ready, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        study.run_side_by_side(2)
+    assert ended.value.code == 75
+    assert [file.read_text() for file in said] == [f"told {signal.SIGTERM.value}"] * 2
+
+
+def test_a_signal_that_comes_while_shares_start_goes_on_to_all(monkeypatch):
+    told = []
+
+    class Started:
+        def __init__(self, command, env):
+            if command[-1] == "--cells=1/2":
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.share = command[-1]
+
+        def send_signal(self, number):
+            told.append((self.share, number))
+
+        def wait(self):
+            return 75
+
+    monkeypatch.setattr(sys, "argv", ["study.py"])
+    monkeypatch.setattr(study.subprocess, "Popen", Started)
+    with pytest.raises(SystemExit):
+        study.run_side_by_side(2)
+    assert told == [(f"--cells={number}/2", signal.SIGTERM) for number in (1, 2)]
 
 
 def test_names_of_cells_differ_and_are_fit_for_folders():
@@ -610,7 +781,7 @@ def runner(tiny, tmp_path):
         4,
         ["--max_steps=6", "--warmup_steps=1", "--deltaT=2", "--device=cpu", "--num_workers=0"],
     )
-    return Runner({"caption": setting}, tmp_path)
+    return Runner(Study({"caption": setting}, []), tmp_path)
 
 
 def prepare(runner: Runner, cell: Cell):
@@ -636,7 +807,7 @@ def test_cells_start_from_the_same_weights_whichever_runs_first(runner):
     first, second = (Cell("caption", "PLATON", 0.5, NONE, seed) for seed in (0, 1))
     prepare(runner, first)
     _, bench = prepare(runner, second)
-    run, restarted = prepare(Runner(runner.settings, runner.folder), second)
+    run, restarted = prepare(Runner(runner.study, runner.folder), second)
     assert same(restarted.model.state_dict(), bench.model.state_dict())
     assert run.args.seed == 1 and restarted.train_set.seed == 1
 
@@ -649,7 +820,7 @@ def test_a_cell_that_diverges_leaves_nothing_to_the_next(runner, tmp_path, monke
             runner.run_cell(cells[0])
     assert any(p.grad.isnan().any() for p in runner.benches["caption"].model.parameters())
     after, fresh = (
-        of.run_cell(cells[1]) for of in (runner, Runner(runner.settings, tmp_path / "fresh"))
+        of.run_cell(cells[1]) for of in (runner, Runner(runner.study, tmp_path / "fresh"))
     )
     assert [after[s] for s in ("loss", "CIDEr")] == [fresh[s] for s in ("loss", "CIDEr")]
     assert math.isfinite(after["loss"]) and after["sparsity"] == fresh["sparsity"]
@@ -709,8 +880,95 @@ def test_statements_are_scored_by_loss_and_accuracy(tiny, tmp_path):
     with open(tmp_path / "nlvr.yaml", "w") as file:
         YAML().dump({key: config[key] for key in keys}, file)
     setting = Setting(str(tmp_path / "nlvr.yaml"), str(tiny / "ids.json"), 4, ["--device=cpu"])
-    found = Runner({"nlvr": setting}, tmp_path).run_cell(Cell("nlvr", DENSE, 1.0, NONE, 0))
+    one = Study({"nlvr": setting}, [])
+    found = Runner(one, tmp_path).run_cell(Cell("nlvr", DENSE, 1.0, NONE, 0))
     assert found["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
     # an untrained head's logits are near each other: ln 2 and little more
     assert 0.6 < found["loss"] < 0.8
     assert found["seconds"] > 0 and found["torch"] == torch.__version__
+    assert found["processor"] == processor_name(torch.device("cpu"))
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_a_processor_is_its_model_and_the_instructions_in_use(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX9")
+    lines = "processor\t: 0\nmodel name\t: Some CPU\nmodel name\t: Other\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: lines)
+    assert processor_name(torch.device("cpu")) == "Some CPU, AVX9"
+    monkeypatch.setattr(Path, "read_text", lambda path: "processor: 0\n")  # as ARM's
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert processor_name(torch.device("cpu")) == "arm64, AVX9"
+
+
+def test_a_run_that_another_machine_began_starts_anew(runner):
+    run, _ = prepare(runner, Cell("caption", "PLATON", 0.5, NONE, 0))
+    checkpoint = run.checkpoints / "step_00000002.pt"
+    began = {"processor": "a CPU", "torch": "2", "threads": 1}
+    start_anew_elsewhere(run, began)
+    for machine_, stays in ((began, True), (began | {"threads": 2}, False), (began, False)):
+        run.checkpoints.mkdir(exist_ok=True)
+        checkpoint.touch()
+        start_anew_elsewhere(run, machine_)
+        assert checkpoint.exists() == stays
+
+
+def test_cells_of_other_content_do_not_run(tiny, tmp_path):
+    config = YAML(typ="safe").load(tiny / "tiny.yaml")
+    ids = json.loads((tiny / "ids.json").read_text())
+    weights = build_captioner(load_config(str(tiny / "tiny.yaml"))).state_dict()
+    paths = [tmp_path / name for name in ("tiny.yaml", "ids.json", "start.pth")]
+    setting = Setting(*map(str, paths[:2]), 4, ["--max_steps=6", "--device=cpu"])
+    one, cell = Study({"caption": setting}, []), Cell("caption", DENSE, 1.0, NONE, 0)
+
+    def begin(config, ids, weights):
+        YAML().dump(config | {"pretrained": str(paths[2])}, paths[0])
+        paths[1].write_text(json.dumps(ids))
+        torch.save(weights, paths[2])
+        prepare(Runner(one, tmp_path), cell)
+
+    begin(config, ids, weights)
+    shutil.copytree(config["ann_root"], tmp_path / "annotation")
+    elsewhere = {key: str(tmp_path / "annotation") for key in ("ann_root", "coco_gt_root")}
+    begin(config | elsewhere | {"num_workers": 1}, ids, weights)  # nothing that results depend on
+    first_id, first_weight = next(iter(ids)), next(iter(weights))
+    for named, changed in {
+        "the config": (config | {"num_beams": 2}, ids, weights),
+        "the ID profile": (config, ids | {first_id: 9}, weights),
+        "the starting weights": (config, ids, weights | {first_weight: weights[first_weight] + 1}),
+    }.items():
+        with pytest.raises(UserError, match=f"changed of {named}[^,]*: put it back"):
+            begin(*changed)
+    file = tmp_path / "annotation" / "coco_karpathy_val_gt.json"
+    truth = json.loads(file.read_text())
+    truth["annotations"][0]["caption"] = "nothing"
+    file.write_text(json.dumps(truth))
+    with pytest.raises(UserError, match="changed of the annotations: put it back"):
+        begin(config | elsewhere, ids, weights)
+
+
+def test_a_study_keeps_what_its_cells_ran_with_and_removes_what_they_left(tiny):
+    """After a kill between a result and the removal of its cell's weights."""
+    folder, file = tiny / "left", tiny / "left.json"
+    argv = flags(tiny, "left")
+    argv[argv.index("--seeds") + 1] = "1"
+    argv.insert(argv.index("--seeds"), "--cells=1/3")  # the dense start
+    study.main(study.parse_args(argv))
+    kept = Study.read(file)
+    (cell,) = kept.results
+    assert list(kept.digests) == ["caption"]
+    assert {name.split()[1] for name in kept.digests["caption"]} == {
+        *("config", "ID", "annotations", "tokenizer")
+    }
+    (folder / cell.name / "checkpoints").mkdir()
+    (folder / cell.name / "checkpoints" / "step_00000002.pt").touch()
+    (folder / cell.name / PRUNED_FILE).touch()
+    study.main(study.parse_args(argv))
+    assert not (folder / cell.name / "checkpoints").exists()
+    assert not (folder / cell.name / PRUNED_FILE).exists()
+    with changing(file) as changed:
+        changed.digests["caption"]["the config of before"] = "another"
+    argv[argv.index("--cells=1/3")] = "--cells=2/3"
+    with pytest.raises(UserError, match="changed of the config of before"):
+        study.main(study.parse_args(argv))
+    assert Study.read(file).results == kept.results
