@@ -31,7 +31,6 @@ from studies.cells import (
     cider,
     mean_loss,
     processor_name,
-    start_anew_elsewhere,
     with_references,
 )
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
@@ -901,16 +900,24 @@ def test_a_processor_is_its_model_and_the_instructions_in_use(monkeypatch):
     assert processor_name(torch.device("cpu")) == "arm64, AVX9"
 
 
-def test_a_run_that_another_machine_began_starts_anew(runner):
-    run, _ = prepare(runner, Cell("caption", "PLATON", 0.5, NONE, 0))
-    checkpoint = run.checkpoints / "step_00000002.pt"
-    began = {"processor": "a CPU", "torch": "2", "threads": 1}
-    start_anew_elsewhere(run, began)
-    for machine_, stays in ((began, True), (began | {"threads": 2}, False), (began, False)):
-        run.checkpoints.mkdir(exist_ok=True)
+def test_a_cell_that_another_machine_began_starts_anew(runner, monkeypatch):
+    cell, found = Cell("caption", "PLATON", 0.5, NONE, 0), []
+
+    def train_and_stop(run, *_):
+        checkpoint = run.checkpoints / "step_00000002.pt"
+        found.append(checkpoint.exists())
+        checkpoint.parent.mkdir(exist_ok=True)
         checkpoint.touch()
-        start_anew_elsewhere(run, machine_)
-        assert checkpoint.exists() == stays
+        raise SystemExit(75)
+
+    monkeypatch.setattr("studies.cells.train", train_and_stop)
+    one = {"processor": "a CPU", "torch": "2", "threads": 1}
+    two = one | {"threads": 2}
+    for own in (one, one, two, two, one):
+        monkeypatch.setattr("studies.cells.machine_of", lambda device, own=own: own)
+        with pytest.raises(SystemExit):
+            runner.run_cell(cell)
+    assert found == [False, True, False, True, False]
 
 
 def test_cells_of_other_content_do_not_run(tiny, tmp_path):
