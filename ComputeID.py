@@ -22,7 +22,7 @@ from pathlib import Path
 
 from configs import load_config
 from engine.profile_flags import check_profile_flags, parse_profile_flags
-from utils import UserError, launch
+from utils import UserError, available_cpus, launch
 
 if __name__ == "__main__":  # before what takes seconds to import, for mistakes do not wait for it
     ARGS = parse_profile_flags(__doc__)
@@ -64,7 +64,6 @@ from models.layers import modality
 from models.weight_files import fetch
 from utils.processes import (
     Process,
-    available_cpus,
     barrier,
     free_memory,
     init_distributed,

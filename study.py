@@ -27,11 +27,11 @@ from pathlib import Path
 from configs import COUNT, FROM_ZERO
 from engine.flags import FRACTION
 from engine.stopping import exit_stopped, stop_signals_to
-from studies.grid import Study, changing, open_study, share
+from studies.grid import DENSE, Cell, Study, changing, open_study, share
 from studies.presets import PRESETS, of_config
-from studies.statistics import SCORES
+from studies.statistics import SCORES, machine
 from studies.weightings import WEIGHTINGS
-from utils import UserError, launch
+from utils import UserError, available_cpus, launch
 
 
 def main(args: argparse.Namespace) -> None:
@@ -76,7 +76,7 @@ def wanted_study(args: argparse.Namespace) -> Study | None:
 
 def default_processes(args: argparse.Namespace) -> int:
     """As many as there are CPUs, one thread each, for embedded models; one for others."""
-    return len(os.sched_getaffinity(0)) if args.preset else 1
+    return available_cpus() if args.preset else 1
 
 
 def run_side_by_side(processes: int) -> None:
@@ -90,18 +90,19 @@ def run_side_by_side(processes: int) -> None:
     command = [sys.executable, *sys.argv]
     flags = command.index("--") if "--" in command else len(command)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [*command[:flags], f"--cells={number}/{processes}", *command[flags:]], env=environment
-        )
-        for number in range(1, processes + 1)
-    ]
+    started, signals = [], []
 
     def pass_on(number, frame):
+        signals.append(number)
         for process in started:
             process.send_signal(number)
 
     with stop_signals_to(pass_on):
+        for number in range(1, processes + 1):
+            of_share = [*command[:flags], f"--cells={number}/{processes}", *command[flags:]]
+            started.append(subprocess.Popen(of_share, env=environment))
+        if signals:  # which came while not all had started
+            pass_on(signals[0], None)
         codes = [process.wait() for process in started]
     if any(codes):
         raise SystemExit(next(code for code in codes if code))
@@ -116,32 +117,64 @@ def run_cells(path: Path, args: argparse.Namespace) -> None:
         path: of the study.
         args: flags.
     """
-    study, part = Study.read(path), args.cells or "1/1"
-    done = study.results.keys() | study.failures.keys()
-    own = [cell for cell in share(study.cells, part) if cell not in done]
-    if not own:
-        return
     from studies.cells import Runner  # torch takes seconds to import
 
-    runner = Runner(study.settings, args.output_dir, machine_flags(args))
-    begun = time.monotonic()
-    for number, cell in enumerate(own, start=1):
-        try:
-            result = runner.run_cell(cell)
-            found = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
-            found += f"  {result['seconds']:.0f} s"
-            with changing(path) as changed:
-                changed.results[cell] = result
-        except FloatingPointError as error:
-            found = f"diverged: {error}"
-            with changing(path) as changed:
-                changed.failures[cell] = str(error)
+    study, part = Study.read(path), args.cells or "1/1"
+    runner = Runner(study, args.output_dir, machine_flags(args))
+    done = study.results.keys() | study.failures.keys()
+    cells = share(study.cells, part)
+    for cell in done.intersection(cells):  # a command may have been killed before it did
         runner.remove_weights(cell)
-        left = (time.monotonic() - begun) / number * (len(own) - number)
-        print(
-            f"share {part}: {number} of {len(own)}  {cell.name}  {found}  ETA {hours(left)}",
-            flush=True,
-        )
+    own = [cell for cell in cells if cell not in done]
+    seconds: list[float] = []
+    for number, cell in enumerate(own, start=1):
+        begun = time.monotonic()
+        found = run_and_keep(runner, cell, path)
+        runner.remove_weights(cell)
+        if cell.method != DENSE:
+            seconds.append(time.monotonic() - begun)
+        left = time_left(seconds, own[number:])
+        print(f"share {part}: {number} of {len(own)}  {cell.name}  {found}  ETA {left}", flush=True)
+
+
+def run_and_keep(runner, cell: Cell, path: Path) -> str:
+    """Runs a cell and keeps its result, or why it has none, in the study's file.
+
+    Args:
+        runner: a `studies.cells.Runner`.
+        cell: to run.
+        path: of the study.
+
+    Returns:
+        What was found, in words.
+    """
+    result, failure = None, ""
+    try:
+        result = runner.run_cell(cell)
+    except FloatingPointError as error:
+        failure = str(error)
+    with changing(path) as changed:
+        for task, digests in runner.study.digests.items():
+            changed.keep_digests(task, digests)
+        if result is None:
+            changed.failures[cell] = failure
+        else:
+            changed.results[cell] = result
+    if result is None:
+        return f"diverged: {failure}"
+    found = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
+    return f"{found}  {result['seconds']:.0f} s"
+
+
+def time_left(seconds: list[float], cells: list[Cell]) -> str:
+    """Hours that cells take if each that trains takes the mean of those that did; "?" of none.
+
+    Args:
+        seconds: of the cells that trained.
+        cells: that are to come; those that only score take next to no time.
+    """
+    training = sum(cell.method != DENSE for cell in cells)
+    return hours(training * sum(seconds) / len(seconds)) if seconds else "?"
 
 
 def machine_flags(args: argparse.Namespace) -> list[str]:
@@ -162,12 +195,12 @@ def run_again(path: Path, args: argparse.Namespace) -> None:
     study = Study.read(path)
     done = [cell for cell in study.cells if cell in study.results]
     cells = min(args.again, len(done))
-    runner = Runner(study.settings, args.output_dir / "again", machine_flags(args))
+    runner = Runner(study, args.output_dir / "again", machine_flags(args))
     for cell in [done[place * len(done) // cells] for place in range(cells)]:
         shutil.rmtree(runner.folder / cell.name, ignore_errors=True)
         old, new = study.results[cell], runner.run_cell(cell)
         differences = "  ".join(f"{s} {new[s] - old[s]:+.2e}" for s in SCORES[cell.task])
-        machines = {old["processor"], new["processor"]}
+        machines = {machine(old), machine(new)}
         print(f"{cell.name}: {differences}  ({'; '.join(sorted(machines))})", flush=True)
 
 

@@ -21,10 +21,9 @@ from models.checkpoint import load_trained
 from models.text import truncated
 from models.weight_files import fetch
 from pruners import sparsity_report
-from utils import UserError, write_json
+from utils import UserError, available_cpus, write_json
 from utils.processes import (
     Process,
-    available_cpus,
     init_distributed,
     keep_freed_memory,
     main_process_first,

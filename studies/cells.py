@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import json
 import platform
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from hashlib import file_digest
 from pathlib import Path
 
 import torch
@@ -16,12 +18,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import train_caption
 import train_nlvr
+from configs import SCHEMAS, Place, read_med_config
 from data.caption_dataset import CaptionTrainDataset
 from data.records import read_references
 from dimension.profile import load_profile
 from engine.loading import move
 from engine.loop import train
-from engine.run import CHECKPOINTS, Run, prepare_run, start
+from engine.run import CHECKPOINTS, Run, Task, prepare_run, start
+from engine.state import content_hash, vocabulary_hash
 from engine.tasks import CAPTION, NLVR, ground_truth
 from evaluation import metrics
 from evaluation.captions import generate_captions
@@ -30,9 +34,9 @@ from evaluation.ptb import ptb_tokenize
 from evaluation.runs import PRUNED_FILE
 from models import prunable_layers
 from pruners import sparsity_report
-from studies.grid import DENSE, Cell, Setting, trainer_flags
+from studies.grid import DENSE, Cell, Setting, Study, trainer_flags
 from studies.weightings import write_weighting
-from utils import UserError
+from utils import UserError, write_json
 
 CACHE_BYTES = 300e6  # of decoded images; cells of one seed read the same ones
 TRAINERS = {"caption": (CAPTION, train_caption), "nlvr": (NLVR, train_nlvr)}
@@ -48,6 +52,7 @@ class Bench:
         train_set: whose seed each cell sets.
         splits: held-out sets by name.
         validation: the part of the first one that scores cells.
+        digests: of the content of what cells are computed from.
     """
 
     model: nn.Module
@@ -55,14 +60,15 @@ class Bench:
     train_set: Dataset
     splits: dict[str, Dataset]
     validation: Dataset
+    digests: dict[str, str]
 
 
 class Runner:
     """Runs cells; what cells of a task share is loaded for the first of them."""
 
-    def __init__(self, settings: dict[str, Setting], folder: Path, flags: Sequence[str] = ()):
-        """Args: of the study; where the runs' folders go; the machine's flags of trainers."""
-        self.settings, self.folder, self.flags = settings, folder, flags
+    def __init__(self, study: Study, folder: Path, flags: Sequence[str] = ()):
+        """Args: gets its digests; where the runs' folders go; the machine's flags of trainers."""
+        self.study, self.folder, self.flags = study, folder, flags
         self.benches: dict[str, Bench] = {}
 
     def run_cell(self, cell: Cell) -> dict:
@@ -71,10 +77,10 @@ class Runner:
         Returns:
             `loss` (mean over the validation's tokens or statements) and `CIDEr` or `accuracy`;
             `sparsity`: shares of zeros, overall, of vision and of language; `seconds` of the last
-            sitting; `processor` and `torch`, on which the last digits depend.
+            sitting; and what `machine_of` tells.
 
         Raises:
-            UserError: the setting, the data or the weights are wrong.
+            UserError: the setting, the data or the weights are wrong, or have changed.
             FloatingPointError: the training diverged.
             SystemExit: of `engine.loop.train`, after a signal; or a flag is wrong.
         """
@@ -88,6 +94,8 @@ class Runner:
             contextlib.redirect_stderr(output),
         ):
             run, bench = self.prepare(cell, args)
+            own = machine_of(run.process.device)
+            start_anew_elsewhere(run, own)
             if cell.method != DENSE:
                 train(run, bench.model, bench.train_set, bench.splits)
             scores = score(run, bench)
@@ -96,8 +104,7 @@ class Runner:
             **scores,
             "sparsity": {"overall": sparsity["overall"], **sparsity["by_modality"]},
             "seconds": round(time.monotonic() - begun, 3),
-            "processor": processor_name(run.process.device),
-            "torch": torch.__version__,
+            **own,
         }
 
     def remove_weights(self, cell: Cell) -> None:
@@ -108,7 +115,7 @@ class Runner:
 
     def trainer_args(self, cell: Cell) -> argparse.Namespace:
         """The cell's flags as the training script reads them; writes its weighting's profile."""
-        setting = self.settings[cell.task]
+        setting = self.study.settings[cell.task]
         path = self.folder / cell.name / "weighting.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         ids = load_profile(setting.id_profile)
@@ -118,23 +125,91 @@ class Runner:
 
     def prepare(self, cell: Cell, args: argparse.Namespace) -> tuple[Run, Bench]:
         """The cell's run, and its task's bench with the model at the weights cells start from."""
-        setting, (task, _) = self.settings[cell.task], TRAINERS[cell.task]
-        bench = self.benches.get(cell.task)
-        if bench is None:
-            run, model, train_set, splits = prepare_run(args, task)
-            if run.process.world_size > 1:
-                raise UserError("a cell runs in one process: give each a share with --cells I/N")
-            cache_images(run, train_set, *splits.values())
-            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            validation = validation_set(run, splits[task.held_out[0]], setting.validation)
-            bench = Bench(model, weights, train_set, splits, validation)
-            self.benches[cell.task] = bench
-            return run, bench
+        task, _ = TRAINERS[cell.task]
+        if cell.task not in self.benches:
+            self.benches[cell.task] = build_bench(args, task, self.study.settings[cell.task])
+        bench = self.benches[cell.task]
+        self.study.keep_digests(cell.task, bench.digests)
         run = start(args, task)
         run.layer_id = load_profile(run.id_profile) if run.id_profile else None
         bench.model.load_state_dict(bench.weights)
+        bench.model.zero_grad()  # a cell that diverged leaves gradients that are NaN
         bench.train_set.seed = cell.seed
         return run, bench
+
+
+def build_bench(args: argparse.Namespace, task: Task, setting: Setting) -> Bench:
+    """Loads what the cells of a task share.
+
+    Layers that the starting weights lack are drawn under one seed, so that cells start from the
+    same weights whichever of them a process runs first.
+
+    Args:
+        args: of one of the cells.
+        task: of the cells.
+        setting: of the task.
+
+    Raises:
+        UserError: the setting, the data or the weights are wrong, or there are several processes.
+    """
+    args = argparse.Namespace(**vars(args) | {"seed": 0})
+    run, model, train_set, splits = prepare_run(args, task)
+    if run.process.world_size > 1:
+        raise UserError("a cell runs in one process: give each a share with --cells I/N")
+    cache_images(run, train_set, *splits.values())
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    validation = validation_set(run, splits[task.held_out[0]], setting.validation)
+    digests = digests_of(run, setting, train_set, validation)
+    return Bench(model, weights, train_set, splits, validation, digests)
+
+
+def digests_of(
+    run: Run, setting: Setting, train_set: Dataset, validation: Subset
+) -> dict[str, str]:
+    """What cells are computed from, to the digest of its content; places and machines aside.
+
+    Args:
+        run: of `prepare_run`.
+        setting: of the task.
+        train_set: with its records.
+        validation: part of a held-out split.
+    """
+    places = {key for key, (rule, _) in SCHEMAS[run.task.name].items() if isinstance(rule, Place)}
+    config = {k: v for k, v in run.config.items() if k not in places | {"num_workers"}}
+    config["med_config"] = sorted(read_med_config(config["med_config"]).items())
+    annotations = [*train_set.records, *validation.dataset.records]
+    if run.task is CAPTION:
+        annotations += read_references(ground_truth(run.config, run.task.held_out[0])).items()
+    contents = {
+        f"the config {setting.config}": sorted(config.items()),
+        f"the ID profile {setting.id_profile}": sorted(load_profile(setting.id_profile).items()),
+        "the annotations": annotations,
+        "the tokenizer": vocabulary_hash(run.config["tokenizer"]),
+    }
+    digests = {name: content_hash(content) for name, content in contents.items()}
+    if run.weights is not None and run.weights.is_file():
+        with open(run.weights, "rb") as file:
+            digests["the starting weights"] = file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def machine_of(device: torch.device) -> dict:
+    """On what the last digits depend: `processor`, `torch` and, of a CPU, `threads`."""
+    machine = {"processor": processor_name(device), "torch": torch.__version__}
+    return machine | ({"threads": torch.get_num_threads()} if device.type == "cpu" else {})
+
+
+def start_anew_elsewhere(run: Run, machine: dict) -> None:
+    """Removes the checkpoints of a run that another machine began, for a result is of one.
+
+    Args:
+        run: of a cell.
+        machine: this one; written to the run's folder.
+    """
+    file = run.folder / "machine.json"
+    if not file.exists() or json.loads(file.read_text()) != machine:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        write_json(file, machine)
 
 
 def cache_images(run: Run, train_set: Dataset, *held_out: Dataset) -> None:

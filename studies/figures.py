@@ -118,7 +118,7 @@ def plot_sparsity_shares(study: Study) -> tuple[Figure, str]:
     columns = min(len(found), COLUMNS)
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, group in zip(panels, found, strict=False):
+    for group, panel in zip(found, panels, strict=False):
         found_here = results_by_weighting(study.cells, study.results, group)
         names = [weighting for weighting, results in found_here.items() if results]
         for place, weighting in enumerate(names):

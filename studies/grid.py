@@ -16,6 +16,9 @@ from pathlib import Path
 from utils import UserError, atomic_write
 
 DENSE = "dense"  # the method of a cell that scores the weights it starts from
+# flags of the training scripts that a cell sets, or that would make something else of it
+CELL_FLAGS = "config output_dir model_dir seed final_threshold eval_epochs pruner_name".split()
+CELL_FLAGS += "id_profile useID check evaluate".split()
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Study:
         failures: why a cell has no result and gets none: its training diverged.
         notes: sentences that were written before the cells ran, such as the rule of the verdicts.
         pooled: remaining fractions over which each seed's mean is compared, too.
+        digests: by task, of the content of what cells are computed from, once one has run.
     """
 
     settings: dict[str, Setting]
@@ -79,6 +83,7 @@ class Study:
     failures: dict[Cell, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     pooled: list[float] = field(default_factory=list)
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Study":
@@ -91,6 +96,7 @@ class Study:
             content = json.loads(path.read_text())
             settings = {task: Setting(**values) for task, values in content["settings"].items()}
             study = cls(settings, [], notes=content["notes"], pooled=content["pooled"])
+            study.digests = content.get("digests", {})  # older studies have none
             for record in content["cells"]:
                 result, failure = record.pop("result", None), record.pop("failure", None)
                 study.cells.append(cell := Cell(**record))
@@ -114,9 +120,28 @@ class Study:
             lines.append(json.dumps(record))
         settings = {task: asdict(setting) for task, setting in self.settings.items()}
         head = {"notes": self.notes, "pooled": self.pooled, "settings": settings}
+        head |= {"digests": self.digests} if self.digests else {}
         start = json.dumps(head, indent=1).removesuffix("\n}")
         with atomic_write(path) as file:
             file.write(f'{start},\n "cells": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
+
+    def keep_digests(self, task: str, own: dict[str, str]) -> None:
+        """Keeps the digests of a task's first cell, which those of later ones must equal.
+
+        Args:
+            task: of the cells.
+            own: what a cell is computed from, to the digest of its content.
+
+        Raises:
+            UserError: the cells that ran before were computed from other content; names it.
+        """
+        kept = self.digests.setdefault(task, own)
+        changed = [name for name in kept | own if kept.get(name) != own.get(name)]
+        if changed:
+            raise UserError(
+                f"since the study's first {task} cell the content has changed of "
+                f"{', '.join(changed)}: put it back, or give another --file for a new study"
+            )
 
 
 @contextmanager
@@ -196,7 +221,9 @@ def share(cells: list[Cell], part: str) -> list[Cell]:
 
 
 def trainer_flags(cell: Cell, setting: Setting, folder: Path, profile: Path | None) -> list[str]:
-    """The command line of the training script that runs a cell; the setting's flags come last.
+    """The command line of the training script that runs a cell; the cell's own flags come last.
+
+    Of a flag that is there twice the last one counts.
 
     Args:
         cell: to run.
@@ -216,7 +243,7 @@ def trainer_flags(cell: Cell, setting: Setting, folder: Path, profile: Path | No
         flags["pruner_name"] = cell.method
     if profile:
         flags["id_profile"] = profile
-    return [f"--{name}={value}" for name, value in flags.items()] + setting.flags
+    return setting.flags + [f"--{name}={value}" for name, value in flags.items()]
 
 
 def grid(task: str, methods, remaining, weightings, seeds) -> list[Cell]:

@@ -12,7 +12,7 @@ import numpy as np
 from dimension.figures import save_figure
 from evaluation.tables import markdown
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares, title
-from studies.grid import DENSE, Study
+from studies.grid import DENSE, Cell, Study
 from studies.statistics import (
     LOWER_IS_BETTER,
     SCORES,
@@ -96,32 +96,42 @@ def verdict_table(study: Study) -> str:
         for pair in comparisons(list(dict.fromkeys(cell.weighting for cell in cells))):
             found = pooled_differences(study.results, task, method, fractions, *pair)
             planned = planned_pairs(study.cells, task, method, fractions, pair)
-            rows += [where | row for row in comparison_rows(pair, found, planned)]
+            rows += [where | row for row in comparison_rows(study, pair, found, planned)]
     return markdown(rows) + "\n" if rows else "No seed has all cells of a comparison yet.\n"
 
 
 def comparison_rows(
-    pair: tuple[str, str], found: dict[str, dict[int, float]], planned: int
+    study: Study,
+    pair: tuple[str, str],
+    found: dict[str, dict[int, float]],
+    planned: list[list[Cell]],
 ) -> list[dict]:
     """A row of cells for each score: the comparison of its paired differences.
 
+    Pairs are lost whose cells have all run, but not on one machine, or with one that diverged.
+
     Args:
+        study: whose results and failures tell which pairs are to come.
         pair: weighting and baseline.
         found: of `studies.statistics.paired_differences`.
-        planned: pairs when all cells are done.
+        planned: of `studies.statistics.planned_pairs`.
     """
+    ran = study.results.keys() | study.failures.keys()
+    to_come = sum(not ran >= set(cells) for cells in planned)
     rows = []
     for score, by_seed in found.items():
         c = compare(list(by_seed.values()), score)
-        missing = c.pairs < planned
-        so_far = " so far" if missing and c.verdict != UNSEEN else ""
+        pairs = str(c.pairs) if c.pairs == len(planned) else f"{c.pairs} of {len(planned)}"
+        if lost := len(planned) - to_come - c.pairs:
+            pairs += f", {lost} lost"
+        so_far = " so far" if to_come and c.verdict != UNSEEN else ""
         spread = "" if math.isnan(c.low) else f"{c.low:+.4f} to {c.high:+.4f}"
         rows.append(
             {
                 "weighting": pair[0],
                 "against": pair[1],
                 "score": arrow(score),
-                "pairs": f"{c.pairs} of {planned}" if missing else str(c.pairs),
+                "pairs": pairs,
                 "mean difference": f"{c.mean:+.4f}",
                 "95 % interval": spread,
                 "sign test": f"p {c.p:.3f}",
@@ -179,7 +189,7 @@ def difference_tables(study: Study) -> list[str]:
             task, method, fraction = group
             planned = planned_pairs(study.cells, task, method, [fraction], pair)
             found = paired_differences(study.results, group, *pair)
-            rows += comparison_rows(pair, found, planned)
+            rows += comparison_rows(study, pair, found, planned)
         if rows:
             tables.append(f"{title(group)}\n\n{markdown(rows)}\n")
     return tables

@@ -4,7 +4,7 @@ import argparse
 
 from configs import load_config
 from engine.flags import add_flags
-from studies.grid import DENSE, Cell, Setting, Study, grid, trainer_flags
+from studies.grid import CELL_FLAGS, DENSE, Cell, Setting, Study, grid, trainer_flags
 from studies.statistics import RULE, SCORES
 from studies.weightings import ID, NONE, SHUFFLED, WEIGHTINGS, check_weighting
 from utils import UserError
@@ -66,7 +66,8 @@ def of_config(args: argparse.Namespace) -> Study:
     """The study of a config, as the flags of `study.py` say.
 
     Raises:
-        UserError: the config or a weighting is wrong, or a value is there twice.
+        UserError: the config or a weighting is wrong, a value is there twice, or a flag is the
+            cells' own.
         SystemExit: a flag of the training script is wrong.
     """
     for name in ("methods", "remaining", "weightings"):
@@ -80,8 +81,12 @@ def of_config(args: argparse.Namespace) -> Study:
     setting = Setting(args.config, args.id_profile, args.validation, args.flags)
     cells = grid(task, args.methods, args.remaining, args.weightings, range(args.seeds))
     dense = Cell(task, DENSE, 1.0, NONE, 0)
+    parser = argparse.ArgumentParser(prog="study.py: the training script", add_help=False)
+    add_flags(parser, task)
+    given = parser.parse_args(args.flags, argparse.Namespace(**dict.fromkeys(CELL_FLAGS)))
+    for name in CELL_FLAGS:
+        if getattr(given, name) is not None:
+            raise UserError(f"--{name} after --: each cell has its own; leave it out")
     for cell in {cell.method: cell for cell in (dense, *cells)}.values():
-        parser = argparse.ArgumentParser(prog="study.py: the training script", add_help=False)
-        add_flags(parser, task)
         parser.parse_args(trainer_flags(cell, setting, args.output_dir, None))
     return Study({task: setting}, [dense, *cells], notes={"rule": RULE}, pooled=args.remaining)

@@ -1,7 +1,7 @@
 """Paired differences between weightings: mean, bootstrap interval, sign test and a verdict.
 
-Pairs share task, method, remaining fraction and seed, hence the data's order, and the processor and
-version of torch, whose rounding moves scores as far as weightings do.
+Pairs share task, method, remaining fraction and seed, hence the data's order, and the processor,
+its threads and the version of torch, whose rounding moves scores as far as weightings do.
 """
 
 import math
@@ -17,6 +17,7 @@ Group = tuple[str, str, float]  # task, method and remaining fraction
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05  # of the sign test, two-sided
+TIE = 1e-12  # differences up to it are of rounding, and have no sign
 RESAMPLES = 10_000
 BASELINES = (NONE, SHUFFLED)
 SCORES = {"caption": ("loss", "CIDEr"), "nlvr": ("loss", "accuracy")}  # of a task's cells
@@ -24,11 +25,12 @@ LOWER_IS_BETTER = {"loss"}
 BETTER, WORSE, UNSEEN = "better", "worse", "no difference seen at this n"
 RULE = (
     'A weighting is "better" than another where the 95 % bootstrap interval of the mean paired '
-    "difference lies wholly on the better side of zero and the two-sided sign test gives p < 0.05; "
-    '"worse" likewise; else "no difference seen at this n". With fewer than 6 pairs the sign test '
-    "cannot reach p < 0.05; with 8 all must have one sign, with 10 all but one. So where there is "
-    "no effect, chance gives a verdict in at most 0.8 % of comparisons of 8 pairs, 2.1 % of 10. "
-    'While planned pairs are missing a verdict is of the moment, "so far".'
+    "difference lies wholly on the better side of zero, most signs are on that side and the "
+    'two-sided sign test gives p < 0.05; "worse" likewise; else "no difference seen at this n". '
+    "With fewer than 6 pairs the sign test cannot reach p < 0.05; with 8 all must have one sign, "
+    "with 10 all but one; to it a tie is a pair that is missing. So where there is no effect, "
+    "chance gives a verdict in at most 0.8 % of comparisons of 8 pairs, 2.1 % of 10. While planned "
+    'pairs are to come a verdict is of the moment, "so far".'
 )
 
 
@@ -68,11 +70,13 @@ def compare(differences: list[float], score: str) -> Comparison:
     from scipy.stats import binomtest
 
     low, high = interval(differences)
-    signs = [math.copysign(1, d) for d in differences if d]
-    p = binomtest(signs.count(1), len(signs)).pvalue if signs else 1.0
+    above = sum(d > TIE for d in differences)
+    below = sum(d < -TIE for d in differences)
+    p = binomtest(above, above + below).pvalue if above + below else 1.0
     verdict = UNSEEN
-    if p < SIGNIFICANCE and (low > 0 or high < 0):
-        verdict = BETTER if (low > 0) != (score in LOWER_IS_BETTER) else WORSE
+    higher, lower = low > 0 and above > below, high < 0 and below > above
+    if p < SIGNIFICANCE and (higher or lower):
+        verdict = BETTER if higher != (score in LOWER_IS_BETTER) else WORSE
     return Comparison(tuple(differences), float(np.mean(differences)), low, high, p, verdict)
 
 
@@ -120,8 +124,10 @@ def paired_differences(
 
 
 def machine(result: dict) -> str:
-    """What computed a result."""
-    return f"{result['processor']}, torch {result['torch']}"
+    """What computed a result; one that tells no threads is of one, or of a GPU."""
+    threads = result.get("threads", 1)
+    of_several = f", {threads} threads" if threads > 1 else ""
+    return f"{result['processor']}, torch {result['torch']}{of_several}"
 
 
 def pooled_differences(
@@ -173,18 +179,23 @@ def results_by_weighting(
 ) -> dict[str, list[dict]]:
     """A group's results by weighting, of the seeds that all its weightings have, in their order.
 
-    Means over other seeds could not be compared: seeds differ by more than weightings.
+    All of a seed are of one machine. Means over other seeds could not be compared: seeds differ by
+    more than weightings, and machines by as much.
     """
     found = {
         weighting: {c.seed: r for c, r in results.items() if c == Cell(*group, weighting, c.seed)}
         for weighting in weightings_of(cells, results, group)
     }
-    seeds = sorted(set.intersection(*map(set, found.values())))
+    seeds = [
+        seed
+        for seed in sorted(set.intersection(*map(set, found.values())))
+        if len({machine(by_seed[seed]) for by_seed in found.values()}) == 1
+    ]
     return {weighting: [by_seed[s] for s in seeds] for weighting, by_seed in found.items()}
 
 
-def planned_pairs(cells: list[Cell], task: str, method: str, fractions, pair) -> int:
-    """How many pairs a comparison will have.
+def planned_pairs(cells: list[Cell], task: str, method: str, fractions, pair) -> list[list[Cell]]:
+    """The cells of each pair that a comparison is to have.
 
     Args:
         cells: of the study.
@@ -193,15 +204,16 @@ def planned_pairs(cells: list[Cell], task: str, method: str, fractions, pair) ->
         fractions: over which each seed's mean is taken, one or several.
         pair: weighting and baseline.
     """
-    wanted, planned = [(f, weighting) for f in fractions for weighting in pair], set(cells)
-    seeds = {cell.seed for cell in cells}
-    return sum(
-        all(
-            Cell(task, method, fraction, weighting, seed) in planned
-            for fraction, weighting in wanted
-        )
-        for seed in seeds
-    )
+    planned = set(cells)
+    pairs = [
+        [
+            Cell(task, method, fraction, weighting, seed)
+            for fraction in fractions
+            for weighting in pair
+        ]
+        for seed in sorted({cell.seed for cell in cells})
+    ]
+    return [of_pair for of_pair in pairs if planned.issuperset(of_pair)]
 
 
 def comparisons(weightings: list[str]) -> list[tuple[str, str]]:

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import platform
+import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,14 +19,34 @@ from ruamel.yaml import YAML
 from torch.utils.data import Subset
 
 import study
+import train_nlvr
 from configs import SCHEMAS, load_config
+from engine import loop
 from evaluation import metrics
+from evaluation.runs import PRUNED_FILE
 from models import build_captioner, prunable_layers
-from studies.cells import Runner, cache_images, cider, mean_loss, with_references
+from studies.cells import (
+    Runner,
+    cache_images,
+    cider,
+    mean_loss,
+    processor_name,
+    with_references,
+)
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares
-from studies.grid import DENSE, Cell, Setting, Study, changing, grid, open_study, share
-from studies.page import MARK, progress, report, verdict_table
-from studies.presets import embedded
+from studies.grid import (
+    DENSE,
+    Cell,
+    Setting,
+    Study,
+    changing,
+    grid,
+    open_study,
+    share,
+    trainer_flags,
+)
+from studies.page import MARK, difference_tables, progress, report, verdict_table
+from studies.presets import embedded, of_config
 from studies.statistics import (
     BETTER,
     RULE,
@@ -32,13 +55,14 @@ from studies.statistics import (
     compare,
     comparisons,
     interval,
+    machine,
     paired_differences,
     planned_pairs,
     pooled_differences,
     results_by_weighting,
 )
 from studies.weightings import ID, MEAN, NONE, SHUFFLED, WEIGHTINGS, WITHIN, weigh, write_weighting
-from tests.runs import finish, make_scenes, same, start, write_config
+from tests.runs import finish, make_scenes, processes, same, start, write_config
 from utils import UserError
 
 VISION = [f"visual_encoder.blocks.{i}.mlp.fc1" for i in range(6)]
@@ -154,6 +178,101 @@ def test_a_file_of_another_study_is_refused_and_one_alone_goes_on(tmp_path):
         open_study(path, Study({"nlvr": Setting("c", "p")}, one.cells))
 
 
+def add_results(path: Path, cells: list[Cell], together) -> None:
+    together.wait()
+    for cell in cells:
+        with changing(path) as changed:
+            changed.results[cell] = {"loss": float(cell.seed)}
+
+
+def test_processes_that_add_results_at_once_lose_none(tmp_path):
+    path, cells = tmp_path / "study.json", grid("nlvr", ["Taylor"], [0.1], [NONE, ID], range(10))
+    Study({}, cells).write(path)
+    together = processes.Barrier(2)
+    adding = [
+        processes.Process(target=add_results, args=(path, cells[half::2], together))
+        for half in (0, 1)
+    ]
+    for process in adding:
+        process.start()
+    assert finish(adding) == [0, 0]
+    assert Study.read(path).results == {cell: {"loss": float(cell.seed)} for cell in cells}
+
+
+def test_a_study_keeps_the_digests_of_its_first_cells_and_refuses_others(tmp_path):
+    one, path = Study({}, grid("nlvr", ["Taylor"], [0.1], [NONE], [0])), tmp_path / "study.json"
+    one.write(path)
+    assert "digests" not in path.read_text() and Study.read(path).digests == {}
+    with changing(path) as changed:
+        changed.keep_digests("nlvr", {"the config": "a", "the ID profile": "b"})
+    kept = Study.read(path)
+    assert kept.digests == {"nlvr": {"the config": "a", "the ID profile": "b"}}
+    kept.keep_digests("nlvr", {"the config": "a", "the ID profile": "b"})
+    kept.keep_digests("caption", {"the config": "c"})
+    with pytest.raises(UserError, match="nlvr cell .* changed of the ID profile: put it back"):
+        kept.keep_digests("nlvr", {"the config": "a", "the ID profile": "c"})
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--seed=3", "seed"),
+        ("--final_thr=0.5", "final_threshold"),
+        ("--pruner_name=Taylor", "pruner_name"),
+        ("--id_profile=q", "id_profile"),
+        ("--model_dir=m", "model_dir"),
+        ("--output_dir=o", "output_dir"),
+        ("--config=c", "config"),
+        ("--eval_epochs=1", "eval_epochs"),
+        ("--useID", "useID"),
+        ("--check", "check"),
+        ("--evaluate", "evaluate"),
+    ],
+)
+def test_flags_that_are_the_cells_own_are_refused(tmp_path, flag, named):
+    file = tmp_path / "study.json"
+    argv = ["--config=configs/nlvr_demo.yaml", "--id_profile=p", f"--file={file}", "--"]
+    with pytest.raises(UserError, match=f"^--{named} after --: each cell has its own"):
+        study.main(study.parse_args([*argv, "--max_steps=9", flag]))
+    assert not file.exists()
+    assert of_config(study.parse_args([*argv, "--max_steps=9"])).settings["nlvr"].flags == [
+        "--max_steps=9"
+    ]
+
+
+def test_a_cells_own_flags_come_after_the_settings():
+    setting = Setting("c", "p", flags=["--seed=1", "--pruner_name=Taylor", "--max_steps=9"])
+    cell = Cell("nlvr", "Magnitude", 0.25, ID, 7)
+    args = train_nlvr.parse_args(trainer_flags(cell, setting, Path("o"), Path("w")))
+    assert (args.seed, args.pruner_name, args.final_threshold) == (7, "Magnitude", 0.25)
+    assert (args.max_steps, args.id_profile, args.model_dir) == (9, "w", cell.name)
+
+
+def test_flags_of_the_machine_are_those_that_were_given():
+    assert study.machine_flags(study.parse_args(["--preset=embedded"])) == []
+    args = study.parse_args(["--preset=embedded", "--device=cpu", "--num_workers=0"])
+    assert study.machine_flags(args) == ["--device=cpu", "--num_workers=0"]
+
+
+def test_the_time_left_is_of_cells_that_train():
+    cells = [Cell("nlvr", DENSE, 1.0, NONE, 0), *grid("nlvr", ["Taylor"], [0.1], [NONE], range(3))]
+    assert study.time_left([], cells) == "?"
+    assert study.time_left([1800, 5400], cells) == "3:00"
+    assert study.time_left([60], []) == "0:00"
+    assert [study.hours(s) for s in (29, 31, 3599, 25 * 3600 + 300)] == [
+        *("0:00", "0:01", "1:00", "25:05")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"), [(["--preset=embedded"], 6), (["--file=study.json"], 1)]
+)
+def test_processes_are_as_many_as_cpus_for_small_models(monkeypatch, argv, expected):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert study.default_processes(study.parse_args(argv)) == expected
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -214,6 +333,59 @@ def test_a_command_starts_its_shares_and_a_share_runs_itself(monkeypatch, tmp_pa
     assert ran == [(file, "1/2"), (file, "2/2")] and len(started) == 2
 
 
+WAITS = """
+import signal, sys, time
+from pathlib import Path
+here = Path(__file__).parent / sys.argv[-1].replace("/", "_")
+def stop(number, frame):
+    here.write_text(f"told {number}")
+    raise SystemExit(75)
+signal.signal(signal.SIGTERM, stop)
+here.write_text("ready")
+time.sleep(60)
+"""
+
+
+def test_a_signal_goes_on_to_the_shares(monkeypatch, tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    said = [tmp_path / f"--cells={number}_2" for number in (1, 2)]
+
+    def stop_when_ready():
+        while not all(file.exists() and file.read_text() for file in said):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_ready, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        study.run_side_by_side(2)
+    assert ended.value.code == 75
+    assert [file.read_text() for file in said] == [f"told {signal.SIGTERM.value}"] * 2
+
+
+def test_a_signal_that_comes_while_shares_start_goes_on_to_all(monkeypatch):
+    told = []
+
+    class Started:
+        def __init__(self, command, env):
+            if command[-1] == "--cells=1/2":
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.share = command[-1]
+
+        def send_signal(self, number):
+            told.append((self.share, number))
+
+        def wait(self):
+            return 75
+
+    monkeypatch.setattr(sys, "argv", ["study.py"])
+    monkeypatch.setattr(study.subprocess, "Popen", Started)
+    with pytest.raises(SystemExit):
+        study.run_side_by_side(2)
+    assert told == [(f"--cells={number}/2", signal.SIGTERM) for number in (1, 2)]
+
+
 def test_names_of_cells_differ_and_are_fit_for_folders():
     names = [cell.name for cell in embedded().cells]
     assert len(set(names)) == len(names)
@@ -269,6 +441,19 @@ def test_verdicts_need_the_interval_and_the_signs():
 def test_differences_of_zero_say_nothing():
     found = compare([0.0, 0.0, 0.0], "loss")
     assert (found.mean, found.p, found.verdict) == (0, 1, UNSEEN)
+    # so do those of rounding: six of one sign would give p = 2 / 2^6
+    assert compare([1e-17] * 6, "loss").p == 1
+    # a tie is as a pair that is missing: five of one sign are left, 2 / 2^5
+    tie = compare([-0.02, -0.01, -0.03, -0.02, -0.01, -1e-17], "loss")
+    assert tie.p == pytest.approx(1 / 16) and tie.verdict == UNSEEN
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_verdict_is_not_against_most_of_its_signs(sign):
+    # 16 of 20 fall a little (p = 0.012), but the mean of four that rise much is surely above zero
+    found = compare([sign * d for d in [-0.001] * 16 + [1.0] * 4], "accuracy")
+    assert found.p < 0.05 and min(sign * found.low, sign * found.high) > 0
+    assert found.verdict == UNSEEN
 
 
 def test_the_interval_of_two_values_lies_between_them_and_of_one_is_unknown():
@@ -303,12 +488,17 @@ def test_pairs_share_the_seed_and_the_fraction():
     assert paired_differences(results, ("caption", "PLATON", 0.2), ID, NONE) == {}
 
 
-@pytest.mark.parametrize("other", [{"processor": "another CPU"}, {"torch": "3"}])
+@pytest.mark.parametrize("other", [{"processor": "another CPU"}, {"torch": "3"}, {"threads": 2}])
 def test_pairs_are_of_one_machine(other):
     results = results_of({(0.1, w, s): 1.0 + (w == ID) for w in (NONE, ID) for s in range(2)})
     results[Cell("caption", "PLATON", 0.1, ID, 0)] |= other
     found = paired_differences(results, ("caption", "PLATON", 0.1), ID, NONE)
     assert found == {"loss": {1: 1.0}, "CIDEr": {1: -1.0}}
+
+
+def test_results_that_tell_no_threads_are_of_one():
+    assert machine(MACHINE) == machine(MACHINE | {"threads": 1}) == "a CPU, torch 2"
+    assert machine(MACHINE | {"threads": 4}) == "a CPU, torch 2, 4 threads"
 
 
 def test_means_are_over_the_seeds_that_all_weightings_have():
@@ -324,14 +514,25 @@ def test_means_are_over_the_seeds_that_all_weightings_have():
     assert {w: [r["loss"] for r in of] for w, of in found.items()} == {
         w: [1.0, 2.0, 3.0] for w in (NONE, ID)
     }
+    results[Cell(*group, ID, 1)] |= {"processor": "another CPU"}
+    for weighting in (NONE, ID):  # both elsewhere
+        results[Cell(*group, weighting, 2)] |= {"processor": "another CPU"}
+    found = results_by_weighting(list(results), results, group)
+    assert {w: [r["loss"] for r in of] for w, of in found.items()} == {
+        w: [1.0, 3.0] for w in (NONE, ID)
+    }
 
 
 def test_pairs_are_counted_that_the_cells_plan():
     cells = grid("caption", ["PLATON"], [0.2, 0.1], [NONE, ID], range(3))
     cells += grid("caption", ["PLATON"], [0.1], [NONE, ID], [7])
-    assert planned_pairs(cells, "caption", "PLATON", [0.1], (ID, NONE)) == 4
-    assert planned_pairs(cells, "caption", "PLATON", [0.1, 0.2], (ID, NONE)) == 3
-    assert planned_pairs(cells, "caption", "PLATON", [0.1], (ID, SHUFFLED)) == 0
+    task = ("caption", "PLATON")
+    single = planned_pairs(cells, *task, [0.1], (ID, NONE))
+    assert single == [[Cell(*task, 0.1, w, s) for w in (ID, NONE)] for s in (0, 1, 2, 7)]
+    pooled = planned_pairs(cells, *task, [0.1, 0.2], (ID, NONE))
+    assert [{cell.seed for cell in pair} for pair in pooled] == [{0}, {1}, {2}]
+    assert set(pooled[1]) == {Cell(*task, f, w, 1) for f in (0.1, 0.2) for w in (ID, NONE)}
+    assert planned_pairs(cells, *task, [0.1], (ID, SHUFFLED)) == []
 
 
 def test_pooled_differences_are_of_seeds_with_all_fractions():
@@ -354,6 +555,35 @@ def test_comparisons_are_with_the_baselines_and_of_ids_with_their_controls():
 
 
 # --- page and figures
+
+
+@pytest.mark.parametrize(
+    ("weighting", "change", "pairs", "so_far"),
+    [
+        (NONE, "elsewhere", "7 of 8, 1 lost", ""),
+        (ID, "diverged", "7 of 8, 1 lost", ""),
+        (ID, "to come", "7 of 8", " so far"),
+        (ID, "both", "6 of 8, 1 lost", " so far"),
+        (ID, "", "8", ""),
+    ],
+)
+def test_pairs_that_are_lost_are_told_apart_from_those_to_come(weighting, change, pairs, so_far):
+    losses = {(0.1, w, s): 1.0 - (w == ID) for w in (NONE, ID) for s in range(8)}
+    results = results_of(losses)
+    one = Study({}, list(results), results)
+    cell = Cell("caption", "PLATON", 0.1, weighting, 7)
+    if change == "elsewhere":
+        results[cell] |= {"processor": "another CPU"}
+    if change in ("to come", "diverged", "both"):
+        del results[cell]
+    if change == "both":
+        cell = replace(cell, seed=0)
+        del results[cell]
+    if change in ("diverged", "both"):
+        one.failures[cell] = "the loss is nan"
+    (table,) = difference_tables(one)
+    row = next(row for row in table_rows(table) if row[:3] == [ID, NONE, "loss ↓"])
+    assert (row[3], row[-1]) == (pairs, BETTER + so_far)
 
 
 @pytest.fixture
@@ -425,8 +655,16 @@ def test_figures_draw_means_differences_and_shares(reported):
     assert dots.tolist() == [[pytest.approx(-0.25), 1]] * 6
     assert to_none.get_title() == "caption, PLATON, 80 % pruned, against none"
     assert [t.get_text() for t in to_none.get_yticklabels()] == [NONE, ID]
-    shares = plot_sparsity_shares(study_)[0].axes[0]
+    shares, _ = plot_sparsity_shares(study_)[0].axes
     assert [line.get_ydata()[0] for line in shares.lines[:2]] == pytest.approx([90, 70])
+
+
+def test_panels_without_a_group_are_not_drawn():
+    results = results_of({(f, NONE, 0): 1.0 for f in (0.5, 0.4, 0.3, 0.2, 0.1)})
+    for result in results.values():
+        result["sparsity"] = {"vision": 0.9, "language": 0.7}
+    panels = plot_sparsity_shares(Study({}, list(results), results))[0].axes
+    assert [panel.axison for panel in panels] == [True] * 5 + [False] * 3
 
 
 # --- a tiny grid through the script
@@ -444,11 +682,11 @@ def tiny(tmp_path_factory):
 
 
 def flags(folder: Path, name: str) -> list[str]:
-    """Of a study of two cells and the dense start; one file of results a name."""
+    """Of a study of two seeds and the dense start; one file of results a name."""
     return [
         *("--config", str(folder / "tiny.yaml"), "--id_profile", str(folder / "ids.json")),
         *("--file", str(folder / f"{name}.json"), "--output_dir", str(folder / name)),
-        *("--weightings", NONE, SHUFFLED, "--seeds", "1", "--remaining", "0.5"),
+        *("--weightings", NONE, SHUFFLED, "--seeds", "2", "--remaining", "0.5"),
         *("--validation", "4"),
         *("--", "--max_steps=6", "--warmup_steps=1", "--deltaT=2", "--device=cpu"),
         "--checkpoint_steps=2",
@@ -464,19 +702,19 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(tiny):
     assert finish(start(flags(tiny, "whole"), script="study")) == [0]
     whole, file = scores(tiny / "whole.json"), tiny / "killed.json"
     plan = Study.read(tiny / "whole.json")
-    assert list(whole) == [cell.name for cell in plan.cells] and len(whole) == 3
+    assert list(whole) == [cell.name for cell in plan.cells] and len(whole) == 5
 
     (process,) = start(flags(tiny, "killed"), script="study")
-    second = tiny / "killed" / plan.cells[1].name
-    while process.is_alive() and not list(second.glob("checkpoints/step_*.pt")):
+    of_seed_1 = tiny / "killed" / plan.cells[3].name
+    while process.is_alive() and not list(of_seed_1.glob("checkpoints/step_*.pt")):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     kept = Study.read(file).results
-    assert list(kept) == plan.cells[:1]
+    assert plan.cells[3].seed == 1 and list(kept) == plan.cells[:3]
     assert finish(start(flags(tiny, "killed"), script="study")) == [0]
     assert scores(file) == whole
-    assert "resumed from" in (second / "output.txt").read_text()
+    assert "resumed from" in (of_seed_1 / "output.txt").read_text()
     after = Study.read(file).results
     assert {cell: after[cell] for cell in kept} == kept  # with their seconds: not run again
     weights = [*tiny.rglob("killed/**/*.safetensors"), *tiny.rglob("killed/**/checkpoints")]
@@ -491,7 +729,7 @@ def test_finished_cells_run_again_give_their_scores(tiny, capsys):
     study.main(study.parse_args(again))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
-        Study.read(tiny / "whole.json").cells[place].name for place in (0, 1)
+        Study.read(tiny / "whole.json").cells[place].name for place in (0, 2)
     ]
     assert all("loss +0.00e+00  CIDEr +0.00e+00" in line for line in lines)
     assert (tiny / "whole.json").read_text() == before
@@ -524,7 +762,7 @@ def test_a_cell_that_diverges_is_kept_as_such_and_the_others_go_on(tiny, monkeyp
 def test_cells_are_pruned_as_asked_and_by_their_weighting(tiny):
     found = scores(tiny / "whole.json")
     losses = [loss for loss, _, _ in found.values()]
-    assert len(set(losses)) == 3
+    assert len(set(losses)) == 5
     for name, (loss, _, sparsity) in found.items():
         # the k-th score, which stays, is one of more than 10,000
         assert DENSE in name or sparsity["overall"] == pytest.approx(0.5, abs=1e-4)
@@ -540,9 +778,9 @@ def runner(tiny, tmp_path):
         str(tiny / "tiny.yaml"),
         str(tiny / "ids.json"),
         4,
-        ["--max_steps=6", "--device=cpu", "--num_workers=0"],
+        ["--max_steps=6", "--warmup_steps=1", "--deltaT=2", "--device=cpu", "--num_workers=0"],
     )
-    return Runner({"caption": setting}, tmp_path)
+    return Runner(Study({"caption": setting}, []), tmp_path)
 
 
 def prepare(runner: Runner, cell: Cell):
@@ -562,6 +800,29 @@ def test_the_second_cell_starts_from_the_same_weights_with_its_own_seed_and_weig
     assert run.layer_id == weigh(SHUFFLED, ids, 7) and bench.train_set.seed == 7
     assert (run.args.seed, run.args.final_threshold, run.args.pruner_name) == (7, 0.25, "Magnitude")
     assert run.args.max_steps == 6 and len(bench.validation) == 4
+
+
+def test_cells_start_from_the_same_weights_whichever_runs_first(runner):
+    first, second = (Cell("caption", "PLATON", 0.5, NONE, seed) for seed in (0, 1))
+    prepare(runner, first)
+    _, bench = prepare(runner, second)
+    run, restarted = prepare(Runner(runner.study, runner.folder), second)
+    assert same(restarted.model.state_dict(), bench.model.state_dict())
+    assert run.args.seed == 1 and restarted.train_set.seed == 1
+
+
+def test_a_cell_that_diverges_leaves_nothing_to_the_next(runner, tmp_path, monkeypatch):
+    cells = grid("caption", ["PLATON"], [0.5], [NONE, SHUFFLED], [0])
+    with monkeypatch.context() as diverging:
+        diverging.setattr(loop, "move", lambda part, _: (part[0] * math.nan, *part[1:]))
+        with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+            runner.run_cell(cells[0])
+    assert any(p.grad.isnan().any() for p in runner.benches["caption"].model.parameters())
+    after, fresh = (
+        of.run_cell(cells[1]) for of in (runner, Runner(runner.study, tmp_path / "fresh"))
+    )
+    assert [after[s] for s in ("loss", "CIDEr")] == [fresh[s] for s in ("loss", "CIDEr")]
+    assert math.isfinite(after["loss"]) and after["sparsity"] == fresh["sparsity"]
 
 
 def test_images_are_decoded_once_unless_each_look_at_one_is_another(runner):
@@ -618,8 +879,103 @@ def test_statements_are_scored_by_loss_and_accuracy(tiny, tmp_path):
     with open(tmp_path / "nlvr.yaml", "w") as file:
         YAML().dump({key: config[key] for key in keys}, file)
     setting = Setting(str(tmp_path / "nlvr.yaml"), str(tiny / "ids.json"), 4, ["--device=cpu"])
-    found = Runner({"nlvr": setting}, tmp_path).run_cell(Cell("nlvr", DENSE, 1.0, NONE, 0))
+    one = Study({"nlvr": setting}, [])
+    found = Runner(one, tmp_path).run_cell(Cell("nlvr", DENSE, 1.0, NONE, 0))
     assert found["accuracy"] in (0, 0.25, 0.5, 0.75, 1)
     # an untrained head's logits are near each other: ln 2 and little more
     assert 0.6 < found["loss"] < 0.8
     assert found["seconds"] > 0 and found["torch"] == torch.__version__
+    assert found["processor"] == processor_name(torch.device("cpu"))
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_a_processor_is_its_model_and_the_instructions_in_use(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX9")
+    lines = "processor\t: 0\nmodel name\t: Some CPU\nmodel name\t: Other\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: lines)
+    assert processor_name(torch.device("cpu")) == "Some CPU, AVX9"
+    monkeypatch.setattr(Path, "read_text", lambda path: "processor: 0\n")  # as ARM's
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert processor_name(torch.device("cpu")) == "arm64, AVX9"
+
+
+def test_a_cell_that_another_machine_began_starts_anew(runner, monkeypatch):
+    cell, found = Cell("caption", "PLATON", 0.5, NONE, 0), []
+
+    def train_and_stop(run, *_):
+        checkpoint = run.checkpoints / "step_00000002.pt"
+        found.append(checkpoint.exists())
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.touch()
+        raise SystemExit(75)
+
+    monkeypatch.setattr("studies.cells.train", train_and_stop)
+    one = {"processor": "a CPU", "torch": "2", "threads": 1}
+    two = one | {"threads": 2}
+    for own in (one, one, two, two, one):
+        monkeypatch.setattr("studies.cells.machine_of", lambda device, own=own: own)
+        with pytest.raises(SystemExit):
+            runner.run_cell(cell)
+    assert found == [False, True, False, True, False]
+
+
+def test_cells_of_other_content_do_not_run(tiny, tmp_path):
+    config = YAML(typ="safe").load(tiny / "tiny.yaml")
+    ids = json.loads((tiny / "ids.json").read_text())
+    weights = build_captioner(load_config(str(tiny / "tiny.yaml"))).state_dict()
+    paths = [tmp_path / name for name in ("tiny.yaml", "ids.json", "start.pth")]
+    setting = Setting(*map(str, paths[:2]), 4, ["--max_steps=6", "--device=cpu"])
+    one, cell = Study({"caption": setting}, []), Cell("caption", DENSE, 1.0, NONE, 0)
+
+    def begin(config, ids, weights):
+        YAML().dump(config | {"pretrained": str(paths[2])}, paths[0])
+        paths[1].write_text(json.dumps(ids))
+        torch.save(weights, paths[2])
+        prepare(Runner(one, tmp_path), cell)
+
+    begin(config, ids, weights)
+    shutil.copytree(config["ann_root"], tmp_path / "annotation")
+    elsewhere = {key: str(tmp_path / "annotation") for key in ("ann_root", "coco_gt_root")}
+    begin(config | elsewhere | {"num_workers": 1}, ids, weights)  # nothing that results depend on
+    first_id, first_weight = next(iter(ids)), next(iter(weights))
+    for named, changed in {
+        "the config": (config | {"num_beams": 2}, ids, weights),
+        "the ID profile": (config, ids | {first_id: 9}, weights),
+        "the starting weights": (config, ids, weights | {first_weight: weights[first_weight] + 1}),
+    }.items():
+        with pytest.raises(UserError, match=f"changed of {named}[^,]*: put it back"):
+            begin(*changed)
+    file = tmp_path / "annotation" / "coco_karpathy_val_gt.json"
+    truth = json.loads(file.read_text())
+    truth["annotations"][0]["caption"] = "nothing"
+    file.write_text(json.dumps(truth))
+    with pytest.raises(UserError, match="changed of the annotations: put it back"):
+        begin(config | elsewhere, ids, weights)
+
+
+def test_a_study_keeps_what_its_cells_ran_with_and_removes_what_they_left(tiny):
+    """After a kill between a result and the removal of its cell's weights."""
+    folder, file = tiny / "left", tiny / "left.json"
+    argv = flags(tiny, "left")
+    argv[argv.index("--seeds") + 1] = "1"
+    argv.insert(argv.index("--seeds"), "--cells=1/3")  # the dense start
+    study.main(study.parse_args(argv))
+    kept = Study.read(file)
+    (cell,) = kept.results
+    assert list(kept.digests) == ["caption"]
+    assert {name.split()[1] for name in kept.digests["caption"]} == {
+        *("config", "ID", "annotations", "tokenizer")
+    }
+    (folder / cell.name / "checkpoints").mkdir()
+    (folder / cell.name / "checkpoints" / "step_00000002.pt").touch()
+    (folder / cell.name / PRUNED_FILE).touch()
+    study.main(study.parse_args(argv))
+    assert not (folder / cell.name / "checkpoints").exists()
+    assert not (folder / cell.name / PRUNED_FILE).exists()
+    with changing(file) as changed:
+        changed.digests["caption"]["the config of before"] = "another"
+    argv[argv.index("--cells=1/3")] = "--cells=2/3"
+    with pytest.raises(UserError, match="changed of the config of before"):
+        study.main(study.parse_args(argv))
+    assert Study.read(file).results == kept.results

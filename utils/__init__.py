@@ -1,4 +1,4 @@
-"""What every script needs: atomic files, downloads, users' mistakes, exit codes.
+"""What every script needs: atomic files, downloads, CPUs, users' mistakes, exit codes.
 
 Nothing here imports torch, so that flags and configs are checked before it is. What several
 processes need stands in `utils.processes`.
@@ -86,6 +86,13 @@ def mistaken_for(path: str | Path) -> str:
     if start.startswith((b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
         return "it is an archive: unpack it"
     return ""
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, as a scheduler or taskset bounds them."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def write_json(path: str | Path, content) -> None:

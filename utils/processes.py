@@ -151,13 +151,6 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
     return Process(int(os.environ["RANK"]) if world_size > 1 else 0, world_size, chosen)
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use, as a scheduler or taskset bounds them."""
-    if hasattr(os, "sched_getaffinity"):  # macOS has none
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on the device.
 
