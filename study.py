@@ -1,4 +1,4 @@
-"""Does weighting by ID prune better than by other numbers? Runs the cells of a study, reports them.
+r"""Does weighting by ID prune better than by other numbers? Runs the cells of a study, reports them.
 
     python -m data.scenes                              # the embedded data
     python study.py --preset embedded                  # the cells of docs/study.json not yet run
@@ -27,6 +27,7 @@ from pathlib import Path
 from configs import COUNT, FROM_ZERO
 from engine.flags import FRACTION
 from engine.stopping import exit_stopped, stop_signals_to
+from evaluation.runs import CHECKPOINTS, PRUNED_FILE
 from studies.grid import DENSE, Cell, Study, changing, open_study, share
 from studies.presets import PRESETS, of_config
 from studies.statistics import SCORES, machine
@@ -65,6 +66,8 @@ def wanted_study(args: argparse.Namespace) -> Study | None:
     Raises:
         UserError: the flags describe none.
     """
+    if args.preset and (args.config or args.id_profile):
+        raise UserError("--preset has a config of its own: leave it out, or --config and its flags")
     if args.preset:
         return PRESETS[args.preset]()
     if args.config and args.id_profile:
@@ -117,20 +120,22 @@ def run_cells(path: Path, args: argparse.Namespace) -> None:
         path: of the study.
         args: flags.
     """
-    from studies.cells import Runner  # torch takes seconds to import
-
     study, part = Study.read(path), args.cells or "1/1"
-    runner = Runner(study, args.output_dir, machine_flags(args))
     done = study.results.keys() | study.failures.keys()
     cells = share(study.cells, part)
     for cell in done.intersection(cells):  # a command may have been killed before it did
-        runner.remove_weights(cell)
+        remove_weights(args.output_dir / cell.name)
     own = [cell for cell in cells if cell not in done]
+    if not own:
+        return
+    from studies.cells import Runner  # torch takes seconds to import
+
+    runner = Runner(study, args.output_dir, machine_flags(args))
     seconds: list[float] = []
     for number, cell in enumerate(own, start=1):
         begun = time.monotonic()
         found = run_and_keep(runner, cell, path)
-        runner.remove_weights(cell)
+        remove_weights(args.output_dir / cell.name)
         if cell.method != DENSE:
             seconds.append(time.monotonic() - begun)
         left = time_left(seconds, own[number:])
@@ -164,6 +169,12 @@ def run_and_keep(runner, cell: Cell, path: Path) -> str:
         return f"diverged: {failure}"
     found = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
     return f"{found}  {result['seconds']:.0f} s"
+
+
+def remove_weights(folder: Path) -> None:
+    """Removes the weights and checkpoints of a cell whose result is kept: a study has many."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    (folder / PRUNED_FILE).unlink(missing_ok=True)
 
 
 def time_left(seconds: list[float], cells: list[Cell]) -> str:

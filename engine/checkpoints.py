@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from evaluation.runs import CHECKPOINTS
 from models.checkpoint import stored_tensors
 from utils import UserError, atomic_write
 
@@ -137,7 +138,7 @@ def check_disk_space(folder: Path, model: nn.Module, pruner_elements: int, keep:
     parameters = sum(p.numel() for p in model.parameters())
     checkpoint = 4 * (3 * parameters + pruner_elements)
     needed = (keep + 1) * checkpoint + 3 * 4 * parameters
-    own = [*step_files(folder / "checkpoints"), *folder.glob("*.safetensors")]
+    own = [*step_files(folder / CHECKPOINTS), *folder.glob("*.safetensors")]
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in own)
     if free < needed:
         raise UserError(

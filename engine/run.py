@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from dimension.profile import load_profile
 from engine.flags import read_experiment, results_folder
+from evaluation.runs import CHECKPOINTS
 from models import load_checkpoint, prunable_layers, sparsify_
 from models.checkpoint import load_trained
 from models.text import truncated
@@ -30,7 +31,6 @@ from utils.processes import (
     seed_everything,
 )
 
-CHECKPOINTS = "checkpoints"  # folder of a run's folder
 LOOKED_AT = 5000  # training texts whose length is counted, at most
 
 

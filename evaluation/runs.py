@@ -8,6 +8,7 @@ from pathlib import Path
 from utils import UserError
 
 PRUNED_FILE = "pruned.safetensors"
+CHECKPOINTS = "checkpoints"  # a folder
 LOG_FILE = "log.txt"  # a line of JSON for each epoch
 # of results/: what is read here; a validation in training writes others beside them
 SHOWN = ("accuracy.json", "recalls.json", "test_scores.json", "test.json")

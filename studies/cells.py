@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -24,14 +24,13 @@ from data.records import read_references
 from dimension.profile import load_profile
 from engine.loading import move
 from engine.loop import train
-from engine.run import CHECKPOINTS, Run, Task, prepare_run, start
+from engine.run import Run, Task, prepare_run, start
 from engine.state import content_hash, vocabulary_hash
 from engine.tasks import CAPTION, NLVR, ground_truth
 from evaluation import metrics
 from evaluation.captions import generate_captions
 from evaluation.nlvr import count_correct
 from evaluation.ptb import ptb_tokenize
-from evaluation.runs import PRUNED_FILE
 from models import prunable_layers
 from pruners import sparsity_report
 from studies.grid import DENSE, Cell, Setting, Study, trainer_flags
@@ -106,12 +105,6 @@ class Runner:
             "seconds": round(time.monotonic() - begun, 3),
             **own,
         }
-
-    def remove_weights(self, cell: Cell) -> None:
-        """Removes the weights and checkpoints of a cell whose result is kept: a study has many."""
-        folder = self.folder / cell.name
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        (folder / PRUNED_FILE).unlink(missing_ok=True)
 
     def trainer_args(self, cell: Cell) -> argparse.Namespace:
         """The cell's flags as the training script reads them; writes its weighting's profile."""
@@ -188,8 +181,11 @@ def digests_of(
     }
     digests = {name: content_hash(content) for name, content in contents.items()}
     if run.weights is not None and run.weights.is_file():
+        digest = sha256()
         with open(run.weights, "rb") as file:
-            digests["the starting weights"] = file_digest(file, "sha256").hexdigest()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digests["the starting weights"] = digest.hexdigest()
     return digests
 
 

@@ -277,6 +277,10 @@ def test_processes_are_as_many_as_cpus_for_small_models(monkeypatch, argv, expec
     ("argv", "sentence"),
     [
         ([], "what to study"),
+        (
+            ["--preset", "embedded", "--config", "configs/caption_demo.yaml"],
+            "has a config of its own",
+        ),
         (["--config", "configs/caption_demo.yaml"], "what to study"),
         (["--config=configs/retrieval_demo.yaml", "--id_profile=p"], "tasks caption, nlvr"),
         (["--config=configs/nlvr_demo.yaml", "--id_profile=p", "--weightings", "ID^x"], "ID\\^x"),
