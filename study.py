@@ -1,4 +1,4 @@
-r"""Does weighting by ID prune better than by other numbers? Runs the cells of a study, reports them.
+r"""Does weighting by ID prune better than by other numbers? Runs and reports the cells of a study.
 
     python -m data.scenes                              # the embedded data
     python study.py --preset embedded                  # the cells of docs/study.json not yet run
