@@ -35,8 +35,8 @@ from torch.utils.data import Dataset
 
 from data.image_dataset import ImageDataset
 from data.images import find_pictures
-from dimension import measure as measure_any
 from dimension.any_model import choose_layers
+from dimension.any_model import measure as measure_any
 from dimension.budget import default_budget, plan_capture, share_layers
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.figures import plot_comparison, plot_depth, plot_scale, save_figure
@@ -56,13 +56,7 @@ from dimension.profile import (
     save_distances,
 )
 from dimension.twonn import ENOUGH_POINTS
-from engine.tasks import TASKS
-from models import prunable_layers
-from models.checkpoint import load_trained
-from models.hub import HubInputs, check_forward, layer_kinds, open_hub_model, read_texts
-from models.layers import modality
-from models.weight_files import fetch
-from utils.processes import (
+from engine.processes import (
     Process,
     barrier,
     free_memory,
@@ -70,6 +64,11 @@ from utils.processes import (
     keep_freed_memory,
     main_process_first,
 )
+from engine.tasks import TASKS
+from models.checkpoint import load_trained
+from models.hub import HubInputs, check_forward, layer_kinds, open_hub_model, read_texts
+from models.layers import modality, prunable_layers
+from models.weight_files import fetch
 
 # of a config: what the representations depend on
 MODEL_AND_DATA_KEYS = (

@@ -46,7 +46,7 @@ demo: scenes
 	$(MAKE) --no-print-directory --jobs 2 demo-ID demo-plain demo-dense
 	rm -f output/demo/PLATON90-ID.safetensors
 	$(RUN) export.py --config configs/caption_demo.yaml --pruned output/demo/PLATON90-ID --to compressed --out output/demo/PLATON90-ID.safetensors
-	$(RUN) -m evaluation.report $(RUNS)
+	$(RUN) -m reports.report $(RUNS)
 
 demo-ID:
 	$(RUN) ComputeID.py --config configs/caption_demo.yaml -n 500 --Path output/demo/ID
@@ -71,7 +71,7 @@ demo-nlvr: scenes
 	$(NLVR) --evaluate --model_dir dense
 	$(NLVR) --evaluate --model_dir PLATON80 --pruned output/demo-nlvr/PLATON80
 	$(NLVR) --evaluate --model_dir PLATON80-ID --pruned output/demo-nlvr/PLATON80-ID
-	$(RUN) -m evaluation.tables output/demo-nlvr dense PLATON80 PLATON80-ID
+	$(RUN) -m reports.tables output/demo-nlvr dense PLATON80 PLATON80-ID
 
 # The same for retrieval between pictures and captions, 80 %.
 CLIP       := $(RUN) train_clip_flickr30k.py --config configs/retrieval_demo.yaml --output_dir output/demo-clip
@@ -84,7 +84,7 @@ demo-clip: scenes
 	$(CLIP) --evaluate --model_dir dense
 	$(CLIP) --evaluate --model_dir PLATON80 --pruned output/demo-clip/PLATON80
 	$(CLIP) --evaluate --model_dir PLATON80-ID --pruned output/demo-clip/PLATON80-ID
-	$(RUN) -m evaluation.tables output/demo-clip dense PLATON80 PLATON80-ID --ids output/demo-clip/ID
+	$(RUN) -m reports.tables output/demo-clip dense PLATON80 PLATON80-ID --ids output/demo-clip/ID
 
 clean:
 	rm -rf $(VENV) datasets/scenes output/demo output/demo-nlvr output/demo-clip

@@ -50,8 +50,9 @@ def load_model(args: argparse.Namespace, config: dict):
     """The captioner in eval mode on its device."""
     import torch
 
-    from models import build_captioner, sparsify_
+    from models.captioner import build_captioner
     from models.checkpoint import load_trained
+    from sparse.linear import sparsify_
 
     model = build_captioner(config).eval()
     report = load_trained(model, config["pretrained"])

@@ -71,8 +71,8 @@ def main(args: argparse.Namespace) -> None:
 
     from engine.exports import held_out_set, show_rounding, write_compressed, write_huggingface
     from engine.tasks import TASKS
-    from evaluation import costs
     from models.checkpoint import load_trained
+    from reports import costs
 
     dataset = held_out_set(config, args.split) if args.split else None
     model = TASKS[config["task"]].build_model(config).eval()

@@ -27,7 +27,7 @@ from pathlib import Path
 from configs import COUNT, FROM_ZERO
 from engine.flags import FRACTION
 from engine.stopping import exit_stopped, stop_signals_to
-from evaluation.runs import CHECKPOINTS, PRUNED_FILE
+from reports.runs import CHECKPOINTS, PRUNED_FILE
 from studies.grid import DENSE, Cell, Study, changing, open_study, share
 from studies.presets import PRESETS, of_config
 from studies.statistics import SCORES, machine

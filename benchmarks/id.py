@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dimension import measure
+from dimension.any_model import measure
 from dimension.budget import plan_capture
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.profile import block_permutations, measure_layer
@@ -36,10 +36,10 @@ from dimension.twonn import (
     pairwise_distances,
     strips,
 )
-from models import build_captioner, prunable_layers
-from models.layers import sees_image
+from engine.processes import keep_freed_memory
+from models.captioner import build_captioner
+from models.layers import prunable_layers, sees_image
 from utils import write_json
-from utils.processes import keep_freed_memory
 
 CAPTION_LENGTHS = (9, 16)  # tokens, prompt included
 

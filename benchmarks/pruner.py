@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pruners import Pruner
 from pruners.mask import mask_, mask_checksums
+from pruners.pruner import Pruner
 from pruners.threshold import kth_smallest
 
 ROOT = Path(__file__).parents[1]

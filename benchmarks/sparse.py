@@ -27,17 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.scenes.words import vocabulary
-from evaluation.costs import processor
-from models import (
-    build_captioner,
-    compressed,
-    load_checkpoint,
-    modality,
-    prunable_layers,
-    sparsify_,
-)
-from models.sparse import SparseLinear
-from models.sparse.linear import gains
+from models import compressed
+from models.captioner import build_captioner
+from models.checkpoint import load_checkpoint
+from models.layers import modality, prunable_layers
+from reports.costs import processor
+from sparse.linear import SparseLinear, gains, sparsify_
 
 SPARSITY = {80: (0.868, 0.684), 90: (0.94, 0.83), 95: (0.973, 0.911)}  # vision, language
 SHAPES = [(768, 768), (2304, 768), (3072, 768), (768, 3072)]  # outputs, inputs

@@ -32,11 +32,11 @@ from data.image_dataset import ImageDataset
 from data.scenes.words import vocabulary
 from engine.loop import train_step
 from engine.plan import StepPlan, plan_steps
+from engine.processes import keep_freed_memory
 from engine.run import Run, start
 from engine.state import build_pruner, build_state
 from engine.tasks import CAPTION
-from models import Captioner, build_captioner
-from utils.processes import keep_freed_memory
+from models.captioner import Captioner, build_captioner
 
 DELTA_T = 10
 EVENTS = {"cubic": 1 / DELTA_T, "run": (3 / DELTA_T + 1) / 5}  # share of the steps

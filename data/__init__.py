@@ -1,5 +1,5 @@
 """Datasets of captions, statements and pairs for retrieval, and the embedded scenes."""
 
-from data.captions import normalize_caption
+from utils import lazy_names
 
-__all__ = ["normalize_caption"]
+__getattr__ = lazy_names({"normalize_caption": "data.captions"})

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from engine.processes import is_main
 from utils import UserError, download
-from utils.processes import is_main
 
 PUBLISHED_AT = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 

@@ -1,5 +1,5 @@
 """Measuring the intrinsic dimension (ID) of what layers represent."""
 
-from dimension.any_model import measure
+from utils import lazy_names
 
-__all__ = ["measure"]
+__getattr__ = lazy_names({"measure": "dimension.any_model"})

@@ -13,6 +13,8 @@ from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
+import compat  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

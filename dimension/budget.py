@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from engine.processes import free_memory
 from models.stages import Stage
 from utils import UserError
-from utils.processes import free_memory
 
 FLOAT32 = 4  # bytes
 ALIGNMENT = 16  # elements: 64 bytes, at which every segment starts; see `Segment.room`

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from evaluation.runs import CHECKPOINTS
 from models.checkpoint import stored_tensors
+from reports.runs import CHECKPOINTS
 from utils import UserError, atomic_write
 
 _STEP_FILE = re.compile(r"^step_(\d{8})\.pt$")

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from engine.processes import Process
 from engine.run import Run
 from engine.tasks import TASKS
 from models import compressed
 from models.checkpoint import stored_tensors
 from models.huggingface import write_folder
 from utils import UserError
-from utils.processes import Process
 
 
 @contextmanager

@@ -12,14 +12,15 @@ from torch.utils.data import Dataset
 from engine import checkpoints
 from engine.loading import move, read
 from engine.plan import learning_rate
+from engine.processes import barrier, gather_from_processes, sum_over_processes
 from engine.reporter import Reporter
 from engine.run import Run
 from engine.state import TrainState, build_state, resume, save
 from engine.stopping import EXIT_STOPPED, exit_stopped, listen_for_stop, stop_signals_to
-from evaluation.runs import LOG_FILE, PRUNED_FILE
-from models import prunable_layers
-from pruners import NonFiniteScores, off_target, sparsity_report
-from utils.processes import barrier, gather_from_processes, sum_over_processes
+from models.layers import prunable_layers
+from pruners.pruner import NonFiniteScores
+from pruners.sparsity import off_target, sparsity_report
+from reports.runs import LOG_FILE, PRUNED_FILE
 
 LOG_SECONDS = 10.0  # between progress lines
 CHECKPOINT_SECONDS = 600.0  # between checkpoints within an epoch, if they are cheap

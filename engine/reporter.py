@@ -11,8 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dimension.figures import save_figure
-from evaluation.figures import plot_sparsity
-from evaluation.runs import LOG_FILE
+from reports.figures import plot_sparsity
+from reports.runs import LOG_FILE
 from utils import atomic_write, write_json
 
 

@@ -16,20 +16,21 @@ from torch.utils.data import Dataset
 
 from dimension.profile import load_profile
 from engine.flags import read_experiment, results_folder
-from evaluation.runs import CHECKPOINTS
-from models import load_checkpoint, prunable_layers, sparsify_
-from models.checkpoint import load_trained
-from models.text import truncated
-from models.weight_files import fetch
-from pruners import sparsity_report
-from utils import UserError, available_cpus, write_json
-from utils.processes import (
+from engine.processes import (
     Process,
     init_distributed,
     keep_freed_memory,
     main_process_first,
     seed_everything,
 )
+from models.checkpoint import load_checkpoint, load_trained
+from models.layers import prunable_layers
+from models.text import truncated
+from models.weight_files import fetch
+from pruners.sparsity import sparsity_report
+from reports.runs import CHECKPOINTS
+from sparse.linear import sparsify_
+from utils import UserError, available_cpus, write_json
 
 LOOKED_AT = 5000  # training texts whose length is counted, at most
 

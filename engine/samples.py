@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from engine.processes import main_process_first
 from engine.run import Run
 from engine.tasks import results_path
 from evaluation.captions import generate_captions
-from evaluation.figures import contact_sheet
-from models import load_checkpoint
+from models.checkpoint import load_checkpoint
 from models.weight_files import fetch
-from utils.processes import main_process_first
+from reports.figures import contact_sheet
 
 
 def find_dense(run: Run) -> Path | None:

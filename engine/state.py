@@ -16,13 +16,13 @@ from dimension.profile import model_hash
 from engine import checkpoints
 from engine.loading import train_loader
 from engine.plan import StepPlan, plan_steps
+from engine.processes import barrier, gather_from_processes, seed_everything
 from engine.reporter import Reporter
 from engine.run import Run
 from models.clip import OPENAI_TOKENIZER
 from models.text import vocabulary_file
-from pruners import Pruner
+from pruners.pruner import Pruner
 from utils import UserError
-from utils.processes import barrier, gather_from_processes, seed_everything
 
 TORCHRUN_GRACE = 30  # seconds; torchrun's --shutdown-timeout
 

@@ -9,13 +9,15 @@ from data.caption_dataset import build_caption_datasets
 from data.flickr_dataset import build_flickr_datasets
 from data.nlvr_dataset import build_nlvr_datasets
 from engine.loading import EvalBatches
+from engine.processes import sum_over_processes
 from engine.run import Run, Task
 from evaluation.captions import caption_split
 from evaluation.nlvr import count_correct
 from evaluation.retrieval import recalls, retrieval_features
 from evaluation.scoring import score_results
-from models import build_captioner, build_clip, build_nlvr
-from utils.processes import sum_over_processes
+from models.captioner import build_captioner
+from models.clip import build_clip
+from models.nlvr import build_nlvr
 
 
 def evaluate_captions(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:

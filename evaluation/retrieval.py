@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.processes import gather_from_processes
+from engine.processes import gather_from_processes
 
 RANKS = (1, 5, 10)
 

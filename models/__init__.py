@@ -1,23 +1,18 @@
 """BLIP's captioner and NLVR2 model from timm and transformers, and CLIP from open_clip."""
 
-import compat  # noqa: F401  (before timm and open_clip)
+from utils import lazy_names
 
-from models.captioner import Captioner, build_captioner
-from models.checkpoint import LoadReport, load_checkpoint
-from models.clip import ClipRetrieval, build_clip
-from models.layers import modality, prunable_layers
-from models.nlvr import build_nlvr
-from models.sparse import sparsify_
-
-__all__ = [
-    "Captioner",
-    "ClipRetrieval",
-    "LoadReport",
-    "build_captioner",
-    "build_clip",
-    "build_nlvr",
-    "load_checkpoint",
-    "modality",
-    "prunable_layers",
-    "sparsify_",
-]
+__getattr__ = lazy_names(
+    {
+        "Captioner": "models.captioner",
+        "ClipRetrieval": "models.clip",
+        "LoadReport": "models.checkpoint",
+        "build_captioner": "models.captioner",
+        "build_clip": "models.clip",
+        "build_nlvr": "models.nlvr",
+        "load_checkpoint": "models.checkpoint",
+        "modality": "models.layers",
+        "prunable_layers": "models.layers",
+        "sparsify_": "sparse.linear",
+    }
+)

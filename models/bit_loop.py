@@ -5,7 +5,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from utils.compiling import kept_on_disk
+from sparse.compiling import kept_on_disk
 
 _ONE, _WORD = np.uint64(1), np.uint64(64)
 

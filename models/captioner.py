@@ -1,5 +1,7 @@
 """BLIP's captioner: a vision transformer, and a text decoder that cross-attends to its tokens."""
 
+import compat  # noqa: F401
+
 import torch
 from torch import nn
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel

@@ -13,12 +13,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import compat  # noqa: F401
+
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from models.sparse import SparseLinear
 from models.weight_files import Entry, fetch, open_weights
+from sparse.linear import SparseLinear
 from utils import UserError
 
 POSITION_EMBEDDING = "visual_encoder.pos_embed"

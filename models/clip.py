@@ -7,6 +7,8 @@ Sources: Radford et al., CLIP, ICML 2021 (the model); Li et al., ALBEF, NeurIPS 
 import re
 from copy import deepcopy
 
+import compat  # noqa: F401
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from sparse.compiling import thread_pool
 from utils import UserError, atomic_write
-from utils.compiling import thread_pool
 
 FORMAT, VERSION = "bitmask", "1"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size to integer

@@ -6,6 +6,8 @@ that mask is reordered. So the prompt and the image's keys and values are comput
 for an image, whatever the number of beams.
 """
 
+import compat  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

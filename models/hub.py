@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
 
+import compat  # noqa: F401
+
 import torch
 import transformers
 from huggingface_hub import constants

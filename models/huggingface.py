@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import compat  # noqa: F401
+
 import safetensors.torch
 import torch
 from transformers import BlipConfig, BlipImageProcessor, BlipProcessor, GenerationConfig

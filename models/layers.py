@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from models.sparse import SparseLinear
+from sparse.linear import SparseLinear
 
 # Where the transformer blocks of our models are. Their linear layers are pruned; embeddings, norms,
 # patch_embed and heads stay whole.

@@ -9,6 +9,8 @@ Source: Li et al., BLIP, ICML 2022, section 5.4 and figure 5.
 import re
 from typing import TypeVar
 
+import compat  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import compat  # noqa: F401
+
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError

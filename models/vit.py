@@ -1,5 +1,7 @@
 """The image encoder: timm's vision transformer at BLIP's sizes."""
 
+import compat  # noqa: F401
+
 import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer

@@ -1,7 +1,13 @@
 """Pruning by importance scores: score, schedule, threshold, mask."""
 
-from pruners.pruner import NonFiniteScores, Pruner
-from pruners.score import METHODS
-from pruners.sparsity import off_target, sparsity_report
+from utils import lazy_names
 
-__all__ = ["METHODS", "NonFiniteScores", "Pruner", "off_target", "sparsity_report"]
+__getattr__ = lazy_names(
+    {
+        "METHODS": "pruners.score",
+        "NonFiniteScores": "pruners.pruner",
+        "Pruner": "pruners.pruner",
+        "off_target": "pruners.sparsity",
+        "sparsity_report": "pruners.sparsity",
+    }
+)

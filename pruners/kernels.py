@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from utils.compiling import thread_pool
+from sparse.compiling import thread_pool
 
 PIECE_ON_CPU = 9 << 15  # elements: few enough to stay in the cache and to share among threads
 PIECE_ON_ACCELERATOR = 9 << 18  # elements: BLIP base's largest matrix, for each call costs a launch

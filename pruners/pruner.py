@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from models import prunable_layers
+from models.layers import prunable_layers
 from pruners.mask import check_masks_equal, mask_
 from pruners.schedule import CubicSchedule
 from pruners.score import METHODS

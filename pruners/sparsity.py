@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from models import modality
+from models.layers import modality
 
 UNTOLD = 1e-3  # a difference from the asked-for share that is not worth a sentence
 

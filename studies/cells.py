@@ -31,8 +31,8 @@ from evaluation import metrics
 from evaluation.captions import generate_captions
 from evaluation.nlvr import count_correct
 from evaluation.ptb import ptb_tokenize
-from models import prunable_layers
-from pruners import sparsity_report
+from models.layers import prunable_layers
+from pruners.sparsity import sparsity_report
 from studies.grid import DENSE, Cell, Setting, Study, trainer_flags
 from studies.weightings import write_weighting
 from utils import UserError, write_json

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dimension.figures import save_figure
-from evaluation.tables import markdown
+from reports.tables import markdown
 from studies.figures import plot_differences, plot_scores, plot_sparsity_shares, title
 from studies.grid import DENSE, Cell, Study
 from studies.statistics import (

@@ -25,7 +25,8 @@ from configs import load_config
 from dimension import twonn
 from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile
-from engine import loop, tasks
+from engine import loop, processes, tasks
+from engine.processes import choose_device, init_distributed
 from engine.run import start
 from engine.tasks import TASKS
 from models import nlvr
@@ -34,8 +35,7 @@ from pruners.mask import mask_checksums
 from tests.runs import make_scenes, result, same, write_config
 from tests.simulated import SimTensor, attached
 from tests.test_train_clip import CLIP
-from utils import UserError, processes
-from utils.processes import choose_device, init_distributed
+from utils import UserError
 
 SCRIPTS = {"caption": train_caption, "nlvr": train_nlvr, "retrieval": train_clip_flickr30k}
 N = 45  # samples of a profile

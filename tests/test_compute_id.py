@@ -16,10 +16,10 @@ from data.nlvr_dataset import NlvrDataset
 from data.scenes import __main__ as scenes
 from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile, load_distances
+from engine.processes import Process
 from models import build_captioner, build_nlvr, prunable_layers
 from tests.runs import finish, start, write_config
 from utils import UserError, launch
-from utils.processes import Process
 
 N = 45
 LITTLE_MEMORY = ["--memory_gb", "0.1353"]

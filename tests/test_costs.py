@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import costs
 from models import build_captioner, build_clip, build_nlvr
+from reports import costs
 
 BASE = {"vit": "base", "image_size": 384, "med_config": "configs/med_config.json"}
 SMALL_CLIP = {

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from data.caption_dataset import CaptionEvalDataset
 from data.samplers import EvalSampler
 from evaluation.captions import caption_split, generate_captions
-from evaluation.figures import contact_sheet, draw_sheet
 from models import build_captioner
+from reports.figures import contact_sheet, draw_sheet
 from tests.runs import on_two_processes
 
 IMAGES, BATCH = 101, 8

@@ -13,7 +13,6 @@ import export
 from configs import load_config
 from data.transforms import CLIP_STD, build_transform
 from engine.exports import held_out_set, scores
-from evaluation import costs
 from models import (
     build_captioner,
     build_clip,
@@ -23,6 +22,7 @@ from models import (
     prunable_layers,
 )
 from models.text import load_tokenizer
+from reports import costs
 from tests.conftest import read_golden
 from tests.runs import make_scenes, write_config
 from utils import UserError

@@ -3,9 +3,9 @@
 import pytest
 
 from dimension.figures import KINDS
-from evaluation.figures import plot_sparsity
 from models import build_captioner, prunable_layers
 from pruners import sparsity_report
+from reports.figures import plot_sparsity
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from torch.distributed.run import config_from_args, parse_args
 
 import train_caption
 from engine.loading import _loader_options
+from engine.processes import Process, free_memory, left_in_groups
 from engine.run import Run, shared_memory_hint
 from engine.state import TORCHRUN_GRACE, grace_hint
 from engine.tasks import CAPTION, NLVR
 from tests.runs import make_scenes, write_config
-from utils.processes import Process, free_memory, left_in_groups
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -93,7 +93,7 @@ def test_free_is_the_least_of_all_limits(monkeypatch):
         (800, [-30], "2", 0),  # more is used than allowed, and is being given back
     ]:
         monkeypatch.setattr(psutil, "virtual_memory", lambda n=available: Available(n * MB))
-        monkeypatch.setattr("utils.processes.left_in_groups", lambda g=groups: [x * MB for x in g])
+        monkeypatch.setattr("engine.processes.left_in_groups", lambda g=groups: [x * MB for x in g])
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert free_memory(CPU) == expected * MB
 
@@ -104,7 +104,7 @@ def test_a_process_can_take_what_is_called_free_and_not_much_more(limit):
     """Under a limit that is really set, as batch systems set it."""
     script = f"""
 import os, subprocess, torch
-from utils.processes import free_memory
+from engine.processes import free_memory
 cpu = torch.device("cpu")
 used = {{"as": "vms", "data": "data"}}["{limit}"]
 import psutil

@@ -19,11 +19,11 @@ import ComputeID
 import train_caption
 from configs import load_config
 from data.caption_dataset import build_caption_datasets
-from evaluation import page, report
-from evaluation.runs import RunFolder, read_run
 from models import build_captioner, prunable_layers
 from models.checkpoint import stored_tensors
 from pruners import sparsity_report
+from reports import page, report
+from reports.runs import RunFolder, read_run
 from tests.runs import make_scenes, write_config
 from utils import UserError, write_json
 
@@ -243,7 +243,7 @@ def test_commands_give_the_flags_that_the_runs_had(read, runs):
     for words, file in zip(commands, files, strict=False):
         flags = json.loads((root / file).read_text())["flags"]
         assert vars(train_caption.parse_args(words[2:])) == flags
-    assert commands[-1] == f"python -m evaluation.report {root}/dense {root}/a&b".split()
+    assert commands[-1] == f"python -m reports.report {root}/dense {root}/a&b".split()
 
 
 def test_the_command_of_a_profile_gives_the_flags_that_it_was_measured_with(tmp_path):

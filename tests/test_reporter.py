@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine import reporter
 from engine.plan import StepPlan
+from engine.processes import Process
 from engine.reporter import LOG_FILE, Reporter, hours
 from engine.state import Progress
-from utils.processes import Process
 
 
 @pytest.fixture

@@ -19,12 +19,12 @@ from data.samplers import TrainBatchSampler
 from engine import loop
 from engine.checkpoints import save_weights
 from engine.flags import DEFAULTS
+from engine.processes import LAUNCHER, choose_device, init_distributed, launched_processes
 from engine.run import Mistakes, find_weights, prepare_run, take_folder
 from engine.run import start as begin
 from engine.tasks import CAPTION, TASKS
 from tests.runs import finish, make_scenes, start, write_config
 from utils import UserError, launch
-from utils.processes import LAUNCHER, choose_device, init_distributed, launched_processes
 
 
 @pytest.fixture(scope="module")

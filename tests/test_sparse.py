@@ -19,7 +19,7 @@ from models import (
     sparsify_,
 )
 from models.generation import linear as few_rows
-from models.sparse import SparseLinear, kernels, linear, product
+from sparse import SparseLinear, kernels, linear, product
 from tests.conftest import read_golden
 from tests.test_costs import SMALL_CLIP
 

@@ -20,7 +20,7 @@ SCRIPTS = {
     "study.py": ["--config", "{config}", "--id_profile", "ids.json"],
     "caption.py": ["tests/some.jpg", "--config", "{config}"],
 }
-MODULES = ["evaluation.tables", "evaluation.report", "data.scenes"]
+MODULES = ["reports.tables", "reports.report", "data.scenes"]
 RUN = """
 import json, runpy, sys
 heavy, script, *sys.argv[1:] = json.loads(sys.argv[1])
@@ -42,9 +42,7 @@ def run(script, *flags) -> tuple[str, str]:
     return done.stdout.splitlines()[-1], done.stderr
 
 
-@pytest.mark.parametrize(
-    "script", [*SCRIPTS, "evaluation.tables", "evaluation.report", "data.scenes"]
-)
+@pytest.mark.parametrize("script", [*SCRIPTS, "reports.tables", "reports.report", "data.scenes"])
 def test_help_and_wrong_flags_import_nothing_heavy(script):
     assert run(script, "--help") == ("ended 0 []", "")
     ended, said = run(script, "--no_such_flag")
@@ -72,8 +70,8 @@ def test_a_mistake_in_the_config_imports_nothing_heavy(script, tmp_path):
         ("train_nlvr.py", "--config configs/nlvr_demo.yaml --useID", "names no id_profile"),
         ("export.py", "--config configs/nlvr_demo.yaml --pruned run", "nothing to do"),
         ("caption.py", "tests/some.jpg --pruned run", "--pruned goes with --config"),
-        ("evaluation.tables", "tests golden", "golden holds no run"),
-        ("evaluation.report", "tests", "tests holds no run"),
+        ("reports.tables", "tests golden", "golden holds no run"),
+        ("reports.report", "tests", "tests holds no run"),
     ],
 )
 def test_flags_that_do_not_fit_import_nothing_heavy(script, flags, said):

@@ -23,8 +23,8 @@ import train_nlvr
 from configs import SCHEMAS, load_config
 from engine import loop
 from evaluation import metrics
-from evaluation.runs import PRUNED_FILE
 from models import build_captioner, prunable_layers
+from reports.runs import PRUNED_FILE
 from studies.cells import (
     Runner,
     cache_images,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import tables
-from evaluation.tables import main, parse_args
+from reports import tables
+from reports.tables import main, parse_args
 from utils import UserError
 
 

@@ -15,10 +15,10 @@ import train_clip_flickr30k
 import train_nlvr
 from engine import run as preparation
 from engine import samples, tasks
+from engine.processes import Process
 from engine.run import Run
 from engine.tasks import CAPTION, NLVR, RETRIEVAL, TASKS
 from evaluation import scoring
-from utils.processes import Process
 
 SAMPLES = 5
 IMAGE = torch.zeros(3, 2, 2)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine.processes import seed_everything
 from utils import atomic_write, mistaken_for
-from utils.processes import seed_everything
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

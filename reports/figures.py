@@ -13,7 +13,7 @@ from PIL import Image
 from data.caption_dataset import CaptionEvalDataset
 from data.image_dataset import open_image
 from dimension.figures import KINDS, layer_kind
-from models import modality
+from models.layers import modality
 
 COLUMNS = 4
 SIDE, MARGIN = 3.0, 0.1  # inches of a picture, and between pictures

@@ -1,11 +1,12 @@
 """What every script needs: atomic files, downloads, CPUs, users' mistakes, exit codes.
 
 Nothing here imports torch, so that flags and configs are checked before it is. What several
-processes need stands in `utils.processes`.
+processes need stands in `engine.processes`.
 """
 
 import argparse
 import errno
+import importlib
 import io
 import json
 import os
@@ -32,6 +33,21 @@ class UserError(ValueError):
     `launch` ends a script with this one sentence and exit code 2. Every other exception
     is a fault of the program and keeps its traceback.
     """
+
+
+def lazy_names(places: dict[str, str]) -> Callable[[str], object]:
+    """A package's `__getattr__` (PEP 562): names that import their module when first used.
+
+    Args:
+        places: name to the module that defines it.
+    """
+
+    def find(name: str):
+        if name not in places:
+            raise AttributeError(f"no {name!r} here; there are {', '.join(sorted(places))}")
+        return getattr(importlib.import_module(places[name]), name)
+
+    return find
 
 
 @contextmanager

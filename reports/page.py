@@ -17,11 +17,11 @@ from dimension.profile import IDProfile, load_profile
 from engine.flags import command_line
 from engine.profile_flags import parse_profile_flags
 from engine.tasks import TASKS
-from evaluation import costs
-from evaluation.figures import plot_sparsity, spread
-from evaluation.runs import RunFolder
-from evaluation.tables import shares
 from models.checkpoint import load_trained
+from reports import costs
+from reports.figures import plot_sparsity, spread
+from reports.runs import RunFolder
+from reports.tables import shares
 from utils import UserError
 
 PICTURES = 8

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.sparse.product import (
+from sparse.product import (
     PANEL,
     TILES,
     SparseMatrix,

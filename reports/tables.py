@@ -1,6 +1,6 @@
 """Prints what evaluated runs have come to, as a Markdown table.
 
-    python -m evaluation.tables output/demo dense PLATON90 PLATON90-ID
+    python -m reports.tables output/demo dense PLATON90 PLATON90-ID
 
 reads what `--evaluate` wrote: sparsity.json and results/ of each run. `--ids PROFILE` adds a line
 with the mean ID of each modality.
@@ -10,7 +10,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from evaluation.runs import RunFolder, read_run
+from reports.runs import RunFolder, read_run
 from utils import UserError, launch
 
 
@@ -50,7 +50,7 @@ def mean_ids(path: Path) -> str:
         UserError: the file cannot be read or is no profile.
     """
     from dimension.profile import load_profile
-    from models import modality
+    from models.layers import modality
 
     members = defaultdict(list)
     for name, dimension in load_profile(path).items():

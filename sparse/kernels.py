@@ -18,7 +18,8 @@ from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from models.sparse.product import (
+from sparse.compiling import kept_on_disk
+from sparse.product import (
     BIAS,
     BYTES,
     COLUMNS,
@@ -36,7 +37,6 @@ from models.sparse.product import (
     X,
     Y,
 )
-from utils.compiling import kept_on_disk
 
 LANES = 16  # elements of a vector
 BLOCK = 8  # side of the blocks that are transposed in registers

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import compressed, modality, sparsify_
+from models import compressed
 from models.checkpoint import stored_tensors
+from models.layers import modality
+from sparse.linear import sparsify_
 
 BYTES = {"float32": 4, "float16": 2}  # of an element
 # Of the text in UPop's published counts: its caption is 13 words, its statement 34 word pieces and

@@ -1,6 +1,6 @@
 """Writes one HTML page that tells all about some runs, pictures included; it needs no network.
 
-    python -m evaluation.report output/demo/dense output/demo/PLATON90 output/demo/PLATON90-ID
+    python -m reports.report output/demo/dense output/demo/PLATON90 output/demo/PLATON90-ID
 
 Of each run it shows what its folder has: where sparsity went, the IDs that weighted it, scores, and
 captions of a few test pictures; its size and speed are measured here, on the CPU. The table of all
@@ -11,8 +11,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from evaluation.runs import read_run
-from evaluation.tables import markdown, shares
+from reports.runs import read_run
+from reports.tables import markdown, shares
 from utils import atomic_write, launch
 
 
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     runs = [read_run(folder) for folder in args.runs]
     out = args.out or args.runs[0].resolve().parent / "report.html"
     # here, so that a folder that is no run is named before what takes seconds to import
-    from evaluation.page import build_page, label, measure_costs, short_costs
+    from reports.page import build_page, label, measure_costs, short_costs
 
     costs = measure_costs(runs)
     rows = [
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
         for name, run, found in zip(label(runs), runs, costs, strict=True)
     ]
     print(markdown(rows))
-    command = shlex.join(["python", "-m", "evaluation.report", *map(str, args.runs)])
+    command = shlex.join(["python", "-m", "reports.report", *map(str, args.runs)])
     if args.out:
         command += f" --out {shlex.quote(str(args.out))}"
     with atomic_write(out, "wb") as file:

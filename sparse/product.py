@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.compiling import thread_pool
+from sparse.compiling import thread_pool
 
 PANEL = 256  # columns; a panel of a tile stays in the cache, and a column of it fits in a byte
 TILES = (4, 16, 32, 64)  # tokens; a kernel is compiled for each
@@ -73,7 +73,7 @@ def decompress(sparse: SparseMatrix, columns: int) -> Tensor:
 @lru_cache
 def compiled(tile: int) -> int:
     """The address of the kernel for tiles of `tile` tokens, see `kernels.compile_kernel`."""
-    from models.sparse.kernels import compile_kernel  # Numba: not on every machine, 0.2 s to load
+    from sparse.kernels import compile_kernel  # Numba: not on every machine, 0.2 s to load
 
     return compile_kernel(tile)
 

@@ -1,0 +1,1 @@
+"""Tables, costs, figures and the page of runs."""
