@@ -127,7 +127,8 @@ def test_two_processes_caption_and_score_as_one(caption_config, tmp_path):
     assert len({result["caption"] for result in one[0]}) > 1
     losses = [files[2]["scores"].pop("loss") for files in (one, two)]
     assert one == two
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)  # float64 sums of the same batches
+    # of equal batches, but threads may add a batch's float32 numbers in another order (2^-24)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_captions_are_decoded_as_the_config_says(caption_config):
