@@ -66,6 +66,7 @@ def trainer_parser(
     add = evaluation.add_argument
     add("--evaluate", action="store_true", help="score the held-out splits, without training")
     add("--split", choices=TASKS[task].held_out, help="with --evaluate: this split alone")
+    add("--eval_samples", type=FROM_ZERO, default=0, help="first samples of a split; 0: all")
     add("--pruned", type=PLACE, help="with --evaluate: weights, or the folder of a run")
     add("--sparse", action="store_true", help="with --evaluate: on the CPU, nonzeros alone")
     add("--eval_epochs", type=FROM_ZERO, default=1, help="epochs between validations; 0: none")

@@ -136,6 +136,8 @@ def prepare(
     with mistakes.collect():
         train_set, *sets = task.build_datasets(run.config, flags.seed)
         train_set.skip_bad_images = flags.skip_bad_images  # evaluation needs every image
+        for dataset in sets if flags.eval_samples else ():
+            dataset.keep_first(flags.eval_samples)
         held_out = dict(zip(task.held_out, sets, strict=True))
         if flags.split:
             held_out = {flags.split: held_out[flags.split]}
