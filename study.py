@@ -7,9 +7,9 @@ r"""Does weighting by ID prune better than other weights? Runs the cells of a st
         --file output/coco/study.json --cells 3/16 --num_workers 8 -- --batch_size 32
     python study.py --file output/coco/study.json --report
 
-configs/studies/ says which cells there are. A cell is a training and an evaluation command; its
-folder below --output_dir is its record, so a study goes on where it was stopped. --file keeps
-settings, cells and results; page and figures lie beside it. With --cells a job runs one share.
+configs/studies/ plans the cells. A cell is a training and an evaluation command, and its folder
+below --output_dir is its record, so a study goes on where it was stopped. --file keeps settings,
+cells and results; page and figures lie beside it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -44,15 +44,13 @@ from reports.tables import markdown
 from utils import UserError, atomic_write, available_cpus, launch, write_json
 
 ROOT = Path(__file__).parent
-STUDIES = ROOT / "configs" / "studies"
 SCORES = {task: ("loss", TASKS[task].best_by) for task in ("caption", "nlvr")}  # of a cell
 # flags of a training script that a cell sets, or that would make something else of it
 CELL_FLAGS = "config output_dir model_dir seed final_threshold eval_epochs pruner_name".split()
-CELL_FLAGS += "id_profile useID check evaluate pruned split".split()
+CELL_FLAGS += "id_profile useID check evaluate pruned split eval_samples".split()
 DENSE = "dense"  # the method of a cell that scores the starting weights
 NONE, ID, SHUFFLED = "none", "ID", "shuffled"
 WITHIN, MEAN, INVERSE = "shuffled within modality", "modality mean", "1/ID"
-POWER = re.compile(r"ID\^(-?\d+(?:\.\d+)?)")  # "ID^0.5"
 UNSEEN = "no difference seen at this n"
 MARK = "<!-- below: written by study.py -->"
 STYLES = [("k", "o", "-"), ("C0", "s", "-"), ("C1", "^", "--"), ("C2", "v", "--")]
@@ -61,11 +59,11 @@ STYLES += [("C4", "D", "-."), ("C3", "P", ":"), ("C9", "X", "-."), ("C6", "*", "
 modality, load_profile = later("models.layers:modality"), later("dimension.profile:load_profile")
 choose_device = later("engine.processes:choose_device")
 machine_of = later("engine.processes:machine_of")
-new_figure = later("matplotlib.figure:Figure")
+new_figure, settings = later("matplotlib.figure:Figure"), later("matplotlib:rc_context")
 
 
 class Cell(NamedTuple):
-    """One run of a study. Cells that differ in the weighting alone are paired."""
+    """One run of a study. Cells that differ in the weighting alone are compared."""
 
     task: str
     method: str  # a name of --pruner_name, or DENSE
@@ -89,8 +87,8 @@ class Study(NamedTuple):
         settings: by task: "config" and "id_profile" (files), "validation" (samples that score a
             cell; 0 takes the split), "flags" of the training script, and optionally "profiles",
             files of further weightings by name.
-        cells: in the order in which they run, each with its record: "result" (scores, "sparsity",
-            "seconds", "processor", "torch", "threads"), or "failure" where training diverged.
+        cells: in the order in which they run; one that has ended has a "result" of scores,
+            "sparsity", "seconds", "processor", "torch" and "threads".
     """
 
     notes: dict[str, str]
@@ -100,7 +98,7 @@ class Study(NamedTuple):
 
     @property
     def results(self) -> dict[Cell, dict]:
-        """Results of the finished cells."""
+        """Results of the cells that have ended."""
         return {cell: record["result"] for cell, record in self.cells.items() if "result" in record}
 
 
@@ -111,20 +109,20 @@ def planned(args: argparse.Namespace) -> Study:
         UserError: the config's task has no study, or a flag after `--` is the cells' own.
         SystemExit: a flag of the training script is wrong.
     """
-    content = YAML(typ="safe").load(STUDIES / f"{args.preset or 'default'}.yaml")
+    file = ROOT / "configs" / "studies" / f"{args.preset or 'default'}.yaml"
+    content = YAML(typ="safe").load(file)
     if not args.preset:
         task = load_config(args.config)["task"]
         if task not in SCORES:
             raise UserError(f"--config {args.config}: a study knows the tasks {', '.join(SCORES)}")
-        given = trainer_flags(task, args.flags, **dict.fromkeys(CELL_FLAGS))
-        for name in CELL_FLAGS:
-            if getattr(given, name) is not None:
-                raise UserError(f"--{name} after --: each cell has its own; leave it out")
+        given = vars(trainer_flags(task, args.flags, **dict.fromkeys(CELL_FLAGS)))
+        if own := [name for name in CELL_FLAGS if given[name] is not None]:
+            raise UserError(f"--{own[0]} after --: each cell has its own; leave it out")
         setting = {"config": args.config, "id_profile": args.id_profile}
         content["settings"] = {task: setting | {"validation": 0, "flags": args.flags}}
         content["grids"] = [{"task": task} | grid for grid in content["grids"]]
     cells = {}
-    for grid in content.pop("grids"):  # cells that are compared follow each other
+    for grid in content.pop("grids"):
         keys = range(grid["seeds"]), grid["methods"], grid["remaining"], grid["weightings"]
         cells |= {Cell(grid["task"], *rest, seed): {} for seed, *rest in product(*keys)}
     return Study(**content, cells=cells)
@@ -136,40 +134,33 @@ def trainer_flags(task: str, flags: list[str], **defaults) -> argparse.Namespace
 
 
 def open_study(args: argparse.Namespace) -> Study:
-    """The study of the flags and its file, with the records that lie in its cells' folders.
+    """The study of the flags, with the results in its file and in its cells' folders.
 
     Raises:
-        UserError: flags describe none, or the file or a folder is of another study.
+        UserError: the file is no study, or the file or a folder is of another study.
     """
-    wanted = planned(args) if args.preset or args.config else None
-    if wanted and not args.file.exists():
-        study = wanted
-    else:
-        study = read_study(args.file)
-    if wanted and study.settings != wanted.settings:
-        raise UserError(
-            f"{args.file} is of another study: its settings are not those that the flags ask for. "
-            "Give another --file, or --file alone to go on with what it holds"
-        )
-    for cell in wanted.cells if wanted else ():
-        study.cells.setdefault(cell, {})
+    study = wanted = planned(args) if args.preset or args.config else None
+    if wanted is None or args.file.exists():
+        try:
+            content = json.loads(args.file.read_text())
+            cells = {Cell(*map(row.pop, Cell._fields)): row for row in content["cells"]}
+            study = Study(*(content[key] for key in Study._fields[:3]), cells)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{args.file} is no study that study.py wrote: {error!r}") from error
+        if wanted and study.settings != wanted.settings:
+            raise UserError(
+                f"{args.file} is of another study: its settings are not those that the flags ask "
+                "for. Give another --file, or --file alone to go on with what it holds"
+            )
+        for cell in wanted.cells if wanted else ():
+            study.cells.setdefault(cell, {})
     for cell, record in study.cells.items():
-        if not record and (file := args.output_dir / cell.name / "cell.json").exists():
+        if "result" not in record and (file := args.output_dir / cell.name / "cell.json").exists():
             found = read_json(file)
             if found["setting"] != study.settings[cell.task]:
                 raise UserError(f"{file} is of another study: choose another --output_dir")
-            record |= {key: found[key] for key in ("result",) if key in found}
+            record |= {key: found[key] for key in found.keys() & {"result"}}
     return study
-
-
-def read_study(path: Path) -> Study:
-    """Reads a study's file; raises UserError if it is none."""
-    try:
-        content = json.loads(path.read_text())
-        rows = {Cell(*map(row.pop, Cell._fields)): row for row in content["cells"]}
-        return Study(content["notes"], content["pooled"], content["settings"], rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no study that study.py wrote: {error!r}") from error
 
 
 def write_study(study: Study, path: Path) -> None:
@@ -184,29 +175,18 @@ def write_study(study: Study, path: Path) -> None:
 
 
 def share(cells: list[Cell], part: str) -> list[Cell]:
-    """The I-th of N shares, for `part` "I/N". Cells that are compared stay together.
-
-    Raises:
-        UserError: `part` is no such share.
-    """
-    number, _, parts = part.partition("/")
-    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+    """The I-th of N shares, for `part` "I/N"; cells that are compared stay together."""
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", part)) or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError(f"--cells {part}: give I/N, the I-th of N shares, from 1/N to N/N")
     blocks = [cell._replace(weighting="") for cell in cells]
-    own = list(dict.fromkeys(blocks))[int(number) - 1 :: int(parts)]
+    own = list(dict.fromkeys(blocks))[int(found[1]) - 1 :: int(found[2])]
     return [cell for cell, block in zip(cells, blocks, strict=True) if block in own]
 
 
 def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float]:
     """The profile of a weighting: IDs, or controls that are IDs in all but one respect.
 
-    Args:
-        weighting: "ID", "shuffled", "shuffled within modality", "modality mean", "1/ID", "ID^A".
-        ids: layer name to ID, all positive.
-        seed: of a shuffle.
-
-    Returns:
-        Layer name to number. Only their ratios matter, because the threshold is global.
+    Only the ratios of its numbers matter, because the threshold is global.
 
     Raises:
         UserError: there is no such weighting.
@@ -223,45 +203,36 @@ def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float]:
                 random.Random(seed).shuffle(values)
             profile |= zip(names, values, strict=True)
         return profile
-    power = {ID: "1", INVERSE: "-1"}.get(weighting) or POWER.sub(r"\1", weighting)
     try:
-        return {name: value ** float(power) for name, value in ids.items()}
+        power = float({ID: 1, INVERSE: -1}.get(weighting) or weighting.removeprefix("ID^"))
     except ValueError:
         raise UserError(f"there is no weighting {weighting!r}") from None
+    return {name: value**power for name, value in ids.items()}
 
 
 def commands(cell: Cell, setting: dict, args: argparse.Namespace) -> list[list[str]]:
     """The training command, unless the cell is dense, and the evaluation command."""
     task, folder = TASKS[cell.task], args.output_dir / cell.name
     flags = {"config": setting["config"], "output_dir": args.output_dir, "model_dir": cell.name}
-    flags |= {"seed": cell.seed, "eval_samples": setting["validation"]}
-    flags |= {"device": args.device, "num_workers": args.num_workers}
+    flags |= {"seed": cell.seed, "device": args.device, "num_workers": args.num_workers}
     own = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     start = [sys.executable, str(ROOT / task.script), *setting["flags"], *own]
-    evaluation = [*start, "--evaluate", f"--split={task.held_out[0]}"]
+    samples = f"--eval_samples={setting['validation']}"
+    evaluation = [*start, "--evaluate", f"--split={task.held_out[0]}", samples]
     if cell.method == DENSE:
         return [evaluation]
     training = [*start, f"--pruner_name={cell.method}", f"--final_threshold={cell.remaining}"]
-    if cell.weighting != NONE:
-        profile = setting.get("profiles", {}).get(cell.weighting) or folder / "weighting.json"
-        if profile == folder / "weighting.json":
-            ids = load_profile(setting["id_profile"])
-            write_json(profile, weigh(cell.weighting, ids, cell.seed))
+    if cell.weighting in setting.get("profiles", {}):
+        training.append(f"--id_profile={setting['profiles'][cell.weighting]}")
+    elif cell.weighting != NONE:
+        profile = folder / "weighting.json"
+        write_json(profile, weigh(cell.weighting, load_profile(setting["id_profile"]), cell.seed))
         training.append(f"--id_profile={profile}")
     return [[*training, "--eval_epochs=0"], [*evaluation, f"--pruned={folder}"]]
 
 
 def run_cell(cell: Cell, setting: dict, args: argparse.Namespace, running: set) -> dict:
-    """Trains and prunes, or goes on where a run of this cell was stopped; then scores.
-
-    Args:
-        cell: to run.
-        setting: of its task.
-        args: flags.
-        running: holds the process while there is one.
-
-    Returns:
-        The cell's result.
+    """The result of a cell's commands, the running one of which is in `running`.
 
     Raises:
         UserError: a command failed.
@@ -282,12 +253,11 @@ def run_cell(cell: Cell, setting: dict, args: argparse.Namespace, running: set) 
             running.remove(process)
             output.seek(0)
             *_, last = ["", *output.read().strip().splitlines()]
-        if code in (EXIT_STOPPED, -signal.SIGTERM):
+        if code in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT):
             raise SystemExit(EXIT_STOPPED)
         if code:
             raise UserError(f"{cell.name} failed: {last} (see {output.name})")
-    seconds = round(time.monotonic() - begun, 3)
-    result = scores(cell, folder) | {"seconds": seconds} | machine
+    result = scores(cell, folder) | {"seconds": round(time.monotonic() - begun, 3)} | machine
     write_json(file, record | {"result": result})
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a study has many
     (folder / PRUNED_FILE).unlink(missing_ok=True)
@@ -312,32 +282,26 @@ def scores(cell: Cell, folder: Path) -> dict:
 
 
 def run_cells(study: Study, cells: list[Cell], args: argparse.Namespace) -> None:
-    """Runs cells, some at a time, and prints their scores; a signal stops all.
-
-    Raises:
-        UserError: some failed; the others have run.
-    """
-    running, failed = set(), []
+    """Runs cells, --processes at a time, and prints their scores; a signal stops all."""
+    running = set()
     with stop_signals_to(exit_stopped), ThreadPoolExecutor(args.processes) as pool:
-        arguments = ((cell, study.settings[cell.task], args, running) for cell in cells)
-        futures = {pool.submit(run_cell, *of_cell): of_cell[0] for of_cell in arguments}
+        jobs = {
+            pool.submit(run_cell, cell, study.settings[cell.task], args, running): cell
+            for cell in cells
+        }
         try:
-            for number, future in enumerate(as_completed(futures), start=1):
-                cell = futures[future]
-                if isinstance(error := future.exception(), UserError):
-                    failed.append(str(error))
-                    continue
-                study.cells[cell]["result"] = result = future.result()
+            for number, job in enumerate(as_completed(jobs), start=1):
+                cell, result = jobs[job], job.result()
+                study.cells[cell]["result"] = result
                 found = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
                 print(f"{number} of {len(cells)}  {cell.name}  {found}", flush=True)
-        except SystemExit:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            while wait(futures, timeout=1).not_done:  # again, in case one had only just started
+            while not all(job.done() for job in jobs):  # one may have only just started
                 for process in tuple(running):
                     process.terminate()
+                time.sleep(0.2)
             raise
-    if failed:
-        raise UserError("\n       ".join(failed))
 
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -350,6 +314,39 @@ def machine(result: dict) -> str:
     return f"{result['processor']}, torch {result['torch']}{several}"
 
 
+def groups(study: Study) -> list[tuple[str, str, float]]:
+    """Task, method and remaining fraction of finished cells, PLATON first, least pruned first."""
+    found = {cell[:3] for cell in study.results if cell.method != DENSE}
+    return sorted(found, key=lambda group: (group[0], group[1] != "PLATON", group[1], -group[2]))
+
+
+def matched(
+    study: Study, task: str, method: str, fractions: list[float], names: list[str]
+) -> tuple[list[dict[str, list[dict]]], int, int]:
+    """Results that differ in the weighting alone, for seeds that have them from one machine each.
+
+    Returns:
+        For each such seed, weighting to its results by fraction; how many seeds are planned; how
+        many of them are to come.
+    """
+    found, planned, to_come = [], 0, 0
+    for seed in sorted({cell.seed for cell in study.cells}):
+        rows = {
+            w: [study.cells.get(Cell(task, method, f, w, seed)) for f in fractions] for w in names
+        }
+        records = [record for row in rows.values() for record in row]
+        if not records or None in records:
+            continue
+        planned += 1
+        if not all("result" in record for record in records):
+            to_come += 1
+            continue
+        rows = {w: [record["result"] for record in row] for w, row in rows.items()}
+        if all(len(set(map(machine, column))) == 1 for column in zip(*rows.values(), strict=True)):
+            found.append(rows)
+    return found, planned, to_come
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean, seeded; nan of a single value."""
     if len(values) < 2:
@@ -358,73 +355,17 @@ def interval(values: list[float]) -> tuple[float, float]:
     return tuple(np.percentile(np.array(values)[chosen].mean(axis=1), (2.5, 97.5)))
 
 
-def compare(differences: list[float], score: str) -> tuple[float, float, float, float, str]:
-    """Judges paired differences, a weighting's score minus the baseline's, by the study's rule.
-
-    Returns:
-        Mean, ends of its bootstrap interval, p of the two-sided sign test, and the verdict.
-    """
+def compare(differences: list[float], score: str) -> tuple[float, float, float, str]:
+    """The mean's interval, p of the two-sided sign test, and the verdict on paired differences."""
     low, high = interval(differences)
-    # smaller ones are rounding, and have no sign
+    # a smaller difference is rounding, and has no sign
     above, below = sum(d > 1e-12 for d in differences), sum(d < -1e-12 for d in differences)
     tail = sum(math.comb(above + below, k) for k in range(min(above, below) + 1))
     p = min(1.0, 2 * tail / 2 ** (above + below))
     higher, lower = low > 0 and above > below, high < 0 and below > above
-    verdict = UNSEEN
-    if p < 0.05 and (higher or lower):
-        verdict = "better" if higher != (score == "loss") else "worse"
-    return float(np.mean(differences)), low, high, p, verdict
-
-
-def paired(
-    study: Study, task: str, method: str, fractions: list[float], weighting: str, baseline: str
-) -> tuple[list[dict], int, int]:
-    """Differences of a weighting to a baseline, each seed's mean over remaining fractions.
-
-    Returns:
-        By score for each seed whose cells are all done, each two on one machine; how many seeds are
-        planned, and how many of them are to come.
-    """
-    found, planned, to_come = [], 0, 0
-    for seed in sorted({cell.seed for cell in study.cells}):
-        pairs = [
-            [study.cells.get(Cell(task, method, f, w, seed)) for w in (weighting, baseline)]
-            for f in fractions
-        ]
-        if not pairs or any(None in pair for pair in pairs):
-            continue
-        planned += 1
-        if not all(map(all, pairs)):
-            to_come += 1
-            continue
-        done = [(one["result"], other["result"]) for one, other in pairs]
-        if all(machine(one) == machine(other) for one, other in done):
-            found.append(
-                {s: sum(one[s] - other[s] for one, other in done) / len(done) for s in SCORES[task]}
-            )
-    return found, planned, to_come
-
-
-def groups(study: Study) -> list[tuple[str, str, float]]:
-    """Task, method and remaining fraction of finished cells, PLATON first, least pruned first."""
-    found = {cell[:3] for cell in study.results if cell.method != DENSE}
-    return sorted(found, key=lambda group: (group[0], group[1] != "PLATON", group[1], -group[2]))
-
-
-def by_weighting(study: Study, group: tuple, all_seeds: bool = False) -> dict[str, list[dict]]:
-    """A group's results by weighting, over the seeds that all have on one machine.
-
-    Means over other seeds could not be compared: seeds differ by more than weightings do.
-    """
-    found = defaultdict(dict)
-    for cell, record in study.cells.items():
-        if cell[:3] == group and record:
-            found[cell.weighting][cell.seed] = record["result"]
-    seeds = sorted(set.intersection(*map(set, found.values())))
-    one = [s for s in seeds if len({machine(by_seed[s]) for by_seed in found.values()}) == 1]
-    if all_seeds:
-        return found
-    return {weighting: [by_seed[s] for s in one] for weighting, by_seed in found.items() if one}
+    if p >= 0.05 or not (higher or lower):
+        return low, high, p, UNSEEN
+    return low, high, p, "better" if higher != (score == "loss") else "worse"
 
 
 # --- page and figures ----------------------------------------------------------------------------
@@ -433,15 +374,16 @@ def by_weighting(study: Study, group: tuple, all_seeds: bool = False) -> dict[st
 def report(study: Study, path: Path) -> Path:
     """Writes the page and its figures beside the study's file; text above the mark stays."""
     page = path.with_suffix(".md")
-    written = page.read_text() if page.exists() else "# What weighting by ID does\n\n"
+    text = page.read_text() if page.exists() else "# What weighting by ID does\n\n"
     figures = {}
     for plot in (plot_scores, plot_differences, plot_sparsity) if study.results else ():
         name = f"{path.stem}_{plot.__name__.removeprefix('plot_')}.png"
-        figure, figures[name] = plot(study)
-        with atomic_write(path.with_name(name), "wb") as file:
-            figure.savefig(file, format="png", dpi=150)
+        with settings({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
+            figure, figures[name] = plot(study)
+            with atomic_write(path.with_name(name), "wb") as file:
+                figure.savefig(file, format="png", dpi=150)
     with atomic_write(page) as file:
-        file.write(written.partition(MARK)[0] + page_text(study, figures))
+        file.write(text.partition(MARK)[0] + page_text(study, figures))
     return page
 
 
@@ -454,8 +396,16 @@ def page_text(study: Study, figures: dict[str, str]) -> str:
     done = f"{len(results)} of {len(study.cells)} planned cells are done"
     parts = [f"{MARK}\n\n{done}, in {hours:.1f} hours of one process{on}.\n"]
     if found:
+        verdicts = []
+        for task, method in dict.fromkeys(group[:2] for group in found):
+            fractions = [
+                f for f in study.pooled if (task, method, f) in {c[:3] for c in study.cells}
+            ]
+            sparsity = " and ".join(f"{100 * (1 - fraction):.4g} %" for fraction in fractions)
+            head = {"task": task, "method": method, "sparsity": sparsity}
+            verdicts += [head | row for row in comparisons(study, task, method, fractions)]
         parts += ["## Verdicts\n", *(f"{note}\n" for note in study.notes.values())]
-        parts += [table(verdicts(study)) or "No seed has all cells of a comparison yet.\n"]
+        parts += [table(verdicts) or "No seed has all cells of a comparison yet.\n"]
         parts += ["## Figures\n", *(f"![{s}]({file})\n\n{s}\n" for file, s in figures.items())]
         parts += ["## Scores\n", *(scores_table(study, group) for group in found)]
         parts += ["## Paired differences\n"]
@@ -464,62 +414,8 @@ def page_text(study: Study, figures: dict[str, str]) -> str:
 
 
 def table(rows: list[dict], head: str = "") -> str:
-    """Rows as Markdown under a line of text; "" where there are none."""
+    """Rows as Markdown below a line of text; "" where there are none."""
     return f"{head}\n\n{markdown(rows)}\n".lstrip() if rows else ""
-
-
-def verdicts(study: Study) -> list[dict]:
-    """Comparisons of each task and method by seeds' means over the pooled fractions."""
-    rows = []
-    for task, method in dict.fromkeys(group[:2] for group in groups(study)):
-        planned = {cell.remaining for cell in study.cells if cell[:2] == (task, method)}
-        fractions = [fraction for fraction in study.pooled if fraction in planned]
-        sparsity = " and ".join(f"{100 * (1 - fraction):.4g} %" for fraction in fractions)
-        where = {"task": task, "method": method, "sparsity": sparsity}
-        rows += [where | row for row in comparisons(study, task, method, fractions)]
-    return rows
-
-
-def comparisons(study: Study, task: str, method: str, fractions: list[float]) -> list[dict]:
-    """Rows of a table: all weightings against none and shuffled, and ID against its controls."""
-    of_method = [cell for cell in study.cells if cell[:2] == (task, method)]
-    names = dict.fromkeys(cell.weighting for cell in of_method if cell.remaining in fractions)
-    pairs = [(w, base) for base in (NONE, SHUFFLED) for w in names if w not in (NONE, base)]
-    pairs += [(ID, control) for control in (WITHIN, MEAN) if {ID, control} <= names.keys()]
-    rows = []
-    for weighting, baseline in pairs:
-        found, planned, to_come = paired(study, task, method, fractions, weighting, baseline)
-        for score in SCORES[task] if found else ():
-            mean, low, high, p, verdict = compare([d[score] for d in found], score)
-            of_planned = f" of {planned}" if len(found) < planned else ""
-            lost = planned - to_come - len(found)  # cells ran on different machines
-            row = {"weighting": weighting, "against": baseline, "score": arrow(score)}
-            row["pairs"] = f"{len(found)}{of_planned}" + (f", {lost} lost" if lost else "")
-            row["mean difference"] = f"{mean:+.4f}"
-            row["95 % interval"] = f"{low:+.4f} to {high:+.4f}" if len(found) > 1 else ""
-            row["sign test"] = f"p {p:.3f}"
-            row["verdict"] = verdict + " so far" * (to_come > 0 and verdict != UNSEEN)
-            rows.append(row)
-    return rows
-
-
-def scores_table(study: Study, group: tuple[str, str, float]) -> str:
-    """Means and standard deviations of scores, and sparsity by modality, of each weighting."""
-    rows, dense = [], ""
-    for cell, result in study.results.items():
-        if (cell.task, cell.method) == (group[0], DENSE):
-            of_start = ", ".join(f"{score} {result[score]:.4f}" for score in SCORES[group[0]])
-            dense = f" (the dense start: {of_start})"
-    for weighting, results in by_weighting(study, group).items():
-        row = {"weighting": weighting, "seeds": str(len(results))}
-        for score in SCORES[group[0]]:
-            values = [result[score] for result in results]
-            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            row[arrow(score)] = f"{np.mean(values):.4f}{spread}"
-        for kind in ("vision", "language"):
-            row[f"{kind} pruned"] = f"{share_pruned(results, kind):.1%}"
-        rows.append(row)
-    return table(rows, title(group) + dense)
 
 
 def title(group: tuple[str, str, float]) -> str:
@@ -532,9 +428,66 @@ def arrow(score: str) -> str:
     return f"{score} {'↓' if score == 'loss' else '↑'}"
 
 
-def share_pruned(results: list[dict], kind: str) -> float:
-    """The mean share of zeros in "vision" or "language" layers."""
-    return float(np.mean([result["sparsity"][kind] for result in results]))
+def weightings(study: Study, task: str, method: str, fractions: list[float]) -> dict[str, None]:
+    """Those of finished cells, in the order in which cells run."""
+    of_method = [cell for cell in study.results if cell[:2] == (task, method)]
+    done = {cell.weighting for cell in of_method if cell.remaining in fractions}
+    return dict.fromkeys(cell.weighting for cell in study.cells if cell.weighting in done)
+
+
+def comparisons(study: Study, task: str, method: str, fractions: list[float]) -> list[dict]:
+    """Rows of a table: all weightings against none and shuffled, and ID against its controls."""
+    names, rows = weightings(study, task, method, fractions), []
+    pairs = [(w, base) for base in (NONE, SHUFFLED) for w in names if w not in (NONE, base)]
+    pairs += [(ID, control) for control in (WITHIN, MEAN) if {ID, control} <= names.keys()]
+    for pair in pairs:
+        found, planned, to_come = matched(study, task, method, fractions, pair)
+        for score in SCORES[task] if found else ():
+            values = [difference(seed, pair, score) for seed in found]
+            low, high, p, verdict = compare(values, score)
+            lost = planned - to_come - len(found)  # cells ran on different machines
+            row = {"weighting": pair[0], "against": pair[1], "score": arrow(score)}
+            row["pairs"] = f"{len(found)} of {planned}" if len(found) < planned else f"{planned}"
+            row["pairs"] += f", {lost} lost" if lost else ""
+            row["mean difference"] = f"{np.mean(values):+.4f}"
+            row["95 % interval"] = f"{low:+.4f} to {high:+.4f}" if len(found) > 1 else ""
+            row["sign test"] = f"p {p:.3f}"
+            row["verdict"] = verdict + " so far" * (to_come > 0 and verdict != UNSEEN)
+            rows.append(row)
+    return rows
+
+
+def difference(seed: dict[str, list[dict]], pair: tuple[str, str], score: str) -> float:
+    """A seed's difference between two weightings, its mean over fractions."""
+    one, other = (seed[weighting] for weighting in pair)
+    return sum(a[score] - b[score] for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def scores_table(study: Study, group: tuple[str, str, float]) -> str:
+    """Means and standard deviations of scores, and sparsity by modality, of each weighting."""
+    rows, dense = [], ""
+    for cell, result in study.results.items():
+        if (cell.task, cell.method) == (group[0], DENSE):
+            start = ", ".join(f"{score} {result[score]:.4f}" for score in SCORES[group[0]])
+            dense = f" (the dense start: {start})"
+    for weighting, results in by_weighting(study, group).items():
+        row = {"weighting": weighting, "seeds": str(len(results))}
+        for score in SCORES[group[0]]:
+            values = [result[score] for result in results]
+            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            row[arrow(score)] = f"{np.mean(values):.4f}{spread}"
+        for kind in ("vision", "language"):
+            row[f"{kind} pruned"] = f"{np.mean([r['sparsity'][kind] for r in results]):.1%}"
+        rows.append(row)
+    return table(rows, title(group) + dense)
+
+
+def by_weighting(study: Study, group: tuple[str, str, float]) -> dict[str, list[dict]]:
+    """A group's results by weighting, over the seeds that all of them have."""
+    task, method, fraction = group
+    names = weightings(study, task, method, [fraction])
+    found, *_ = matched(study, task, method, [fraction], names)
+    return {name: [seed[name][0] for seed in found] for name in names if found}
 
 
 def plot_scores(study: Study) -> tuple:
@@ -545,12 +498,11 @@ def plot_scores(study: Study) -> tuple:
     for (row, column), panel in np.ndenumerate(axes):
         task, method = methods[column]
         score, lines = SCORES[task][row], defaultdict(list)
-        for group in groups(study):
+        for group in (group for group in groups(study) if group[:2] == (task, method)):
             for weighting, results in by_weighting(study, group).items():
-                if group[:2] == (task, method):
-                    values = [result[score] for result in results]
-                    point = (100 * (1 - group[2]), np.mean(values), *interval(values))
-                    lines[weighting].append(point)
+                values = [result[score] for result in results]
+                point = (100 * (1 - group[2]), np.mean(values), *interval(values))
+                lines[weighting].append(point)
         for weighting, points in lines.items():
             x, means, lows, highs = zip(*points, strict=True)
             colour, marker, line = style(study, weighting)
@@ -561,8 +513,7 @@ def plot_scores(study: Study) -> tuple:
             if (cell.task, cell.method) == (task, DENSE):
                 panel.axhline(result[score], color="gray", lw=1, label="dense start")
         panel.set(title=f"{task}, {method}", ylabel=f"validation {score}", xlabel="pruned, %")
-        panel.legend(fontsize="x-small")
-        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
     return figure, (
         "Scores against sparsity: means over the seeds that all weightings have; the bands and "
         "bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which "
@@ -572,28 +523,26 @@ def plot_scores(study: Study) -> tuple:
 
 def plot_differences(study: Study) -> tuple:
     """Paired differences of the loss to each baseline; and the sentence below the figure."""
-    found = {group: list(by_weighting(study, group, all_seeds=True)) for group in groups(study)}
+    found = {group: list(weightings(study, *group[:2], group[2:])) for group in groups(study)}
     heights = [0.9 + 0.2 * len(names) for names in found.values()]
     figure = new_figure(figsize=(9, sum(heights)), layout="constrained")
     axes = figure.subplots(len(found), 2, sharey="row", squeeze=False, height_ratios=heights)
     for row, (group, names) in zip(axes, found.items(), strict=True):
         for panel, baseline in zip(row, (NONE, SHUFFLED), strict=True):
             for place, weighting in enumerate(names):
-                pairs, *_ = paired(study, *group[:2], [group[2]], weighting, baseline)
-                losses = [difference["loss"] for difference in pairs]
-                if weighting == baseline or not losses:
-                    continue
-                colour, marker, _ = style(study, weighting)
-                panel.plot(losses, [place] * len(losses), marker, ms=3, alpha=0.4, color=colour)
-                panel.plot(interval(losses), [place, place], lw=2, color=colour)
-                panel.plot(np.mean(losses), place, marker, ms=6, color=colour)
+                pair = (weighting, baseline)
+                seeds, *_ = matched(study, *group[:2], group[2:], pair)
+                if weighting != baseline and seeds:
+                    losses = [difference(seed, pair, "loss") for seed in seeds]
+                    colour, marker, _ = style(study, weighting)
+                    panel.plot(losses, [place] * len(losses), marker, ms=3, alpha=0.4, color=colour)
+                    panel.plot(interval(losses), [place, place], lw=2, color=colour)
+                    panel.plot(np.mean(losses), place, marker, ms=6, color=colour)
             panel.axvline(0, color="black", lw=0.8)
-            panel.set_yticks(range(len(names)), names, fontsize=7)
+            panel.set_yticks(range(len(names)), names)
             panel.set_ylim(len(names) - 0.5, -0.5)
-            panel.set_title(f"{title(group)}, against {baseline}", fontsize=8)
-            panel.set_xlabel("difference in validation loss", fontsize=7)
-            panel.tick_params(axis="x", labelsize=7)
-            panel.grid(alpha=0.3, axis="x")
+            panel.set_title(f"{title(group)}, against {baseline}")
+            panel.set_xlabel("difference in validation loss")
     return figure, (
         "Paired differences of the validation loss (left of zero: better than the baseline): a "
         "dot a seed, the mean, and its 95 % bootstrap interval."
@@ -603,20 +552,17 @@ def plot_differences(study: Study) -> tuple:
 def plot_sparsity(study: Study) -> tuple:
     """Shares of vision and language layers that are pruned; and the sentence below the figure."""
     found = groups(study)
-    columns = min(len(found), 4)
-    rows = -(-len(found) // columns)
+    rows, columns = -(-len(found) // 4), min(len(found), 4)
     figure = new_figure(figsize=(3.2 * columns, 3.4 * rows + 0.4), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for group, panel in zip(found, panels, strict=False):
         results = by_weighting(study, group)
         for kind, marker in (("vision", "o"), ("language", "s")):
-            shares = [100 * share_pruned(of_weighting, kind) for of_weighting in results.values()]
+            shares = [100 * np.mean([r["sparsity"][kind] for r in of]) for of in results.values()]
             panel.plot(shares, marker, label=f"{kind} layers")
         panel.axhline(100 * (1 - group[2]), color="gray", ls="--", lw=1, label="all layers")
-        panel.set_xticks(range(len(results)), results, rotation=60, ha="right", fontsize=7)
-        panel.set_title(title(group), fontsize=8)
-        panel.set_ylabel("pruned, %")
-        panel.grid(alpha=0.3, axis="y")
+        panel.set_xticks(range(len(results)), results, rotation=60, ha="right")
+        panel.set(title=title(group), ylabel="pruned, %")
     for panel in panels[len(found) :]:
         panel.axis("off")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -640,12 +586,11 @@ def main(args: argparse.Namespace) -> None:
     if args.preset:  # small models are slower on more threads; before torch is imported
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     study = open_study(args)
-    cells = [
-        cell for cell in share(list(study.cells), args.cells or "1/1") if not study.cells[cell]
-    ]
-    write_study(study, args.file)
-    if cells and not args.report:
-        run_cells(study, cells, args)
+    own = share(list(study.cells), args.cells or "1/1")
+    if not args.file.exists():
+        write_study(study, args.file)
+    if not args.report:
+        run_cells(study, [cell for cell in own if cell not in study.results], args)
     if not args.cells:
         write_study(study, args.file)
         print(f"wrote {report(study, args.file)}")
@@ -663,7 +608,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--file", type=Path, help="JSON of the study (default: docs/study.json for the preset)")
     add("--output_dir", type=Path, default=Path("output/study"), help="folder of the cells")
     add("--cells", metavar="I/N", help="the I-th of N shares, without a report")
-    add("--processes", type=COUNT, help="cells at a time, one thread each (default: CPUs, or 1)")
+    add("--processes", type=COUNT, help="cells at a time (default: CPUs for the preset, else 1)")
     add("--device", help="auto, cpu, cuda, cuda:N, mps or xpu")
     add("--num_workers", type=FROM_ZERO, help="image loading processes")
     add("--report", action="store_true", help="page and figures of what has run")
@@ -672,11 +617,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.preset and (args.config or args.id_profile):
         parser.error("--preset has a config of its own: leave it out, or --config and its flags")
     if args.flags and not args.config:
-        parser.error("flags after -- are of a new study: they go with --config")
+        parser.error("flags after -- are a new study's: they go with --config")
     if bool(args.config) != bool(args.id_profile) or not (args.preset or args.config or args.file):
         parser.error("what to study? Give --preset, --config with --id_profile, or --file")
-    default = "docs/study.json" if args.preset else "output/study/study.json"
-    args.file = args.file or Path(default)
+    args.file = args.file or Path("docs" if args.preset else "output/study", "study.json")
     args.processes = args.processes or (available_cpus() if args.preset else 1)
     return args
 
