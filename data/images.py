@@ -77,8 +77,8 @@ def find_pictures(places: list[Path]) -> list[Path]:
     Raises:
         UserError: a folder has none.
     """
-    formats = {name for name in Image.OPEN if name not in UNREADABLE}
-    known = {end for end, name in Image.registered_extensions().items() if name in formats}
+    known = Image.registered_extensions().items()  # which also fills OPEN
+    known = {end for end, name in known if name in Image.OPEN and name not in UNREADABLE}
     pictures, passed = [], Counter()
     for place in places:
         if not place.is_dir():
@@ -87,20 +87,20 @@ def find_pictures(places: list[Path]) -> list[Path]:
         shown = sorted(file for file in place.iterdir() if not file.name.startswith("."))
         found = [file for file in shown if file.suffix.lower() in known and file.is_file()]
         others = {file for file in shown if file not in found}
-        passed.update("subfolders" for file in others if file.is_dir())
+        passed.update("subfolder(s)" for file in others if file.is_dir())
         endings = [file.suffix.lower() for file in others if not file.is_dir()]
-        passed.update(f"{ending} files" for ending in endings if ending in PHOTOS)
+        passed.update(f"{ending} file(s)" for ending in endings if ending in PHOTOS)
         if not found:
-            raise UserError(f"there are no pictures in the folder {place}{_not_read(passed)}")
+            others = f" ({_counts(passed)} are not read)" if passed else ""
+            raise UserError(f"there are no pictures in the folder {place}{others}")
         pictures += found
     if passed:
-        print(f"of the folders' pictures{_not_read(passed)}", file=sys.stderr, flush=True)
+        print(f"{_counts(passed)} are not read", file=sys.stderr, flush=True)
     return pictures
 
 
-def _not_read(passed: Counter) -> str:
-    counts = (f"{count} {what}" for what, count in sorted(passed.items()))
-    return f"; not read: {', '.join(counts)}" if passed else ""
+def _counts(passed: Counter) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(passed.items()))
 
 
 def missing_files(paths: Iterable[str]) -> list[str]:

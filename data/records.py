@@ -121,8 +121,24 @@ RETRIEVAL_EVALUATION: Layout = {"image": _IMAGE, "caption": _TEXTS}
 STATEMENTS: Layout = {"sentence": _TEXT, "label": _LABEL, "images": _PAIR}
 
 
+# by a key that tells them: layouts that others publish the same data in
+FOREIGN = {
+    "sentences": "; it is the Karpathy split in its original layout (dataset_coco.json)",
+    "annotations": "; it is in COCO's own layout",
+    "identifier": "; it is NLVR2 in its original layout",
+}
+
+
 def _example(layout: Layout) -> str:
     return json.dumps({key: field.example for key, field in layout.items()})
+
+
+def _foreign(content: Any) -> str:
+    """The published layout that wrong content is in, as a clause; or ""."""
+    rows = content.get("images") if isinstance(content, dict) else content
+    first = rows[0] if isinstance(rows, list) and rows else None
+    found = [part for part in (content, first) if isinstance(part, dict)]
+    return next((FOREIGN[key] for key in FOREIGN if any(key in part for part in found)), "")
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -167,8 +183,10 @@ def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[
     """
     content = read_json(path) if content is None else content
     if not isinstance(content, list) or not content:
-        raise UserError(f"{path} has no records; it must hold a list of records {_example(layout)}")
-    faults = []
+        foreign = _foreign(content) if isinstance(content, dict) else ""
+        wanted = f"it must hold a list of records {_example(layout)}"
+        raise UserError(f"{path} has no records{foreign}; {wanted}")
+    foreign, faults = _foreign(content), []
     for number, record in enumerate(content):
         content[number] = values = {}
         fault = _read_fields(record, layout, values)
@@ -177,8 +195,8 @@ def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[
     if faults:
         shown = "; ".join(faults[:SHOWN]) + ("; ..." if len(faults) > SHOWN else "")
         raise UserError(
-            f"{path}: {len(faults)} of {len(content)} records are wrong (the first is record 0). "
-            f"{shown}. Mend or remove them; a record is like {_example(layout)}"
+            f"{path}: {len(faults)} of {len(content)} records are wrong (the first is record 0)"
+            f"{foreign}. {shown}. Mend or remove them; a record is like {_example(layout)}"
         )
     return content
 
