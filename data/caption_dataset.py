@@ -21,13 +21,7 @@ from utils import UserError
 
 
 class CaptionTrainDataset(ImageDataset):
-    """Items `(image (3, S, S), prompt + normalised caption)` of records with one caption each.
-
-    Args:
-        images: arguments of `ImageDataset`.
-        prompt: text before every caption; a space parts it from the caption.
-        max_words: of the longest caption.
-    """
+    """Items `(image (3, S, S), prompt + normalised caption)` of records with one caption each."""
 
     def __init__(self, *images, prompt: str, max_words: int):
         super().__init__(*images)

@@ -72,13 +72,7 @@ class ImageDataset(Dataset):
         return self.fetch(index)[0]
 
     def fetch(self, index: int | tuple[int, int]) -> tuple[tuple, int]:
-        """Loads an item, or with `skip_bad_images` the next one whose images can be read.
-
-        Args:
-            index: of the record, or (index, epoch); a plain index stands for epoch 0.
-
-        Returns:
-            The item, and how many were passed over for it.
+        """An item, or with `skip_bad_images` the next one that can be read; and how many it skips.
 
         Raises:
             BadImageError: an image cannot be read and is not to be skipped.
@@ -121,10 +115,8 @@ class ImageDataset(Dataset):
     def check(self) -> None:
         """Looks for all image files in the listings of their folders; reads none.
 
-        With `skip_bad_images` one that exists is enough.
-
         Raises:
-            UserError: the image root or an image does not exist.
+            UserError: the image root or an image (with `skip_bad_images` every one) is missing.
         """
         if not self.image_root.is_dir():
             raise UserError(

@@ -23,11 +23,7 @@ class BadImageError(UserError):
 
 
 def open_image(path: str | Path, on_white: bool = False) -> Image.Image:
-    """Decodes an image as RGB with 8 bits.
-
-    Args:
-        path: of the file.
-        on_white: see `to_rgb`.
+    """Decodes an image as RGB with 8 bits; see `to_rgb`.
 
     Raises:
         BadImageError: it cannot be done, for whatever reason; the message names the file.
@@ -48,11 +44,7 @@ def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
     """Converts as Pillow does, and grey of 16 bits, which Pillow cuts off at 255, by its high byte.
 
     That is what Pillow makes of colours of 16 bits. (The original code sees 16-bit grey as white.)
-
-    Args:
-        image: of any mode.
-        on_white: whether transparent pixels show white; else they show the colour under them, which
-            is what the published models were trained on.
+    Transparent pixels become white, or keep the colour under them, as the published models saw it.
 
     Raises:
         ValueError: the pixels are integers of 32 bits or floats, whose range is not known.

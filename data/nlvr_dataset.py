@@ -14,11 +14,8 @@ from data.transforms import build_transform
 class NlvrDataset(ImageDataset):
     """Items `(left image (3, S, S), right image (3, S, S), statement, label 0 or 1)`.
 
-    Args:
-        images: arguments of `ImageDataset`.
-        max_words: of the longest statement.
-        swap: whether the two images are exchanged at random, and the words left and right with
-            them. (The original does so in evaluation too, which makes it random; we do not.)
+    With `swap` the two images are exchanged at random, and the words left and right with them.
+    (The original does so in evaluation too, which makes it random; we do not.)
     """
 
     def __init__(self, *images, max_words: int, swap: bool):
