@@ -218,7 +218,8 @@ def commands(cell: Cell, setting: dict, args: argparse.Namespace) -> list[list[s
     own = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     start = [sys.executable, str(ROOT / task.script), *setting["flags"], *own]
     samples = f"--eval_samples={setting['validation']}"
-    evaluation = [*start, "--evaluate", f"--split={task.held_out[0]}", samples]
+    evaluation = [flag for flag in start if flag not in ("--compile", "--eval_test")]
+    evaluation += ["--evaluate", f"--split={task.held_out[0]}", samples]
     if cell.method == DENSE:
         return [evaluation]
     training = [*start, f"--pruner_name={cell.method}", f"--final_threshold={cell.remaining}"]

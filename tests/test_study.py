@@ -147,7 +147,10 @@ def test_flags_that_describe_no_study_are_refused(argv, sentence, capsys):
 def test_a_cell_is_a_training_and_an_evaluation_command(tmp_path):
     (tmp_path / "ids.json").write_text(json.dumps(IDS))
     setting = {"config": "c.yaml", "id_profile": str(tmp_path / "ids.json"), "validation": 5}
-    setting |= {"flags": ["--seed=1", "--max_steps=9"], "profiles": {"ID, one length": "o.json"}}
+    setting |= {
+        "flags": ["--seed=1", "--max_steps=9", "--compile"],
+        "profiles": {"ID, one length": "o.json"},
+    }
     args = parse("--preset=embedded", "--output_dir", tmp_path, "--device=cpu")
     cell = Cell("nlvr", "Magnitude", 0.25, SHUFFLED, 7)
     training, evaluation = study.commands(cell, setting, args)
@@ -157,6 +160,7 @@ def test_a_cell_is_a_training_and_an_evaluation_command(tmp_path):
     assert (trained.max_steps, trained.eval_epochs, trained.config) == (9, 0, "c.yaml")
     assert json.loads(Path(trained.id_profile).read_text()) == weigh(SHUFFLED, IDS, 7)
     assert (scored.evaluate, scored.split, scored.eval_samples) == (True, "dev", 5)
+    assert trained.compile and not scored.compile  # which an evaluation refuses
     assert scored.pruned == str(tmp_path / cell.name) and scored.device == "cpu"
     training, _ = study.commands(cell._replace(weighting="ID, one length"), setting, args)
     assert train_nlvr.parse_args(training[2:]).id_profile == "o.json"
