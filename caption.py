@@ -71,13 +71,13 @@ def tell(message: str) -> None:
 
 
 def open_upright(path: Path) -> Image.Image:
-    """A picture as RGB, turned as its EXIF orientation says.
+    """A picture as RGB, turned as its EXIF orientation says, transparency on white.
 
     Raises:
         Exception: of many kinds, for Pillow's readers raise what they meet in a damaged file.
     """
     with Image.open(path) as file:
-        return to_rgb(ImageOps.exif_transpose(file))
+        return to_rgb(ImageOps.exif_transpose(file), on_white=True)
 
 
 def show(args: argparse.Namespace, path: Path, what: str, text: str) -> None:

@@ -1,224 +1,600 @@
-r"""Does weighting by ID prune better than by other numbers? Runs and reports the cells of a study.
+r"""Does weighting by ID prune better than other weights? Runs the cells of a study, and reports.
 
     python -m data.scenes                              # the embedded data
-    python study.py --preset embedded                  # the cells of docs/study.json not yet run
-    python study.py --preset embedded --report         # only tables and figures, in seconds
-    python study.py --preset embedded --again 3        # runs finished cells again and compares
+    python study.py --preset embedded                  # the cells that docs/study.json lacks
+    python study.py --preset embedded --report         # only the page and its figures, in seconds
     python study.py --config configs/caption_coco.yaml --id_profile configs/id/blip_coco.json \
         --file output/coco/study.json --cells 3/16 --num_workers 8 -- --batch_size 32
     python study.py --file output/coco/study.json --report
 
-A study is a JSON file with its cells (task, method, remaining fraction, weighting, seed), their
-settings and the results so far. The command goes on where it was stopped, at whatever moment. With
---config it first writes the file, the flags after `--` being the training script's; then one job a
-GPU runs its share, --cells I/N. Cells that are compared are in one share, for the machines of
-others may round otherwise; of more shares than that allows, each has single cells, and only pairs
-from equal machines are compared. --file alone goes on with a file that is there.
+configs/studies/ plans the cells. A cell is a training and an evaluation command, and its folder
+below --output_dir is its record, so a study goes on where it was stopped. --file keeps settings,
+cells and results; page and figures lie beside it.
 """
 
 import argparse
+import json
+import math
 import os
+import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
-from configs import COUNT, FROM_ZERO
-from engine.flags import FRACTION
-from engine.stopping import exit_stopped, stop_signals_to
+import numpy as np
+from pycocoevalcap.cider.cider import Cider
+from ruamel.yaml import YAML
+
+from configs import COUNT, FROM_ZERO, load_config
+from data.records import read_json
+from engine.flags import trainer_parser
+from engine.stopping import EXIT_STOPPED, exit_stopped, stop_signals_to
+from engine.tasks import TASKS, later
+from evaluation.ptb import ptb_tokenize
 from reports.runs import CHECKPOINTS, PRUNED_FILE
-from studies.grid import DENSE, Cell, Study, changing, open_study, share
-from studies.presets import PRESETS, of_config
-from studies.statistics import SCORES, machine
-from studies.weightings import WEIGHTINGS
-from utils import UserError, available_cpus, launch
+from reports.tables import markdown
+from utils import UserError, atomic_write, available_cpus, launch, write_json
+
+ROOT = Path(__file__).parent
+SCORES = {task: ("loss", TASKS[task].best_by) for task in ("caption", "nlvr")}  # of a cell
+# flags of a training script that a cell sets, or that would make something else of it
+CELL_FLAGS = "config output_dir model_dir seed final_threshold eval_epochs pruner_name".split()
+CELL_FLAGS += "id_profile useID check evaluate pruned split eval_samples".split()
+DENSE = "dense"  # the method of a cell that scores the starting weights
+NONE, ID, SHUFFLED = "none", "ID", "shuffled"
+WITHIN, MEAN, INVERSE = "shuffled within modality", "modality mean", "1/ID"
+UNSEEN = "no difference seen at this n"
+MARK = "<!-- below: written by study.py -->"
+STYLES = [("k", "o", "-"), ("C0", "s", "-"), ("C1", "^", "--"), ("C2", "v", "--")]
+STYLES += [("C4", "D", "-."), ("C3", "P", ":"), ("C9", "X", "-."), ("C6", "*", ":")]
+
+modality, load_profile = later("models.layers:modality"), later("dimension.profile:load_profile")
+choose_device = later("engine.processes:choose_device")
+machine_of = later("engine.processes:machine_of")
+new_figure, settings = later("matplotlib.figure:Figure"), later("matplotlib:rc_context")
+
+
+class Cell(NamedTuple):
+    """One run of a study. Cells that differ in the weighting alone are compared."""
+
+    task: str
+    method: str  # a name of --pruner_name, or DENSE
+    remaining: float  # fraction of the weights, in (0, 1]
+    weighting: str
+    seed: int  # of the data's order, of dropout and of a shuffle
+
+    @property
+    def name(self) -> str:
+        """The name of the cell's folder."""
+        weighting = self.weighting.replace("/", " over ").replace(" ", "_")
+        return f"{self.task}-{self.method}-{self.remaining:g}-{weighting}-{self.seed}"
+
+
+class Study(NamedTuple):
+    """What runs, and its results.
+
+    Attributes:
+        notes: sentences that were written before the cells ran.
+        pooled: remaining fractions over which each seed's mean is compared, too.
+        settings: by task: "config" and "id_profile" (files), "validation" (samples that score a
+            cell; 0 takes the split), "flags" of the training script, and optionally "profiles",
+            files of further weightings by name.
+        cells: in the order in which they run; one that has ended has a "result" of scores,
+            "sparsity", "seconds", "processor", "torch" and "threads".
+    """
+
+    notes: dict[str, str]
+    pooled: list[float]
+    settings: dict[str, dict]
+    cells: dict[Cell, dict]
+
+    @property
+    def results(self) -> dict[Cell, dict]:
+        """Results of the cells that have ended."""
+        return {cell: record["result"] for cell, record in self.cells.items() if "result" in record}
+
+
+def planned(args: argparse.Namespace) -> Study:
+    """The study of --preset or --config, without results.
+
+    Raises:
+        UserError: the config's task has no study, or a flag after `--` is the cells' own.
+        SystemExit: a flag of the training script is wrong.
+    """
+    file = ROOT / "configs" / "studies" / f"{args.preset or 'default'}.yaml"
+    content = YAML(typ="safe").load(file)
+    if not args.preset:
+        task = load_config(args.config)["task"]
+        if task not in SCORES:
+            raise UserError(f"--config {args.config}: a study knows the tasks {', '.join(SCORES)}")
+        given = vars(trainer_flags(task, args.flags, **dict.fromkeys(CELL_FLAGS)))
+        if own := [name for name in CELL_FLAGS if given[name] is not None]:
+            raise UserError(f"--{own[0]} after --: each cell has its own; leave it out")
+        setting = {"config": args.config, "id_profile": args.id_profile}
+        content["settings"] = {task: setting | {"validation": 0, "flags": args.flags}}
+        content["grids"] = [{"task": task} | grid for grid in content["grids"]]
+    cells = {}
+    for grid in content.pop("grids"):
+        keys = range(grid["seeds"]), grid["methods"], grid["remaining"], grid["weightings"]
+        cells |= {Cell(grid["task"], *rest, seed): {} for seed, *rest in product(*keys)}
+    return Study(**content, cells=cells)
+
+
+def trainer_flags(task: str, flags: list[str], **defaults) -> argparse.Namespace:
+    """Flags as the training script of a task reads them."""
+    return trainer_parser(task, "")[0].parse_args(flags, argparse.Namespace(**defaults))
+
+
+def open_study(args: argparse.Namespace) -> Study:
+    """The study of the flags, with the results in its file and in its cells' folders.
+
+    Raises:
+        UserError: the file is no study, or the file or a folder is of another study.
+    """
+    study = wanted = planned(args) if args.preset or args.config else None
+    if wanted is None or args.file.exists():
+        try:
+            content = json.loads(args.file.read_text())
+            cells = {Cell(*map(row.pop, Cell._fields)): row for row in content["cells"]}
+            study = Study(*(content[key] for key in Study._fields[:3]), cells)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{args.file} is no study that study.py wrote: {error!r}") from error
+        if wanted and study.settings != wanted.settings:
+            raise UserError(
+                f"{args.file} is of another study: its settings are not those that the flags ask "
+                "for. Give another --file, or --file alone to go on with what it holds"
+            )
+        for cell in wanted.cells if wanted else ():
+            study.cells.setdefault(cell, {})
+    for cell, record in study.cells.items():
+        if "result" not in record and (file := args.output_dir / cell.name / "cell.json").exists():
+            found = read_json(file)
+            if found["setting"] != study.settings[cell.task]:
+                raise UserError(f"{file} is of another study: choose another --output_dir")
+            record |= {key: found[key] for key in found.keys() & {"result"}}
+    return study
+
+
+def write_study(study: Study, path: Path) -> None:
+    """Writes a study's file, one line a cell."""
+    start = json.dumps(study._asdict() | {"cells": []}, indent=1).removesuffix("[]\n}")
+    lines = [json.dumps(cell._asdict() | record) for cell, record in study.cells.items()]
+    with atomic_write(path) as file:
+        file.write(f"{start}[\n  " + ",\n  ".join(lines) + "\n ]\n}\n")
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def share(cells: list[Cell], part: str) -> list[Cell]:
+    """The I-th of N shares, for `part` "I/N"; cells that are compared stay together."""
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", part)) or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--cells {part}: give I/N, the I-th of N shares, from 1/N to N/N")
+    blocks = [cell._replace(weighting="") for cell in cells]
+    own = list(dict.fromkeys(blocks))[int(found[1]) - 1 :: int(found[2])]
+    return [cell for cell, block in zip(cells, blocks, strict=True) if block in own]
+
+
+def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float]:
+    """The profile of a weighting: IDs, or controls that are IDs in all but one respect.
+
+    Only the ratios of its numbers matter, because the threshold is global.
+
+    Raises:
+        UserError: there is no such weighting.
+    """
+    if weighting in (SHUFFLED, WITHIN, MEAN):
+        parts, profile = defaultdict(list), {}
+        for name in ids:
+            parts["" if weighting == SHUFFLED else modality(name)].append(name)
+        for names in parts.values():
+            values = [ids[name] for name in names]
+            if weighting == MEAN:
+                values = [sum(values) / len(values)] * len(values)
+            else:
+                random.Random(seed).shuffle(values)
+            profile |= zip(names, values, strict=True)
+        return profile
+    try:
+        power = float({ID: 1, INVERSE: -1}.get(weighting) or weighting.removeprefix("ID^"))
+    except ValueError:
+        raise UserError(f"there is no weighting {weighting!r}") from None
+    return {name: value**power for name, value in ids.items()}
+
+
+def commands(cell: Cell, setting: dict, args: argparse.Namespace) -> list[list[str]]:
+    """The training command, unless the cell is dense, and the evaluation command."""
+    task, folder = TASKS[cell.task], args.output_dir / cell.name
+    flags = {"config": setting["config"], "output_dir": args.output_dir, "model_dir": cell.name}
+    flags |= {"seed": cell.seed, "device": args.device, "num_workers": args.num_workers}
+    own = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    start = [sys.executable, str(ROOT / task.script), *setting["flags"], *own]
+    samples = f"--eval_samples={setting['validation']}"
+    evaluation = [flag for flag in start if flag not in ("--compile", "--eval_test")]
+    evaluation += ["--evaluate", f"--split={task.held_out[0]}", samples]
+    if cell.method == DENSE:
+        return [evaluation]
+    training = [*start, f"--pruner_name={cell.method}", f"--final_threshold={cell.remaining}"]
+    if cell.weighting in setting.get("profiles", {}):
+        training.append(f"--id_profile={setting['profiles'][cell.weighting]}")
+    elif cell.weighting != NONE:
+        profile = folder / "weighting.json"
+        write_json(profile, weigh(cell.weighting, load_profile(setting["id_profile"]), cell.seed))
+        training.append(f"--id_profile={profile}")
+    return [[*training, "--eval_epochs=0"], [*evaluation, f"--pruned={folder}"]]
+
+
+def run_cell(cell: Cell, setting: dict, args: argparse.Namespace, running: set) -> dict:
+    """The result of a cell's commands, the running one of which is in `running`.
+
+    Raises:
+        UserError: a command failed.
+        SystemExit: a signal stopped it.
+    """
+    folder, begun = args.output_dir / cell.name, time.monotonic()
+    device = args.device or trainer_flags(cell.task, setting["flags"]).device
+    machine = machine_of(choose_device(device, 1))
+    file, record = folder / "cell.json", {"setting": setting, "machine": machine}
+    if file.exists() and read_json(file) != record:  # a result is from one machine
+        shutil.rmtree(folder)
+    write_json(file, record)
+    for command in commands(cell, setting, args):
+        with open(folder / "output.txt", "a+") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+            running.add(process)
+            code = process.wait()
+            running.remove(process)
+            output.seek(0)
+            *_, last = ["", *output.read().strip().splitlines()]
+        if code in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT):
+            raise SystemExit(EXIT_STOPPED)
+        if code:
+            raise UserError(f"{cell.name} failed: {last} (see {output.name})")
+    result = scores(cell, folder) | {"seconds": round(time.monotonic() - begun, 3)} | machine
+    write_json(file, record | {"result": result})
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a study has many
+    (folder / PRUNED_FILE).unlink(missing_ok=True)
+    return result
+
+
+def scores(cell: Cell, folder: Path) -> dict:
+    """Scores and sparsity of an evaluated cell.
+
+    CIDEr is computed with the tokenizer in Python, so that machines with and without Java agree.
+    """
+    split = TASKS[cell.task].held_out[0]
+    found = read_json(folder / "results" / "scores.json")[split]
+    if cell.task == "caption":
+        images = read_json(folder / "results" / f"{split}_images.json")
+        captions = {row["image_id"]: [ptb_tokenize(row["caption"])] for row in images}
+        truth = {row["image_id"]: list(map(ptb_tokenize, row["references"])) for row in images}
+        found["CIDEr"] = float(Cider().compute_score(truth, captions)[0])
+    zeros = read_json(folder / "sparsity.json")
+    shares = {"overall": zeros["overall"], **zeros["by_modality"]}
+    return {name: found[name] for name in SCORES[cell.task]} | {"sparsity": shares}
+
+
+def run_cells(study: Study, cells: list[Cell], args: argparse.Namespace) -> None:
+    """Runs cells, --processes at a time, and prints their scores; a signal stops all."""
+    running = set()
+    with stop_signals_to(exit_stopped), ThreadPoolExecutor(args.processes) as pool:
+        jobs = {
+            pool.submit(run_cell, cell, study.settings[cell.task], args, running): cell
+            for cell in cells
+        }
+        try:
+            for number, job in enumerate(as_completed(jobs), start=1):
+                cell, result = jobs[job], job.result()
+                study.cells[cell]["result"] = result
+                found = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
+                print(f"{number} of {len(cells)}  {cell.name}  {found}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(job.done() for job in jobs):  # one may have only just started
+                for process in tuple(running):
+                    process.terminate()
+                time.sleep(0.2)
+            raise
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def machine(result: dict) -> str:
+    """What computed a result; one without "threads" is from one thread, or from a GPU."""
+    threads = result.get("threads", 1)
+    several = f", {threads} threads" if threads > 1 else ""
+    return f"{result['processor']}, torch {result['torch']}{several}"
+
+
+def groups(study: Study) -> list[tuple[str, str, float]]:
+    """Task, method and remaining fraction of finished cells, PLATON first, least pruned first."""
+    found = {cell[:3] for cell in study.results if cell.method != DENSE}
+    return sorted(found, key=lambda group: (group[0], group[1] != "PLATON", group[1], -group[2]))
+
+
+def matched(
+    study: Study, task: str, method: str, fractions: list[float], names: list[str]
+) -> tuple[list[dict[str, list[dict]]], int, int]:
+    """Results that differ in the weighting alone, for seeds that have them from one machine each.
+
+    Returns:
+        For each such seed, weighting to its results by fraction; how many seeds are planned; how
+        many of them are to come.
+    """
+    found, planned, to_come = [], 0, 0
+    for seed in sorted({cell.seed for cell in study.cells}):
+        rows = {
+            w: [study.cells.get(Cell(task, method, f, w, seed)) for f in fractions] for w in names
+        }
+        records = [record for row in rows.values() for record in row]
+        if not records or None in records:
+            continue
+        planned += 1
+        if not all("result" in record for record in records):
+            to_come += 1
+            continue
+        rows = {w: [record["result"] for record in row] for w, row in rows.items()}
+        if all(len(set(map(machine, column))) == 1 for column in zip(*rows.values(), strict=True)):
+            found.append(rows)
+    return found, planned, to_come
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean, seeded; nan of a single value."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    chosen = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
+    return tuple(np.percentile(np.array(values)[chosen].mean(axis=1), (2.5, 97.5)))
+
+
+def compare(differences: list[float], score: str) -> tuple[float, float, float, str]:
+    """The mean's interval, p of the two-sided sign test, and the verdict on paired differences."""
+    low, high = interval(differences)
+    # a smaller difference is rounding, and has no sign
+    above, below = sum(d > 1e-12 for d in differences), sum(d < -1e-12 for d in differences)
+    tail = sum(math.comb(above + below, k) for k in range(min(above, below) + 1))
+    p = min(1.0, 2 * tail / 2 ** (above + below))
+    higher, lower = low > 0 and above > below, high < 0 and below > above
+    if p >= 0.05 or not (higher or lower):
+        return low, high, p, UNSEEN
+    return low, high, p, "better" if higher != (score == "loss") else "worse"
+
+
+# --- page and figures ----------------------------------------------------------------------------
+
+
+def report(study: Study, path: Path) -> Path:
+    """Writes the page and its figures beside the study's file; text above the mark stays."""
+    page = path.with_suffix(".md")
+    text = page.read_text() if page.exists() else "# What weighting by ID does\n\n"
+    figures = {}
+    for plot in (plot_scores, plot_differences, plot_sparsity) if study.results else ():
+        name = f"{path.stem}_{plot.__name__.removeprefix('plot_')}.png"
+        with settings({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
+            figure, figures[name] = plot(study)
+            with atomic_write(path.with_name(name), "wb") as file:
+                figure.savefig(file, format="png", dpi=150)
+    with atomic_write(page) as file:
+        file.write(text.partition(MARK)[0] + page_text(study, figures))
+    return page
+
+
+def page_text(study: Study, figures: dict[str, str]) -> str:
+    """The page from the mark on; `figures` are sentences by file."""
+    results, found = study.results, groups(study)
+    hours = sum(result["seconds"] for result in results.values()) / 3600
+    where = Counter(map(machine, results.values())).items()
+    on = ", on " + "; ".join(f"{name} ({n} cells)" for name, n in where) if where else ""
+    done = f"{len(results)} of {len(study.cells)} planned cells are done"
+    parts = [f"{MARK}\n\n{done}, in {hours:.1f} hours of one process{on}.\n"]
+    if found:
+        verdicts = []
+        for task, method in dict.fromkeys(group[:2] for group in found):
+            fractions = [
+                f for f in study.pooled if (task, method, f) in {c[:3] for c in study.cells}
+            ]
+            sparsity = " and ".join(f"{100 * (1 - fraction):.4g} %" for fraction in fractions)
+            head = {"task": task, "method": method, "sparsity": sparsity}
+            verdicts += [head | row for row in comparisons(study, task, method, fractions)]
+        parts += ["## Verdicts\n", *(f"{note}\n" for note in study.notes.values())]
+        parts += [table(verdicts) or "No seed has all cells of a comparison yet.\n"]
+        parts += ["## Figures\n", *(f"![{s}]({file})\n\n{s}\n" for file, s in figures.items())]
+        parts += ["## Scores\n", *(scores_table(study, group) for group in found)]
+        parts += ["## Paired differences\n"]
+        parts += [table(comparisons(study, *g[:2], [g[2]]), title(g)) for g in found]
+    return "\n".join(part for part in parts if part).rstrip() + "\n"
+
+
+def table(rows: list[dict], head: str = "") -> str:
+    """Rows as Markdown below a line of text; "" where there are none."""
+    return f"{head}\n\n{markdown(rows)}\n".lstrip() if rows else ""
+
+
+def title(group: tuple[str, str, float]) -> str:
+    """Task, method and sparsity in words."""
+    return f"{group[0]}, {group[1]}, {100 * (1 - group[2]):.4g} % pruned"
+
+
+def arrow(score: str) -> str:
+    """A score's name, and which way is better."""
+    return f"{score} {'↓' if score == 'loss' else '↑'}"
+
+
+def weightings(study: Study, task: str, method: str, fractions: list[float]) -> dict[str, None]:
+    """Those of finished cells, in the order in which cells run."""
+    of_method = [cell for cell in study.results if cell[:2] == (task, method)]
+    done = {cell.weighting for cell in of_method if cell.remaining in fractions}
+    return dict.fromkeys(cell.weighting for cell in study.cells if cell.weighting in done)
+
+
+def comparisons(study: Study, task: str, method: str, fractions: list[float]) -> list[dict]:
+    """Rows of a table: all weightings against none and shuffled, and ID against its controls."""
+    names, rows = weightings(study, task, method, fractions), []
+    pairs = [(w, base) for base in (NONE, SHUFFLED) for w in names if w not in (NONE, base)]
+    pairs += [(ID, control) for control in (WITHIN, MEAN) if {ID, control} <= names.keys()]
+    for pair in pairs:
+        found, planned, to_come = matched(study, task, method, fractions, pair)
+        for score in SCORES[task] if found else ():
+            values = [difference(seed, pair, score) for seed in found]
+            low, high, p, verdict = compare(values, score)
+            lost = planned - to_come - len(found)  # cells ran on different machines
+            row = {"weighting": pair[0], "against": pair[1], "score": arrow(score)}
+            row["pairs"] = f"{len(found)} of {planned}" if len(found) < planned else f"{planned}"
+            row["pairs"] += f", {lost} lost" if lost else ""
+            row["mean difference"] = f"{np.mean(values):+.4f}"
+            row["95 % interval"] = f"{low:+.4f} to {high:+.4f}" if len(found) > 1 else ""
+            row["sign test"] = f"p {p:.3f}"
+            row["verdict"] = verdict + " so far" * (to_come > 0 and verdict != UNSEEN)
+            rows.append(row)
+    return rows
+
+
+def difference(seed: dict[str, list[dict]], pair: tuple[str, str], score: str) -> float:
+    """A seed's difference between two weightings, its mean over fractions."""
+    one, other = (seed[weighting] for weighting in pair)
+    return sum(a[score] - b[score] for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def scores_table(study: Study, group: tuple[str, str, float]) -> str:
+    """Means and standard deviations of scores, and sparsity by modality, of each weighting."""
+    rows, dense = [], ""
+    for cell, result in study.results.items():
+        if (cell.task, cell.method) == (group[0], DENSE):
+            start = ", ".join(f"{score} {result[score]:.4f}" for score in SCORES[group[0]])
+            dense = f" (the dense start: {start})"
+    for weighting, results in by_weighting(study, group).items():
+        row = {"weighting": weighting, "seeds": str(len(results))}
+        for score in SCORES[group[0]]:
+            values = [result[score] for result in results]
+            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            row[arrow(score)] = f"{np.mean(values):.4f}{spread}"
+        for kind in ("vision", "language"):
+            row[f"{kind} pruned"] = f"{np.mean([r['sparsity'][kind] for r in results]):.1%}"
+        rows.append(row)
+    return table(rows, title(group) + dense)
+
+
+def by_weighting(study: Study, group: tuple[str, str, float]) -> dict[str, list[dict]]:
+    """A group's results by weighting, over the seeds that all of them have."""
+    task, method, fraction = group
+    names = weightings(study, task, method, [fraction])
+    found, *_ = matched(study, task, method, [fraction], names)
+    return {name: [seed[name][0] for seed in found] for name in names if found}
+
+
+def plot_scores(study: Study) -> tuple:
+    """Each score against sparsity, a line a weighting; and the sentence below the figure."""
+    methods = list(dict.fromkeys(group[:2] for group in groups(study)))
+    figure = new_figure(figsize=(4.5 * len(methods), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(methods), squeeze=False)
+    for (row, column), panel in np.ndenumerate(axes):
+        task, method = methods[column]
+        score, lines = SCORES[task][row], defaultdict(list)
+        for group in (group for group in groups(study) if group[:2] == (task, method)):
+            for weighting, results in by_weighting(study, group).items():
+                values = [result[score] for result in results]
+                point = (100 * (1 - group[2]), np.mean(values), *interval(values))
+                lines[weighting].append(point)
+        for weighting, points in lines.items():
+            x, means, lows, highs = zip(*points, strict=True)
+            colour, marker, line = style(study, weighting)
+            panel.plot(x, means, color=colour, marker=marker, ls=line, ms=4, label=weighting)
+            panel.fill_between(x, lows, highs, color=colour, alpha=0.12, lw=0)
+            panel.vlines(x, lows, highs, color=colour, lw=1, alpha=0.5)
+        for cell, result in study.results.items():
+            if (cell.task, cell.method) == (task, DENSE):
+                panel.axhline(result[score], color="gray", lw=1, label="dense start")
+        panel.set(title=f"{task}, {method}", ylabel=f"validation {score}", xlabel="pruned, %")
+        panel.legend(fontsize="small")
+    return figure, (
+        "Scores against sparsity: means over the seeds that all weightings have; the bands and "
+        "bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which "
+        "pairs share: differences are in the next figure."
+    )
+
+
+def plot_differences(study: Study) -> tuple:
+    """Paired differences of the loss to each baseline; and the sentence below the figure."""
+    found = {group: list(weightings(study, *group[:2], group[2:])) for group in groups(study)}
+    heights = [0.9 + 0.2 * len(names) for names in found.values()]
+    figure = new_figure(figsize=(9, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(found), 2, sharey="row", squeeze=False, height_ratios=heights)
+    for row, (group, names) in zip(axes, found.items(), strict=True):
+        for panel, baseline in zip(row, (NONE, SHUFFLED), strict=True):
+            for place, weighting in enumerate(names):
+                pair = (weighting, baseline)
+                seeds, *_ = matched(study, *group[:2], group[2:], pair)
+                if weighting != baseline and seeds:
+                    losses = [difference(seed, pair, "loss") for seed in seeds]
+                    colour, marker, _ = style(study, weighting)
+                    panel.plot(losses, [place] * len(losses), marker, ms=3, alpha=0.4, color=colour)
+                    panel.plot(interval(losses), [place, place], lw=2, color=colour)
+                    panel.plot(np.mean(losses), place, marker, ms=6, color=colour)
+            panel.axvline(0, color="black", lw=0.8)
+            panel.set_yticks(range(len(names)), names)
+            panel.set_ylim(len(names) - 0.5, -0.5)
+            panel.set_title(f"{title(group)}, against {baseline}")
+            panel.set_xlabel("difference in validation loss")
+    return figure, (
+        "Paired differences of the validation loss (left of zero: better than the baseline): a "
+        "dot a seed, the mean, and its 95 % bootstrap interval."
+    )
+
+
+def plot_sparsity(study: Study) -> tuple:
+    """Shares of vision and language layers that are pruned; and the sentence below the figure."""
+    found = groups(study)
+    rows, columns = -(-len(found) // 4), min(len(found), 4)
+    figure = new_figure(figsize=(3.2 * columns, 3.4 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for group, panel in zip(found, panels, strict=False):
+        results = by_weighting(study, group)
+        for kind, marker in (("vision", "o"), ("language", "s")):
+            shares = [100 * np.mean([r["sparsity"][kind] for r in of]) for of in results.values()]
+            panel.plot(shares, marker, label=f"{kind} layers")
+        panel.axhline(100 * (1 - group[2]), color="gray", ls="--", lw=1, label="all layers")
+        panel.set_xticks(range(len(results)), results, rotation=60, ha="right")
+        panel.set(title=title(group), ylabel="pruned, %")
+    for panel in panels[len(found) :]:
+        panel.axis("off")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure, (
+        "Where sparsity went: means over seeds of the share pruned in vision layers (circles) and "
+        "language layers (squares); the dashed line is the share pruned overall."
+    )
+
+
+def style(study: Study, weighting: str) -> tuple[str, str, str]:
+    """Colour, marker and line of a weighting in all figures."""
+    place = list(dict.fromkeys(cell.weighting for cell in study.cells)).index(weighting)
+    return STYLES[place % len(STYLES)]
+
+
+# --- the script ----------------------------------------------------------------------------------
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the study's file if it is not there, runs its cells, and reports."""
-    path = args.file or Path("docs/study.json" if args.preset else "output/study/study.json")
-    if args.flags and not args.config:
-        raise UserError("flags after -- are of a new study: they go with --config")
-    open_study(path, wanted_study(args))
-    if args.preset:  # before torch is imported: small models are slower on more threads
+    """Runs the cells that have no result, and reports."""
+    if args.preset:  # small models are slower on more threads; before torch is imported
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if args.again:
-        run_again(path, args)
-        return
+    study = open_study(args)
+    own = share(list(study.cells), args.cells or "1/1")
+    if not args.file.exists():
+        write_study(study, args.file)
     if not args.report:
-        # a share is one process's, whatever --processes says: it was started by that flag
-        processes = 1 if args.cells else args.processes or default_processes(args)
-        if processes > 1:
-            run_side_by_side(processes)
-        else:
-            with stop_signals_to(exit_stopped):
-                run_cells(path, args)
+        run_cells(study, [cell for cell in own if cell not in study.results], args)
     if not args.cells:
-        from studies.page import report  # imports matplotlib and scipy
-
-        print(f"wrote {report(path)}")
-
-
-def wanted_study(args: argparse.Namespace) -> Study | None:
-    """The study that the flags describe; None where --file alone names one.
-
-    Raises:
-        UserError: the flags describe none.
-    """
-    if args.preset and (args.config or args.id_profile):
-        raise UserError("--preset has a config of its own: leave it out, or --config and its flags")
-    if args.preset:
-        return PRESETS[args.preset]()
-    if args.config and args.id_profile:
-        return of_config(args)
-    if args.file and not args.config:
-        return None
-    raise UserError("what to study? Give --preset, --config with --id_profile, or --file")
-
-
-def default_processes(args: argparse.Namespace) -> int:
-    """As many as there are CPUs, one thread each, for embedded models; one for others."""
-    return available_cpus() if args.preset else 1
-
-
-def run_side_by_side(processes: int) -> None:
-    """Runs this command in several processes of one thread each, every one with its share.
-
-    SIGTERM and SIGINT go on to them.
-
-    Raises:
-        SystemExit: one ended with an error, or was stopped; the others go on to their end.
-    """
-    command = [sys.executable, *sys.argv]
-    flags = command.index("--") if "--" in command else len(command)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started, signals = [], []
-
-    def pass_on(number, frame):
-        signals.append(number)
-        for process in started:
-            process.send_signal(number)
-
-    with stop_signals_to(pass_on):
-        for number in range(1, processes + 1):
-            of_share = [*command[:flags], f"--cells={number}/{processes}", *command[flags:]]
-            started.append(subprocess.Popen(of_share, env=environment))
-        if signals:  # which came while not all had started
-            pass_on(signals[0], None)
-        codes = [process.wait() for process in started]
-    if any(codes):
-        raise SystemExit(next(code for code in codes if code))
-
-
-def run_cells(path: Path, args: argparse.Namespace) -> None:
-    """Runs the cells of a share that have no result, and keeps each result as it comes.
-
-    A cell whose training diverges is kept as a failure, and not tried again.
-
-    Args:
-        path: of the study.
-        args: flags.
-    """
-    study, part = Study.read(path), args.cells or "1/1"
-    done = study.results.keys() | study.failures.keys()
-    cells = share(study.cells, part)
-    for cell in done.intersection(cells):  # a command may have been killed before it did
-        remove_weights(args.output_dir / cell.name)
-    own = [cell for cell in cells if cell not in done]
-    if not own:
-        return
-    from studies.cells import Runner  # torch takes seconds to import
-
-    runner = Runner(study, args.output_dir, machine_flags(args))
-    seconds: list[float] = []
-    for number, cell in enumerate(own, start=1):
-        begun = time.monotonic()
-        found = run_and_keep(runner, cell, path)
-        remove_weights(args.output_dir / cell.name)
-        if cell.method != DENSE:
-            seconds.append(time.monotonic() - begun)
-        left = time_left(seconds, own[number:])
-        print(f"share {part}: {number} of {len(own)}  {cell.name}  {found}  ETA {left}", flush=True)
-
-
-def run_and_keep(runner, cell: Cell, path: Path) -> str:
-    """Runs a cell and keeps its result, or why it has none, in the study's file.
-
-    Args:
-        runner: a `studies.cells.Runner`.
-        cell: to run.
-        path: of the study.
-
-    Returns:
-        What was found, in words.
-    """
-    result, failure = None, ""
-    try:
-        result = runner.run_cell(cell)
-    except FloatingPointError as error:
-        failure = str(error)
-    with changing(path) as changed:
-        for task, digests in runner.study.digests.items():
-            changed.keep_digests(task, digests)
-        if result is None:
-            changed.failures[cell] = failure
-        else:
-            changed.results[cell] = result
-    if result is None:
-        return f"diverged: {failure}"
-    found = "  ".join(f"{name} {result[name]:.4f}" for name in SCORES[cell.task])
-    return f"{found}  {result['seconds']:.0f} s"
-
-
-def remove_weights(folder: Path) -> None:
-    """Removes the weights and checkpoints of a cell whose result is kept: a study has many."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    (folder / PRUNED_FILE).unlink(missing_ok=True)
-
-
-def time_left(seconds: list[float], cells: list[Cell]) -> str:
-    """Hours that cells take if each that trains takes the mean of those that did; "?" of none.
-
-    Args:
-        seconds: of the cells that trained.
-        cells: that are to come; those that only score take next to no time.
-    """
-    training = sum(cell.method != DENSE for cell in cells)
-    return hours(training * sum(seconds) / len(seconds)) if seconds else "?"
-
-
-def machine_flags(args: argparse.Namespace) -> list[str]:
-    """Flags of the training scripts that are of this machine, and no part of the study."""
-    own = {"device": args.device, "num_workers": args.num_workers}
-    return [f"--{name}={value}" for name, value in own.items() if value is not None]
-
-
-def run_again(path: Path, args: argparse.Namespace) -> None:
-    """Runs finished cells once more, spread over all, and prints how far the scores are apart.
-
-    Args:
-        path: of the study, which stays as it is.
-        args: flags; the runs go to the folder "again" of --output_dir.
-    """
-    from studies.cells import Runner
-
-    study = Study.read(path)
-    done = [cell for cell in study.cells if cell in study.results]
-    cells = min(args.again, len(done))
-    runner = Runner(study, args.output_dir / "again", machine_flags(args))
-    for cell in [done[place * len(done) // cells] for place in range(cells)]:
-        shutil.rmtree(runner.folder / cell.name, ignore_errors=True)
-        old, new = study.results[cell], runner.run_cell(cell)
-        differences = "  ".join(f"{s} {new[s] - old[s]:+.2e}" for s in SCORES[cell.task])
-        machines = {machine(old), machine(new)}
-        print(f"{cell.name}: {differences}  ({'; '.join(sorted(machines))})", flush=True)
-
-
-def hours(seconds: float) -> str:
-    """Hours and minutes, as 7:05."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d}"
+        write_study(study, args.file)
+        print(f"wrote {report(study, args.file)}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -226,28 +602,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, help="a study that comes with the repository")
-    parser.add_argument("--file", type=Path, help="the study's JSON; its page goes beside it")
-    parser.add_argument("--output_dir", type=Path, default=Path("output/study"), help="of the runs")
-    parser.add_argument("--cells", metavar="I/N", help="only the I-th of N shares, and no report")
-    parser.add_argument("--processes", type=COUNT, help="side by side, of one thread each")
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N, mps or xpu")
-    parser.add_argument("--num_workers", type=FROM_ZERO, help="processes that read data")
-    parser.add_argument("--report", action="store_true", help="run nothing: tables and figures")
-    parser.add_argument("--again", type=COUNT, metavar="CELLS", help="run so many again, compare")
-
-    new = parser.add_argument_group("a new study, in place of --preset")
-    new.add_argument("--config", help="YAML file of the experiment, captioning or NLVR2")
-    new.add_argument("--id_profile", help="the layers' IDs")
-    new.add_argument("--methods", nargs="+", default=["PLATON"], help="names of --pruner_name")
-    new.add_argument(
-        "--remaining", nargs="+", type=FRACTION, default=[0.2, 0.1], help="fractions, final ones"
-    )
-    new.add_argument("--weightings", nargs="+", default=list(WEIGHTINGS), help="also ID^A")
-    new.add_argument("--seeds", type=COUNT, default=8, help="how many")
-    new.add_argument("--validation", type=FROM_ZERO, default=0, help="samples; 0: the whole split")
-    new.add_argument("flags", nargs="*", help="after --: flags of the task's training script")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--preset", choices=["embedded"], help="study of configs/studies")
+    add("--config", help="YAML file of an experiment, captioning or NLVR2, for a new study")
+    add("--id_profile", help="IDs by layer, for a new study")
+    add("--file", type=Path, help="JSON of the study (default: docs/study.json for the preset)")
+    add("--output_dir", type=Path, default=Path("output/study"), help="folder of the cells")
+    add("--cells", metavar="I/N", help="the I-th of N shares, without a report")
+    add("--processes", type=COUNT, help="cells at a time (default: CPUs for the preset, else 1)")
+    add("--device", help="auto, cpu, cuda, cuda:N, mps or xpu")
+    add("--num_workers", type=FROM_ZERO, help="image loading processes")
+    add("--report", action="store_true", help="page and figures of what has run")
+    add("flags", nargs="*", help="after --: flags of the training script, for a new study")
+    args = parser.parse_args(argv)
+    if args.preset and (args.config or args.id_profile):
+        parser.error("--preset has a config of its own: leave it out, or --config and its flags")
+    if args.flags and not args.config:
+        parser.error("flags after -- are a new study's: they go with --config")
+    if bool(args.config) != bool(args.id_profile) or not (args.preset or args.config or args.file):
+        parser.error("what to study? Give --preset, --config with --id_profile, or --file")
+    args.file = args.file or Path("docs" if args.preset else "output/study", "study.json")
+    args.processes = args.processes or (available_cpus() if args.preset else 1)
+    return args
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ def annotation_files(*wanted: tuple[str | Path, str]) -> list[Path]:
     Where processes are distributed, all of them must call this.
 
     Args:
-        wanted: Of each file the folder, which is created for a download, and the name, for
-            instance `coco_karpathy_train.json`.
+        wanted: folder, which is created for a download, and name of each file.
 
     Returns:
         The paths of the files, which exist.
 
     Raises:
-        UserError: Files are missing and cannot be downloaded; names all of them, on every process.
+        UserError: files are missing and cannot be downloaded; names all of them, on every process.
     """
     paths = [Path(root) / name for root, name in wanted]
     reason = [_download_missing(paths) if is_main() else ""]

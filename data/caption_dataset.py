@@ -1,6 +1,5 @@
 """COCO captions in the Karpathy split, and any data of the same layout."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,35 +21,14 @@ from utils import UserError
 
 
 class CaptionTrainDataset(ImageDataset):
-    """Items `(image (3, S, S), prompt + normalised caption)`.
+    """Items `(image (3, S, S), prompt + normalised caption)` of records with one caption each."""
 
-    Args:
-        records: Dictionaries with `image` and `caption` (one).
-        image_root: See `ImageDataset`.
-        transform: See `ImageDataset`.
-        prompt: Text before every caption; a space parts it from the caption.
-        max_words: Longest caption.
-        seed: See `ImageDataset`.
-    """
-
-    def __init__(
-        self,
-        records: list[dict],
-        image_root: str | Path,
-        transform: Callable,
-        prompt: str,
-        max_words: int,
-        seed: int = 0,
-    ):
-        super().__init__(records, image_root, transform, seed)
+    def __init__(self, *images, prompt: str, max_words: int):
+        super().__init__(*images)
         self.prompt, self.max_words = prompt, max_words
 
-    def image_names(self, index: int) -> list[str]:
-        """The item's image file, below the image root."""
-        return [self.records[index]["image"]]
-
     def load(self, index: int) -> tuple[torch.Tensor, str]:
-        """The item, see the class."""
+        """One item."""
         return self.open(*self.image_paths(index)), self.text(index)
 
     def text(self, index: int) -> str:
@@ -65,29 +43,22 @@ def prompted(prompt: str, caption: str, max_words: int) -> str:
 
 
 class CaptionEvalDataset(ImageDataset):
-    """Items `(image (3, S, S), COCO id)` of records with `image` and `image_id`."""
-
-    def image_names(self, index: int) -> list[str]:
-        """The item's image file, below the image root."""
-        return [self.records[index]["image"]]
+    """Items `(image (3, S, S), COCO id)` of records with an id each."""
 
     def load(self, index: int) -> tuple[torch.Tensor, int]:
-        """The item, see the class."""
+        """One item."""
         return self.open(*self.image_paths(index)), self.records[index]["image_id"]
 
 
 def read_evaluation(path: Path, references_path: Path) -> list[dict]:
     """Reads the images of a split that its references are for, each once.
 
-    An image's COCO id is its `image_id` or, as in the Karpathy split, the number at the end of its
-    file name.
-
     Args:
-        path: Records of the layout CAPTION_EVALUATION; several may be of one image.
-        references_path: See `read_references`.
+        path: records of the layout CAPTION_EVALUATION; several may be of one image.
+        references_path: file for `read_references`.
 
     Raises:
-        UserError: A file cannot be used, two images have one id, or the files do not belong
+        UserError: a file cannot be used, two images have one id, or the files do not belong
             together.
     """
     records, references = read_all(
@@ -116,36 +87,26 @@ def read_evaluation(path: Path, references_path: Path) -> list[dict]:
 def build_caption_datasets(
     config: dict, seed: int = 0
 ) -> tuple[CaptionTrainDataset, CaptionEvalDataset, CaptionEvalDataset]:
-    """Builds the three splits; missing annotation files are downloaded, ground truth included.
-
-    Args:
-        config: A captioning configuration; used are `image_root`, `ann_root`, `coco_gt_root`,
-            `image_size`, `augment`, `prompt` and `max_words`.
-        seed: Seed of the training transforms.
-
-    Returns:
-        Training, validation and test set.
+    """Builds the training, validation and test set; missing annotations are downloaded.
 
     Raises:
-        UserError: Files are missing, or records are wrong; all of them are told.
+        UserError: files are missing, or records are wrong; names all of them.
     """
-    root, size = config["image_root"], config["image_size"]
+    coco = "coco_karpathy_{}.json".format
     files = annotation_files(
-        *(
-            (config["ann_root"], f"coco_karpathy_{split}.json")
-            for split in ("train", "val", "test")
-        ),
-        *((config["coco_gt_root"], f"coco_karpathy_{split}_gt.json") for split in ("val", "test")),
+        *((config["ann_root"], coco(split)) for split in ("train", "val", "test")),
+        *((config["coco_gt_root"], coco(f"{split}_gt")) for split in ("val", "test")),
     )
     train, val, test = read_all(
         partial(read_records, files[0], CAPTION_TRAINING),
         partial(read_evaluation, files[1], files[3]),
         partial(read_evaluation, files[2], files[4]),
     )
-    transform = build_transform(size, config["augment"])
-    plain = build_transform(size, augment=False)
+    root, words = config["image_root"], {key: config[key] for key in ("prompt", "max_words")}
+    transform = build_transform(config["image_size"], config["augment"])
+    plain = build_transform(config["image_size"], augment=False)
     return (
-        CaptionTrainDataset(train, root, transform, config["prompt"], config["max_words"], seed),
+        CaptionTrainDataset(train, root, transform, seed, **words),
         CaptionEvalDataset(val, root, plain),
         CaptionEvalDataset(test, root, plain),
     )

@@ -1,8 +1,6 @@
 """Flickr30k's images and captions for retrieval, and any data of the same layout."""
 
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
@@ -19,37 +17,17 @@ SPLITS = ("train", "val", "test")
 class FlickrTrainDataset(ImageDataset):
     """Items `(image (3, S, S), normalised caption, integer image id)`.
 
-    The integers count the annotation's image ids from 0 in the order in which they first appear.
-
-    Args:
-        records: Dictionaries with `image`, `caption` (one) and `image_id`.
-        image_root: See `ImageDataset`.
-        transform: See `ImageDataset`.
-        max_words: Longest caption.
-        seed: See `ImageDataset`.
+    The integers count the records' image ids from 0 in the order in which they first appear.
     """
 
-    def __init__(
-        self,
-        records: list[dict],
-        image_root: str | Path,
-        transform: Callable,
-        max_words: int,
-        seed: int = 0,
-    ):
-        super().__init__(records, image_root, transform, seed)
-        self.max_words = max_words
-        numbers = {}
-        self.image_ids = [
-            numbers.setdefault(record["image_id"], len(numbers)) for record in records
-        ]
-
-    def image_names(self, index: int) -> list[str]:
-        """The item's image file, below the image root."""
-        return [self.records[index]["image"]]
+    def __init__(self, *images, max_words: int):
+        super().__init__(*images)
+        self.max_words, numbers = max_words, {}
+        ids = (record["image_id"] for record in self.records)
+        self.image_ids = [numbers.setdefault(image, len(numbers)) for image in ids]
 
     def load(self, index: int) -> tuple[torch.Tensor, str, int]:
-        """The item, see the class."""
+        """One item."""
         return self.open(*self.image_paths(index)), self.text(index), self.image_ids[index]
 
     def text(self, index: int) -> str:
@@ -58,34 +36,28 @@ class FlickrTrainDataset(ImageDataset):
 
 
 class FlickrEvalDataset(ImageDataset):
-    """The images of a held-out split: items `(image (3, S, S), index)`.
-
-    Args:
-        records: Dictionaries with `image` and `caption` (several).
-        image_root: See `ImageDataset`.
-        transform: See `ImageDataset`.
-        max_words: Longest caption.
+    """Items `(image (3, S, S), index)` of records with several captions each.
 
     Attributes:
-        texts: `TextDataset` of all captions, those of the first image first.
+        texts: `TextDataset` of all captions, the first image's first.
         image_of_text: (T,) int64, the index of each text's image.
     """
 
-    def __init__(
-        self, records: list[dict], image_root: str | Path, transform: Callable, max_words: int
-    ):
-        super().__init__(records, image_root, transform)
-        pairs = [(n, text) for n, record in enumerate(records) for text in record["caption"]]
+    def __init__(self, *images, max_words: int):
+        super().__init__(*images)
+        pairs = [(n, text) for n, row in enumerate(self.records) for text in row["caption"]]
         self.texts = TextDataset([normalize_caption(text, max_words) for _, text in pairs])
         self.image_of_text = torch.tensor([n for n, _ in pairs])
 
-    def image_names(self, index: int) -> list[str]:
-        """The item's image file, below the image root."""
-        return [self.records[index]["image"]]
-
     def load(self, index: int) -> tuple[torch.Tensor, int]:
-        """The item, see the class."""
+        """One item."""
         return self.open(*self.image_paths(index)), index
+
+    def keep_first(self, samples: int) -> None:
+        """Drops all images but the first ones, and their texts."""
+        super().keep_first(samples)
+        self.image_of_text = self.image_of_text[self.image_of_text < samples]
+        self.texts = TextDataset(self.texts.texts[: len(self.image_of_text)])
 
 
 class TextDataset(Dataset):
@@ -99,39 +71,32 @@ class TextDataset(Dataset):
         return len(self.texts)
 
     def __getitem__(self, index: int) -> tuple[str, int]:
-        """The item, see the class."""
-        return self.fetch(index)[0]
+        """One item."""
+        return self.texts[index], index
 
     def fetch(self, index: int) -> tuple[tuple[str, int], int]:
         """The item, and that none was passed over for it, as `ImageDataset.fetch`."""
-        return (self.texts[index], index), 0
+        return self[index], 0
 
 
 def build_flickr_datasets(
     config: dict, seed: int = 0
 ) -> tuple[FlickrTrainDataset, FlickrEvalDataset, FlickrEvalDataset]:
-    """Builds the three splits; missing annotation files are downloaded.
-
-    Args:
-        config: A retrieval configuration; used are `image_root`, `ann_root`, `image_size`,
-            `augment` and `max_words`.
-        seed: Seed of the training transforms.
-
-    Returns:
-        Training, validation and test set.
+    """Builds the training, validation and test set; missing annotations are downloaded.
 
     Raises:
-        UserError: Files are missing, or records are wrong; all of them are told.
+        UserError: files are missing, or records are wrong; names all of them.
     """
-    root, size, max_words = config["image_root"], config["image_size"], config["max_words"]
+    root, words = config["image_root"], {"max_words": config["max_words"]}
     files = annotation_files(*((config["ann_root"], f"flickr30k_{split}.json") for split in SPLITS))
     layouts = (RETRIEVAL_TRAINING, RETRIEVAL_EVALUATION, RETRIEVAL_EVALUATION)
     train, val, test = read_all(
         *(partial(read_records, *pair) for pair in zip(files, layouts, strict=True))
     )
-    plain = build_transform(size, augment=False)
+    transform = build_transform(config["image_size"], config["augment"])
+    plain = build_transform(config["image_size"], augment=False)
     return (
-        FlickrTrainDataset(train, root, build_transform(size, config["augment"]), max_words, seed),
-        FlickrEvalDataset(val, root, plain, max_words),
-        FlickrEvalDataset(test, root, plain, max_words),
+        FlickrTrainDataset(train, root, transform, seed, **words),
+        FlickrEvalDataset(val, root, plain, **words),
+        FlickrEvalDataset(test, root, plain, **words),
     )

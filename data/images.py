@@ -1,42 +1,137 @@
-"""Pictures in files: which there are, and their pixels as RGB."""
+"""Pictures in files: which there are, their pixels as RGB, and what is wrong with them."""
 
+import os
+import sys
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from utils import UserError
+from utils import UserError, mistaken_for
+
+# formats that Pillow knows by name, but whose pixels it cannot read
+UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+PHOTOS = {".heic", ".heif", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".dng"}  # for other readers
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+class BadImageError(UserError):
+    """An image file that is missing or cannot be decoded."""
+
+
+def open_image(path: str | Path, on_white: bool = False) -> Image.Image:
+    """Decodes an image as RGB with 8 bits; see `to_rgb`.
+
+    Raises:
+        BadImageError: it cannot be done, for whatever reason; the message names the file.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return to_rgb(image, on_white)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise what they meet in a damaged file
+        why = mistaken_for(path) or str(error) or type(error).__name__
+        raise BadImageError(f"cannot read image {path}: {why}. Mend or replace it") from error
+
+
+def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
     """Converts as Pillow does, and grey of 16 bits, which Pillow cuts off at 255, by its high byte.
 
     That is what Pillow makes of colours of 16 bits. (The original code sees 16-bit grey as white.)
+    Transparent pixels become white, or keep the colour under them, as the published models saw it.
 
     Raises:
-        ValueError: If the pixels are integers of 32 bits or floats, whose range is not known.
+        ValueError: the pixels are integers of 32 bits or floats, whose range is not known.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels ({image.mode}) are of unknown range: save it with 8 bits")
+    if image.has_transparency_data and (on_white or image.mode == "P"):
+        image = image.convert("RGBA")  # of a palette without the warning that RGB gives
+    if image.mode in ("RGBA", "LA", "PA") and on_white:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def find_pictures(places: list[Path]) -> list[Path]:
-    """The files among `places`, and in folders those whose names end as pictures' do.
+    """The files among `places`, and the pictures in folders, by name.
+
+    Hidden files, such as the companions "._NAME" of Macs, are no pictures. What a folder has of
+    subfolders and of photographs that Pillow cannot read is printed once.
 
     Raises:
         UserError: a folder has none.
     """
-    pictures = []
+    known = Image.registered_extensions().items()  # which also fills OPEN
+    known = {end for end, name in known if name in Image.OPEN and name not in UNREADABLE}
+    pictures, passed = [], Counter()
     for place in places:
         if not place.is_dir():
             pictures.append(place)
             continue
-        known = Image.registered_extensions()
-        found = sorted(file for file in place.iterdir() if file.suffix.lower() in known)
+        shown = sorted(file for file in place.iterdir() if not file.name.startswith("."))
+        found = [file for file in shown if file.suffix.lower() in known and file.is_file()]
+        others = {file for file in shown if file not in found}
+        passed.update("subfolder(s)" for file in others if file.is_dir())
+        endings = [file.suffix.lower() for file in others if not file.is_dir()]
+        passed.update(f"{ending} file(s)" for ending in endings if ending in PHOTOS)
         if not found:
-            raise UserError(f"there are no pictures in the folder {place}")
+            others = f" ({_counts(passed)} are not read)" if passed else ""
+            raise UserError(f"there are no pictures in the folder {place}{others}")
         pictures += found
+    if passed:
+        print(f"{_counts(passed)} are not read", file=sys.stderr, flush=True)
     return pictures
+
+
+def _counts(passed: Counter) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(passed.items()))
+
+
+def missing_files(paths: Iterable[str]) -> list[str]:
+    """Those of the paths that are no files; each folder is listed once."""
+    by_folder = defaultdict(list)
+    for path in paths:
+        folder, name = os.path.split(path)
+        by_folder[folder].append(name)
+    missing = []
+    for folder, names in by_folder.items():
+        present = _files_in(folder)
+        absent = (os.path.join(folder, name) for name in names if name not in present)
+        # a file system that takes a.JPG for a.jpg lists one name only
+        missing += [path for path in absent if not os.path.isfile(path)]
+    return missing
+
+
+def _files_in(folder: str) -> set[str]:
+    """The names of a folder's files; none where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (OSError, ValueError):  # ValueError: no file system has such a name
+        return set()
+
+
+def instead_of(path: str) -> str:
+    """What stands where a missing file should be: a link, no folder, a like name; or ""."""
+    if os.path.islink(path):
+        return f"{path} is a link to {os.readlink(path)}, which does not exist"
+    folder, name = os.path.split(path)
+    if not os.path.isdir(folder):
+        while folder and not os.path.isdir(os.path.dirname(folder) or "."):
+            folder = os.path.dirname(folder)
+        return f"there is no folder {folder}"
+    alike = min((other for other in _files_in(folder) if _stem(other) == _stem(name)), default="")
+    return alike and f"{folder} has {alike!a} instead of {name!a}"
+
+
+def _stem(name: str) -> str:
+    """A file's name without its ending, in one case and one spelling of accents."""
+    return unicodedata.normalize("NFC", os.path.splitext(name.strip())[0]).casefold()

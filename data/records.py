@@ -1,8 +1,8 @@
 """What the records of each annotation file must hold, and files of such records, read and checked.
 
-Everything is checked when a file is read, so that a wrong record is told at the start of a run and
-not when its turn comes. What can be meant in one way only is read: ids as texts, labels in any
-case, one record a line.
+Everything is checked when a file is read, so that a run ends at its start and not when a wrong
+record's turn comes. What can mean one thing only is read: ids as texts, labels in any case, one
+record a line.
 """
 
 import json
@@ -80,7 +80,7 @@ def read_id(value: Any) -> int | None:
     return value if whole and 0 <= value < 10**18 else None
 
 
-# --- layouts -------------------------------------------------------------------------------------
+# --- layouts: the values that are used of a record, by key ----------------------------------------
 
 
 @dataclass(frozen=True)
@@ -88,67 +88,57 @@ class Field:
     """One value of a record.
 
     Attributes:
-        read: From the value as written to the value to use; None where it is not allowed.
-        must_be: What is allowed, for the user.
-        instead: The key whose value is read where the record lacks this one.
+        read: from the value as written to the value to use; None where it is not allowed.
+        must_be: what is allowed, for the user.
+        example: a value as written.
+        instead: key whose value is read where the record lacks this one.
     """
 
     read: Callable[[Any], Any]
     must_be: str
+    example: Any
     instead: str | None = None
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The values that are used of a record, and a record that has them."""
+Layout = dict[str, Field]
+BELOW = "below the config's image_root"
+NUMBER = "a number below 10^18, or"
+_IMAGE = Field(read_image, f"the path of an image {BELOW}", "val2014/COCO_val2014_000000000042.jpg")
+_TEXT = Field(read_text, "one text that is not blank", "a dog on a bed")
+_ID = Field(read_id, f"{NUMBER} a text that ends in one", 42)
+_IMAGE_ID = Field(read_id, f"{NUMBER} end the image's file name", 42, "image")
+_NAME = Field(read_name, "a text that is not blank, or a whole number", "1000092795", "image")
+_TEXTS = Field(read_texts, "a list of texts that are not blank", ["a man in a hat", "..."])
+_LABEL = Field(read_label, '"True" or "False"', "True")
+_PAIR = Field(read_pair, f"a list of two paths {BELOW}", ["dev/0-img0.png", "dev/0-img1.png"])
 
-    fields: dict[str, Field]
-    example: str
+CAPTION_TRAINING: Layout = {"image": _IMAGE, "caption": _TEXT}
+CAPTION_EVALUATION: Layout = {"image": _IMAGE, "image_id": _IMAGE_ID}
+REFERENCES: Layout = {"image_id": _ID, "caption": _TEXT}
+RESULTS: Layout = {"image_id": _ID, "caption": Field(read_string, "one text", "a dog on a bed")}
+RETRIEVAL_TRAINING: Layout = {"image": _IMAGE, "caption": _TEXT, "image_id": _NAME}
+RETRIEVAL_EVALUATION: Layout = {"image": _IMAGE, "caption": _TEXTS}
+STATEMENTS: Layout = {"sentence": _TEXT, "label": _LABEL, "images": _PAIR}
 
 
-_IMAGE = Field(read_image, "the path of an image below the config's image_root")
-_TEXT = Field(read_text, "one text that is not blank")
-_ID = Field(read_id, "a number below 10^18, or a text that ends in one")
-_EVALUATION_ID = Field(read_id, "a number below 10^18, or end the image's file name", "image")
+# by a key that tells them: layouts that others publish the same data in
+FOREIGN = {
+    "sentences": "; it is the Karpathy split in its original layout (dataset_coco.json)",
+    "annotations": "; it is in COCO's own layout",
+    "identifier": "; it is NLVR2 in its original layout",
+}
 
-CAPTION_TRAINING = Layout(
-    {"image": _IMAGE, "caption": _TEXT},
-    '{"image": "val2014/COCO_val2014_000000000042.jpg", "caption": "a dog on a bed"}',
-)
-CAPTION_EVALUATION = Layout(
-    {"image": _IMAGE, "image_id": _EVALUATION_ID},
-    '{"image": "val2014/COCO_val2014_000000000042.jpg", "image_id": 42}',
-)
-REFERENCES = Layout(
-    {"image_id": _ID, "caption": _TEXT},
-    '{"image_id": 42, "caption": "a dog on a bed"}',
-)
-RESULTS = Layout(
-    {"image_id": _ID, "caption": Field(read_string, "one text")},
-    '{"image_id": 42, "caption": "a dog on a bed"}',
-)
-RETRIEVAL_TRAINING = Layout(
-    {
-        "image": _IMAGE,
-        "caption": _TEXT,
-        "image_id": Field(read_name, "a text that is not blank, or a whole number", "image"),
-    },
-    '{"image": "flickr30k-images/1000092795.jpg", "caption": "two men in a garden", '
-    '"image_id": "1000092795"}',
-)
-RETRIEVAL_EVALUATION = Layout(
-    {"image": _IMAGE, "caption": Field(read_texts, "a list of texts that are not blank")},
-    '{"image": "flickr30k-images/1007129816.jpg", "caption": ["a man in a hat", "..."]}',
-)
-STATEMENTS = Layout(
-    {
-        "sentence": _TEXT,
-        "label": Field(read_label, '"True" or "False"'),
-        "images": Field(read_pair, "a list of two paths below the config's image_root"),
-    },
-    '{"sentence": "there is a dog", "label": "True", '
-    '"images": ["dev/dev-850-0-img0.png", "dev/dev-850-0-img1.png"]}',
-)
+
+def _example(layout: Layout) -> str:
+    return json.dumps({key: field.example for key, field in layout.items()})
+
+
+def _foreign(content: Any) -> str:
+    """The published layout that wrong content is in, as a clause; or ""."""
+    rows = content.get("images") if isinstance(content, dict) else content
+    first = rows[0] if isinstance(rows, list) and rows else None
+    found = [part for part in (content, first) if isinstance(part, dict)]
+    return next((FOREIGN[key] for key in FOREIGN if any(key in part for part in found)), "")
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -157,11 +147,10 @@ STATEMENTS = Layout(
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file, or the list of its lines' contents where each line is JSON.
 
-    Args:
-        path: UTF-8, with or without a byte order mark, or UTF-16 or UTF-32.
+    UTF-8, with or without a byte order mark, UTF-16 and UTF-32 are read.
 
     Raises:
-        UserError: The file cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         raw = Path(path).read_bytes()
@@ -178,45 +167,36 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {why}") from error
 
 
-def read_records(path: str | Path, layout: Layout) -> list[dict]:
+def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[dict]:
     """Reads a file that is a list of records.
+
+    Args:
+        path: file.
+        layout: of the records.
+        content: of the file, if it has been read; changed in place.
 
     Returns:
         Dictionaries of the layout's fields, with the values to use.
 
     Raises:
-        UserError: The file cannot be read, or not all its records are of the layout.
+        UserError: the file cannot be read, or records are wrong; names the first of them.
     """
-    return check_records(path, read_json(path), layout)
-
-
-def check_records(path: str | Path, content: Any, layout: Layout) -> list[dict]:
-    """The records of `content`, which is changed in place; see `read_records`.
-
-    Args:
-        path: Where the content was read, for messages.
-        content: What should be a list of records.
-        layout: What they should hold.
-
-    Raises:
-        UserError: Not all records are of the layout; tells the first of them.
-    """
-    if foreign := foreign_layout(content):
-        what, where = foreign
-        raise UserError(f"{path} is {what}. Write records like {layout.example}, {where}")
+    content = read_json(path) if content is None else content
     if not isinstance(content, list) or not content:
-        raise UserError(f"{path} has no records; it must hold a list of records {layout.example}")
-    faults = []
+        foreign = _foreign(content) if isinstance(content, dict) else ""
+        wanted = f"it must hold a list of records {_example(layout)}"
+        raise UserError(f"{path} has no records{foreign}; {wanted}")
+    foreign, faults = _foreign(content), []
     for number, record in enumerate(content):
         content[number] = values = {}
         fault = _read_fields(record, layout, values)
         if fault:
             faults.append(f"record {number}: {fault}")
     if faults:
-        told = "; ".join(faults[:SHOWN]) + ("; ..." if len(faults) > SHOWN else "")
+        shown = "; ".join(faults[:SHOWN]) + ("; ..." if len(faults) > SHOWN else "")
         raise UserError(
-            f"{path}: {len(faults)} of {len(content)} records are wrong (the first is record 0). "
-            f"{told}. Mend or remove them; a record is like {layout.example}"
+            f"{path}: {len(faults)} of {len(content)} records are wrong (the first is record 0)"
+            f"{foreign}. {shown}. Mend or remove them; a record is like {_example(layout)}"
         )
     return content
 
@@ -225,7 +205,7 @@ def _read_fields(record: Any, layout: Layout, values: dict) -> str:
     """Fills `values` from a record; returns what is wrong with it, or an empty string."""
     if not isinstance(record, dict):
         return f"{_short(record)} is no record"
-    for key, field in layout.fields.items():
+    for key, field in layout.items():
         written = record.get(key, record.get(field.instead))
         values[key] = value = field.read(written)
         if value is None:
@@ -243,32 +223,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def foreign_layout(content: Any) -> tuple[str, str] | None:
-    """What a file of another well-known layout is, and where our values are in it."""
-    rows = content.get("images") if isinstance(content, dict) else content
-    first = rows[0] if isinstance(rows, list) and rows else None
-    first = first if isinstance(first, dict) else {}
-    if "sentences" in first and "image" not in first:
-        return (
-            "the Karpathy split in its original layout (dataset_coco.json)",
-            "from each image whose split is the wanted one (restval belongs to train) and, where a "
-            "caption is needed, from each of its sentences; image is filepath/filename, image_id "
-            "is cocoid, caption is raw",
-        )
-    if isinstance(content, dict) and "annotations" in content:
-        return (
-            "in COCO's own layout",
-            "from each of its annotations; image is the file_name of that image_id in its images",
-        )
-    if "identifier" in first and "images" not in first:
-        return (
-            "NLVR2 in its original layout, which names no image files",
-            "from each record; images are the identifier without its last number, followed by "
-            "-img0.png and -img1.png, in the folder where they are",
-        )
-    return None
-
-
 def read_references(path: str | Path) -> dict[int, list[str]]:
     """Reads references in COCO's format: `{"annotations": [{"image_id", "caption"}, ...]}`.
 
@@ -276,27 +230,25 @@ def read_references(path: str | Path) -> dict[int, list[str]]:
         Image id to its captions, in the order of the file.
 
     Raises:
-        UserError: The file cannot be read, or not all its annotations can be used.
+        UserError: the file cannot be read, or not all its annotations can be used.
     """
     content = read_json(path)
-    if isinstance(content, dict) and "annotations" in content:
-        content = content["annotations"]
-    elif not foreign_layout(content):
+    if not isinstance(content, dict) or "annotations" not in content:
         raise UserError(
             f'{path} has no "annotations"; references are written '
-            f'{{"annotations": [{REFERENCES.example}, ...]}}'
+            f'{{"annotations": [{_example(REFERENCES)}, ...]}}'
         )
     references: dict[int, list[str]] = {}
-    for record in check_records(path, content, REFERENCES):
+    for record in read_records(path, REFERENCES, content["annotations"]):
         references.setdefault(record["image_id"], []).append(record["caption"])
     return references
 
 
 def read_all(*readers: Callable[[], Any]) -> list:
-    """Calls each reader; the mistakes that they find are told together.
+    """Calls each reader, and raises the mistakes of all together.
 
     Raises:
-        UserError: Some found one.
+        UserError: some found one.
     """
     results, mistakes = [], []
     for reader in readers:

@@ -22,14 +22,14 @@ class TrainBatchSampler(Sampler):
     run can resume in the middle of an epoch. An incomplete last global batch is dropped.
 
     Args:
-        n: Samples in the dataset.
-        batch_size: Samples a process sees at a step (B).
-        seed: Seed of all epochs' permutations.
-        rank: This process.
-        world_size: Number of processes (W).
+        n: samples in the dataset.
+        batch_size: samples of a process at a step (B).
+        seed: of all epochs' permutations.
+        rank: this process.
+        world_size: number of processes (W).
 
     Raises:
-        ValueError: If the dataset has less than one global batch.
+        UserError: the dataset has less than one global batch.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -60,17 +60,11 @@ class TrainBatchSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """Gives every index to exactly one process; shards may differ in length.
+    """Yields the indices of one process's share, in ascending order; shares may differ in length.
 
     Of the batches of the whole set, process r of W takes number r, r + W, and so on. So a batch
-    has the same members whatever the number of processes, and the last bits of what is computed
-    from it do not depend on that number.
-
-    Args:
-        n: Samples in the dataset.
-        rank: This process.
-        world_size: Number of processes.
-        batch_size: Of the loader.
+    has the same members whatever the number of processes, and so have the last bits of what is
+    computed from it.
     """
 
     def __init__(self, n: int, rank: int = 0, world_size: int = 1, batch_size: int = 1):
@@ -78,9 +72,9 @@ class EvalSampler(Sampler):
         self.indices = [i for first in firsts for i in range(first, min(first + batch_size, n))]
 
     def __iter__(self) -> Iterator[int]:
-        """Yields this process's indices in ascending order."""
+        """Yields the indices."""
         return iter(self.indices)
 
     def __len__(self) -> int:
-        """Number of this process's indices."""
+        """Number of indices."""
         return len(self.indices)

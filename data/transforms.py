@@ -15,39 +15,21 @@ LEVEL = 5 / 10  # strength of every operation of the augmentation, as a fraction
 
 
 def build_transform(image_size: int, augment: bool) -> Callable:
-    """Builds the transform from a PIL image to the tensor that the vision transformer takes.
-
-    All randomness comes from torch's global generator.
+    """The transform from an RGB PIL image to a normalised float tensor (3, image_size, image_size).
 
     Args:
-        image_size: Height and width of the result in pixels.
-        augment: Whether to crop, flip and distort at random, as in BLIP's training. Otherwise the
-            whole image is resized, whatever its aspect ratio.
-
-    Returns:
-        A callable from an RGB PIL image to a float tensor (3, image_size, image_size).
+        image_size: height and width in pixels.
+        augment: whether to crop, flip and distort at random, by torch's global generator, as in
+            BLIP's training; else the whole image is resized, whatever its aspect ratio.
     """
+    bicubic = InterpolationMode.BICUBIC
     if augment:
-        geometry = [
-            v2.RandomResizedCrop(
-                image_size, scale=(0.5, 1.0), interpolation=InterpolationMode.BICUBIC
-            ),
-            v2.RandomHorizontalFlip(),
-            random_operation(),
-            random_operation(),
-        ]
+        crop = v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), interpolation=bicubic)
+        geometry = [crop, v2.RandomHorizontalFlip(), random_operation(), random_operation()]
     else:
-        geometry = [
-            v2.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC),
-        ]
-    return v2.Compose(
-        [
-            *geometry,
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(CLIP_MEAN, CLIP_STD),
-        ]
-    )
+        geometry = [v2.Resize((image_size, image_size), interpolation=bicubic)]
+    to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose([*geometry, *to_float, v2.Normalize(CLIP_MEAN, CLIP_STD)])
 
 
 def random_operation() -> Callable:

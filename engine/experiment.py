@@ -18,7 +18,7 @@ OVERRIDES = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers") 
 FREE_FLAGS = frozenset(
     """
     config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile
-    skip_bad_images evaluate split pruned sparse eval_epochs eval_test spice score_only
+    skip_bad_images evaluate split eval_samples pruned sparse eval_epochs eval_test spice score_only
     pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps useID id_profile
     n_gpu world_size dist_url distributed local_rank use_ceph w_sp_attn w_sp_mlp
     """.split()

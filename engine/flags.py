@@ -54,6 +54,7 @@ def trainer_parser(
     add = evaluation.add_argument
     add("--evaluate", **on, help="score the held-out splits, without training")
     add("--split", choices=TASKS[task].held_out, help="with --evaluate: this split alone")
+    add("--eval_samples", type=FROM_ZERO, default=0, help="first samples of a split; 0: all")
     add("--pruned", type=PLACE, help="with --evaluate: weights, or the folder of a run")
     add("--sparse", **on, help="with --evaluate: on the CPU, nonzeros alone")
     _number(evaluation, "--eval_epochs", FROM_ZERO, 1, "epochs between validations; 0: none")

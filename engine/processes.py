@@ -281,3 +281,25 @@ def main_process_first() -> Iterator[None]:
     finally:
         if is_main():
             barrier()
+
+
+def machine_of(device: torch.device) -> dict:
+    """What the last digits of a result depend on: processor, torch, and a CPU's threads.
+
+    A CPU is named by its model and the instructions that torch chose.
+    """
+    if device.type != "cpu":
+        name = torch.get_device_module(device).get_device_name(device)
+        return {"processor": name, "torch": torch.__version__}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    model = next(names, platform.processor() or platform.machine())
+    processor = f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "processor": processor,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }

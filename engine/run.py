@@ -85,6 +85,8 @@ def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str,
     with collected(mistakes):
         sets = task.build_datasets(run.config, flags.seed)
         sets[0].skip_bad_images = flags.skip_bad_images  # evaluation needs every image
+        for dataset in sets[1:] if flags.eval_samples else ():
+            dataset.keep_first(flags.eval_samples)
     held_out = dict(zip(task.held_out, sets[1:], strict=bool(sets)))
     if flags.split and held_out:
         held_out = {flags.split: held_out[flags.split]}

@@ -35,7 +35,8 @@ def evaluate_captions(model: nn.Module, dataset: Dataset, split: str, options: E
     """
     config = options.config
     file = references_path(config, split)
-    references = read_references(file)
+    references = read_references(file)  # of a dataset that was cut, its own alone
+    references = {record["image_id"]: references[record["image_id"]] for record in dataset.records}
     lengths = {key: config[key] for key in ("num_beams", "max_length", "min_length")}
     captions, loss, terms = [], 0.0, 0
     with options.autocast():

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from data.image_dataset import BadImageError, open_image
+from data.images import BadImageError, open_image
 from utils import UserError
 
 TRIAL_SECONDS = 10  # that the hub has for its first answer
@@ -247,7 +247,7 @@ class HubInputs:
         """What the processor makes of some samples."""
         inputs = {}
         if self.images is not None:
-            inputs["images"] = [open_image(str(self.images[i])) for i in rows]
+            inputs["images"] = [open_image(self.images[i], on_white=True) for i in rows]
         if self.texts is not None:
             inputs |= {"text": [self.texts[i] for i in rows], "padding": True}
             if not self.prompts:

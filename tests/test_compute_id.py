@@ -451,7 +451,7 @@ def test_bad_images_give_way_to_the_next_samples(captioner, tmp_path, capsys):
 def test_a_pair_with_one_bad_image_gives_way(captioner, tmp_path):
     shutil.copytree(Path(captioner[1]).parent / "scenes", tmp_path / "scenes")
     records = json.loads((tmp_path / "scenes" / "annotation" / "nlvr_train.json").read_text())
-    dataset = NlvrDataset(records, tmp_path / "scenes" / "images", None, 50, swap=False)
+    dataset = NlvrDataset(records, tmp_path / "scenes" / "images", None, max_words=50, swap=False)
     dataset.skip_bad_images = True
     order = random_order(dataset)
     damage(dataset.image_paths(order[1])[1])

@@ -1,10 +1,8 @@
 """Captions, transforms, samplers and datasets."""
 
 import json
-import threading
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -17,12 +15,13 @@ from data import annotation
 from data.annotation import annotation_files
 from data.caption_dataset import build_caption_datasets
 from data.captions import normalize_caption
-from data.image_dataset import BadImageError, open_image, seeded
+from data.image_dataset import seeded
+from data.images import BadImageError, find_pictures, open_image
 from data.nlvr_dataset import build_nlvr_datasets, mirror
 from data.samplers import EvalSampler, TrainBatchSampler
 from data.transforms import CLIP_MEAN, CLIP_STD, build_transform, operations
 from tests.runs import on_two_processes
-from utils import UserError, download
+from utils import UserError
 
 
 def test_captions_are_normalised_as_in_the_original(golden_dir):
@@ -41,13 +40,6 @@ def gradient_image(width: int = 60, height: int = 40) -> Image.Image:
     return Image.fromarray(np.stack([x, y, 128 + 0 * x], -1).astype(np.uint8))
 
 
-@pytest.mark.parametrize("augment", [False, True])
-def test_transform_gives_a_square_of_normalised_floats(augment):
-    result = build_transform(32, augment)(gradient_image())
-    assert result.shape == (3, 32, 32) and result.dtype == torch.float32
-    assert result.min() < -0.5 and result.max() > 0.5
-
-
 def test_constant_image_is_normalised_with_clip_statistics():
     result = build_transform(16, augment=False)(Image.new("RGB", (20, 30), (255, 51, 0)))
     expected = (torch.tensor([1.0, 0.2, 0.0]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
@@ -61,26 +53,17 @@ def test_plain_transform_keeps_the_whole_image():
     torch.testing.assert_close(shades[0, 10], columns, atol=0.02, rtol=0)
 
 
-def test_augmentation_depends_on_the_generator_only():
-    transform, image = build_transform(32, augment=True), gradient_image()
-
-    def draw(*key):
-        with seeded(*key):
-            return transform(image)
-
-    assert torch.equal(draw(0, 1, 2), draw(0, 1, 2))
-    different = [not torch.equal(draw(0, 1, 2), draw(0, 1, index)) for index in range(3, 23)]
-    assert all(different)
-
-
-def test_augmentation_mirrors_and_distorts_as_often_as_it_should():
-    crop_only_right = 0  # red still grows to the right unless the image was mirrored
-    transform = build_transform(32, augment=True)
+def test_augmentation_mirrors_half_of_the_images_as_the_generator_says():
+    transform, pictures = build_transform(32, augment=True), []
     for index in range(200):
         with seeded(index):
-            red = transform(gradient_image())[0]
-        crop_only_right += int(red[:, 20:].mean() > red[:, :12].mean())
-    assert 70 < crop_only_right < 130
+            pictures.append(transform(gradient_image()))
+    assert pictures[0].shape == (3, 32, 32) and pictures[0].dtype == torch.float32
+    with seeded(7):
+        assert torch.equal(transform(gradient_image()), pictures[7])
+    assert len({picture.sum().item() for picture in pictures}) > 150
+    # red still grows to the right unless the image was mirrored
+    assert 70 < sum(int(red[:, 20:].mean() > red[:, :12].mean()) for red, *_ in pictures) < 130
 
 
 # Where each operation takes the colour of pixel (x, y) from; the sign is drawn.
@@ -164,11 +147,10 @@ def epoch_batches(n, batch_size, rank=0, world_size=1, epoch=0, start_batch=0, s
 
 
 def test_an_epoch_visits_every_sample_once_but_for_the_last_incomplete_batch():
-    batches = epoch_batches(103, 10)
-    visited = [index for batch in batches for index, _ in batch]
-    assert [len(batch) for batch in batches] == [10] * 10
+    batches = epoch_batches(103, 10, epoch=7)
+    visited, epochs = zip(*(item for batch in batches for item in batch), strict=True)
+    assert [len(batch) for batch in batches] == [10] * 10 and set(epochs) == {7}
     assert len(set(visited)) == 100 and set(visited) < set(range(103))
-    assert {epoch for batch in epoch_batches(30, 10, epoch=7) for _, epoch in batch} == {7}
 
 
 def test_two_processes_see_what_one_with_the_double_batch_sees():
@@ -193,12 +175,10 @@ def test_a_dataset_smaller_than_a_batch_is_an_error():
 
 @pytest.mark.parametrize("n, world_size", [(10, 1), (10, 3), (2, 4), (0, 2)])
 def test_evaluation_shards_partition_the_set(n, world_size):
-    shards = [list(EvalSampler(n, rank, world_size)) for rank in range(world_size)]
-    assert sorted(index for shard in shards for index in shard) == list(range(n))
-    assert [len(EvalSampler(n, rank, world_size)) for rank in range(world_size)] == [
-        len(shard) for shard in shards
-    ]
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    samplers = [EvalSampler(n, rank, world_size) for rank in range(world_size)]
+    assert sorted(index for sampler in samplers for index in sampler) == list(range(n))
+    sizes = [len(list(sampler)) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == sizes and max(sizes) - min(sizes) <= 1
 
 
 def test_evaluation_batches_have_the_same_members_in_any_number_of_processes():
@@ -298,17 +278,6 @@ def test_training_images_depend_on_index_epoch_and_seed_only(coco):
     assert torch.equal(val[0][0], val[0][0])
 
 
-def test_workers_load_the_same_items(coco):
-    train, _, _ = build_caption_datasets(coco)
-    sampler = TrainBatchSampler(len(train), 3)
-    sampler.set_epoch(4)
-    alone, helped = (
-        [images for images, _ in DataLoader(train, batch_sampler=sampler, num_workers=n)]
-        for n in (0, 2)
-    )
-    assert len(alone) == 2 and all(map(torch.equal, alone, helped))
-
-
 def test_without_augmentation_training_images_are_those_of_evaluation(coco):
     train, _, _ = build_caption_datasets(coco | {"augment": False})
     plain = build_transform(16, augment=False)(Image.open(train.image_paths(0)[0]))
@@ -337,19 +306,23 @@ def test_nlvr_training_swaps_images_and_words_together(coco):
     assert 160 < swaps < 240  # of 400
 
 
-def test_nlvr_evaluation_is_deterministic(coco):
+def test_nlvr_evaluation_is_deterministic_and_mirrors_whole_words(coco):
     _, dev, test = build_nlvr_datasets(coco)
     for dataset in (dev, test):
         for index in range(len(dataset)):
             once, again = dataset[index], dataset[(index, 9)]
             assert once[2] == again[2] == "the left image is not the right one"
             assert torch.equal(once[0], again[0]) and torch.equal(once[1], again[1])
+    assert mirror("the left dog is right of the leftmost").endswith("dog is left of the leftmost")
 
 
-def test_mirror_exchanges_whole_words():
-    assert (
-        mirror("the left dog is right of the leftmost") == "the right dog is left of the leftmost"
-    )
+def test_a_split_may_be_cut_to_its_first_samples(coco):
+    for dataset in build_caption_datasets(coco)[1:]:
+        first = dataset.records[0]
+        dataset.keep_first(1)
+        assert len(dataset) == 1 and dataset.records == [first]
+        dataset.keep_first(9)
+        assert len(dataset) == 1
 
 
 # --- errors
@@ -358,28 +331,16 @@ def test_mirror_exchanges_whole_words():
 BASE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 
 
-@pytest.mark.parametrize(
-    "build, names",
-    [
-        (build_caption_datasets, [f"coco_karpathy_{split}.json" for split in ("train", "test")]),
-        (build_nlvr_datasets, [f"nlvr_{split}.json" for split in ("train", "dev", "test")]),
-    ],
-)
-def test_missing_annotations_offline_are_named_all_at_once(build, names, coco, offline, tmp_path):
+def test_missing_annotations_offline_are_named_all_at_once(coco, offline, tmp_path):
+    names = [f"nlvr_{split}.json" for split in ("train", "dev", "test")]
     for name in names:
         (tmp_path / "annotation" / name).unlink()
     with pytest.raises(UserError) as error:
-        build(coco)
+        build_nlvr_datasets(coco)
     assert offline == [f"{BASE}/{names[0]}"]  # after one that fails the others are not tried
     for name in names:
         assert f"{BASE}/{name} to {tmp_path / 'annotation' / name}" in str(error.value)
     assert "no network" in str(error.value) and "python -m data.scenes" in str(error.value)
-
-
-def test_missing_ground_truth_is_noticed_when_the_data_are_built(coco, offline, tmp_path):
-    coco["coco_gt_root"] = str(tmp_path / "gt")
-    with pytest.raises(UserError, match="coco_karpathy_val_gt.json to"):
-        build_caption_datasets(coco)
 
 
 def test_annotation_is_downloaded_once_and_whole(tmp_path, monkeypatch):
@@ -405,37 +366,6 @@ def test_a_page_in_place_of_an_annotation_is_not_kept(answer, message, tmp_path,
     with pytest.raises(UserError, match=message):
         annotation_files((tmp_path / "annotation", "nlvr_dev.json"))
     assert list((tmp_path / "annotation").iterdir()) == []
-
-
-class HalfAnswer(BaseHTTPRequestHandler):
-    """A server whose connections break."""
-
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Length", "1000")
-        self.end_headers()
-        self.wfile.write(b"[" * 400)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_download_that_breaks_leaves_nothing_behind(tmp_path):
-    with HTTPServer(("127.0.0.1", 0), HalfAnswer) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        with pytest.raises(OSError, match="broke after 400 of 1000 bytes"):
-            download(f"http://127.0.0.1:{server.server_port}/x.json", tmp_path / "x.json")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError()])
-def test_a_download_always_says_why_it_failed(error, tmp_path, monkeypatch):
-    def fail(url, timeout):
-        raise error
-
-    monkeypatch.setattr(urllib.request, "urlopen", fail)
-    with pytest.raises(OSError, match=type(error).__name__):
-        download("http://localhost/x.json", tmp_path / "x.json")
 
 
 def find_nothing(rank, folder):
@@ -599,6 +529,30 @@ def test_an_image_is_not_turned_as_its_exif_says(tmp_path):
     assert open_image(str(tmp_path / "turned.png")).size == (60, 40)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white_where_users_bring_pictures(mode, tmp_path, recwarn):
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.convert(mode).save(tmp_path / "a.png")
+    shown, trained = (open_image(tmp_path / "a.png", on_white=w) for w in (True, False))
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+    assert trained.getpixel((1, 0)) == (0, 0, 0)
+    assert not recwarn.list  # Pillow's on palettes with transparency
+
+
+def test_pictures_of_a_folder_are_those_that_can_be_read(tmp_path, capsys):
+    for name in "b.JPG a.png ._a.png .hidden.jpg list.txt c.HEIC d.heic e.mpg".split():
+        (tmp_path / name).touch()
+    (tmp_path / "more.png").mkdir()
+    (tmp_path / "more.png" / "IMG.NEF").touch()
+    given = tmp_path / "list.txt"
+    assert find_pictures([tmp_path, given]) == [tmp_path / "a.png", tmp_path / "b.JPG", given]
+    assert capsys.readouterr().err == "2 .heic file(s), 1 subfolder(s) are not read\n"
+    assert find_pictures([given]) == [given] and not capsys.readouterr().err
+    with pytest.raises(UserError, match="no pictures .*more.png .1 .nef file.s. are not read"):
+        find_pictures([tmp_path / "more.png"])
+
+
 @pytest.fixture
 def damaged(coco, tmp_path):
     """The COCO config, with training image 42 cut short."""
@@ -625,12 +579,13 @@ def test_bad_images_are_skipped_and_counted_on_request(damaged, tmp_path):
     assert torch.equal(train[(1, 3)][0], fetched[1][0][0])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_skip_bad_images(damaged, workers):
+def test_loading_processes_skip_bad_images(damaged):
     train, _, _ = build_caption_datasets(damaged)
     train.skip_bad_images = True
-    loader = DataLoader(train, batch_sampler=TrainBatchSampler(6, 3), num_workers=workers)
-    assert sorted(text[-1] for _, texts in loader for text in texts) == list("013345")
+    sampler = TrainBatchSampler(6, 3)
+    alone, helped = (list(DataLoader(train, batch_sampler=sampler, num_workers=n)) for n in (0, 2))
+    assert sorted(text[-1] for _, texts in helped for text in texts) == list("013345")
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(alone, helped, strict=True))
 
 
 def test_a_pair_with_one_bad_image_is_skipped_whole(damaged):

@@ -68,35 +68,23 @@ def build(folder, name: str, content, encoding: str = "utf-8"):
 # --- what is read
 
 
-@pytest.mark.parametrize("label", ["True", "true", " TRUE", True, 1, "1"])
-def test_labels_of_true_statements(label):
-    assert read_label(label) == 1
-
-
-@pytest.mark.parametrize("label", ["False", "false", "FALSE\n", False, 0, "0"])
-def test_labels_of_false_statements(label):
-    assert read_label(label) == 0
-
-
-@pytest.mark.parametrize("label", ["yes", "", None, 2, -1, 1.0, ["True"], {"True": 1}])
-def test_other_labels_are_refused(label):
-    assert read_label(label) is None
-
-
 @pytest.mark.parametrize(
-    "value",
-    [42, "42", " 42 ", "000042", "coco_42", IMAGE, "val/scene_0000042.png", "a/v1.2/img-42.JPEG"],
+    "labels, expected",
+    [
+        (["True", "true", " TRUE", True, 1, "1"], 1),
+        (["False", "false", "FALSE\n", False, 0, "0"], 0),
+        (["yes", "", None, 2, -1, 1.0, ["True"], {"True": 1}], None),
+    ],
 )
-def test_ids_that_say_42(value):
-    assert read_id(value) == 42
+def test_labels(labels, expected):
+    assert [read_label(label) for label in labels] == [expected] * len(labels)
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["kitten.jpg", "", "42 dogs", True, None, 4.2, -1, 10**18, "9" * 19, "9" * 5000, [42], "٤٢"],
-)
-def test_other_ids_are_refused(value):
-    assert read_id(value) is None
+def test_ids_are_numbers_or_end_texts():
+    names = [IMAGE, "val/scene_0000042.png", "a/v1.2/img-42.JPEG"]
+    assert {read_id(value) for value in [42, "42", " 42 ", "000042", "coco_42", *names]} == {42}
+    others = ["kitten.jpg", "", "42 dogs", True, None, 4.2, -1, 10**18, "9" * 19, "9" * 5000, [42]]
+    assert {read_id(value) for value in [*others, "٤٢"]} == {None}
 
 
 def test_paths_as_windows_writes_them_are_read(folder):
@@ -183,17 +171,12 @@ def test_a_wrong_record_is_named(name, change, message, folder):
         build(folder, name, records)
 
 
-@pytest.mark.parametrize("key", ["image", "caption"])
-def test_a_record_that_lacks_a_value_is_named(key, folder):
-    short = {name: value for name, value in TRAIN.items() if name != key}
-    with pytest.raises(UserError, match=f"record 1: {key} is missing"):
-        build(folder, "coco_karpathy_train.json", [TRAIN, short])
-
-
 def test_of_many_wrong_records_the_first_are_told(folder):
+    wrong = [{"image": IMAGE}, *[None] * 6]
     with pytest.raises(UserError, match="7 of 8 records are wrong") as error:
-        build(folder, "coco_karpathy_train.json", [TRAIN] + [None] * 7)
-    assert "record 1: null is no record" in str(error.value)
+        build(folder, "coco_karpathy_train.json", [TRAIN, *wrong])
+    assert "record 1: caption is missing" in str(error.value)
+    assert "record 2: null is no record" in str(error.value)
     assert "record 5" in str(error.value) and "record 6" not in str(error.value)
 
 
@@ -234,9 +217,8 @@ def test_wrong_references_are_told_before_they_are_needed(content, message, fold
 
 def test_images_without_references_are_told(folder):
     records = [EVAL, *(EVAL | {"image": f"{number}.jpg"} for number in range(90, 97))]
-    with pytest.raises(
-        UserError, match=r"7 of the split's .*90, 91, 92, 93, 94, [.]{3}\).*0 of the"
-    ):
+    ids = r"90, 91, 92, 93, 94, [.]{3}\)"
+    with pytest.raises(UserError, match=rf"7 of the split's .*{ids}.*0 of the"):
         build(folder, "coco_karpathy_val.json", records)
 
 
@@ -259,18 +241,15 @@ COCO = {"images": [{"id": 42, "file_name": IMAGE}], "annotations": [REFERENCE]}
 NLVR2 = {"identifier": "dev-850-0-0", "sentence": "a", "label": "True", "left_url": "http://a"}
 FOREIGN = [
     ("coco_karpathy_train.json", KARPATHY, "Karpathy split in its original layout"),
-    ("coco_karpathy_val.json", KARPATHY, "cocoid"),
-    ("coco_karpathy_val.json", KARPATHY["images"], "filepath/filename"),
-    ("coco_karpathy_val_gt.json", KARPATHY, "Karpathy split.*image_id.*raw"),
-    ("coco_karpathy_train.json", COCO, "COCO's own layout.*file_name"),
-    ("nlvr_dev.json", [NLVR2], "NLVR2 in its original.*-img1.png.*identifier"),
-    ("nlvr_dev.json", f"{json.dumps(NLVR2)}\n{json.dumps(NLVR2)}\n", "NLVR2 in its original"),
+    ("coco_karpathy_val.json", KARPATHY["images"], "Karpathy split in its original layout"),
+    ("coco_karpathy_train.json", COCO, "COCO's own layout"),
+    ("nlvr_dev.json", [NLVR2], "NLVR2 in its original layout"),
 ]
 
 
 @pytest.mark.parametrize("name, content, message", FOREIGN)
-def test_original_layouts_are_recognised_and_their_conversion_told(name, content, message, folder):
-    with pytest.raises(UserError, match=f"{name} is .*{message}"):
+def test_original_layouts_are_recognised(name, content, message, folder):
+    with pytest.raises(UserError, match=f"{name}.* it is .*{message}"):
         build(folder, name, content)
 
 
@@ -329,7 +308,7 @@ def contents(draw):
     return name, rows if isinstance(good, list) else {"annotations": rows}
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents())
 def test_any_json_gives_items_or_a_mistake_of_the_user(folder, case):
     name, content = case
