@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from pruners import kernels
+from tests.runs import train_in_float64
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -17,6 +18,14 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Trainings in float64, in this process; see `train_in_float64`."""
+    train_in_float64(monkeypatch)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=["loops", "equations"])

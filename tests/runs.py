@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
+from torchvision.transforms import v2
 
 from data.scenes import __main__ as scenes
 from engine.loop import PRUNED_FILE
@@ -95,16 +97,30 @@ def _member(rank: int, port: int, work: Callable, arguments: tuple) -> None:
     dist.destroy_process_group()
 
 
+def train_in_float64(patch: pytest.MonkeyPatch) -> None:
+    """Lets this process train in float64: the models, and their images.
+
+    Sums of another order then differ by 1e-16 of themselves. A few dozen steps do not blow that up
+    to the distance between a score and the threshold, so trainings prune the same weights and
+    their losses agree to 1e-9; float32's 1e-7 may do neither.
+    """
+    torch.set_default_dtype(torch.float64)
+    to_dtype = v2.ToDtype
+    patch.setattr(v2, "ToDtype", lambda _, **options: to_dtype(torch.float64, **options))
+
+
 def start(
     argv: list[str],
     world_size: int = 1,
     script: str = "train_caption",
     log: Path | None = None,
+    float64: bool = False,
 ) -> list:
     """Starts a trainer in one process or several and returns them; errors are said to the log."""
     port = free_port()
+    options = (world_size, port, log, float64)
     started = [
-        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log))
+        processes.Process(target=run_rank, args=(script, argv, rank, *options))
         for rank in range(world_size)
     ]
     for process in started:
@@ -113,13 +129,21 @@ def start(
 
 
 def run_rank(
-    script: str, argv: list[str], rank: int, world_size: int, port: int, log: Path | None
+    script: str,
+    argv: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    log: Path | None,
+    float64: bool,
 ) -> None:
     """What torchrun's processes do: the script with its place among the others."""
     os.setsid()
     if log:
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     torch.set_num_threads(1)
+    if float64:
+        train_in_float64(pytest.MonkeyPatch())
     multiprocessing.set_start_method("fork", force=True)  # of the image loading workers
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

@@ -105,23 +105,23 @@ def test_killed_processes_resume(flags, tmp_path, world_size):
     assert trials[0]["step"] > 0
 
 
-def test_one_process_and_two_train_and_evaluate_the_same(flags):
+def test_one_process_and_two_train_and_evaluate_the_same(flags, float64):
     flags, folder = flags
     run(flags, "--model_dir", "alone")
-    more = ["--model_dir", "together", "--batch_size", "2"]
-    assert finish(start([*flags, *more], 2, "train_clip_flickr30k")) == [0, 0]
+    argv = [*flags, "--model_dir", "together", "--batch_size", "2"]
+    assert finish(start(argv, 2, "train_clip_flickr30k", float64=True)) == [0, 0]
     alone, together = (
         [json.loads(line) for line in (folder / name / "log.txt").read_text().splitlines()]
         for name in ("alone", "together")
     )
     assert [r["step"] for r in together] == [r["step"] for r in alone] == [12, 24]
     losses, others = ([r["loss"] for r in log] for log in (alone, together))
-    assert others == pytest.approx(losses, rel=1e-4)
+    assert others == pytest.approx(losses, rel=1e-9)
     pruned, others = (
         torch.cat([(value == 0).flatten() for value in result(folder / name).values()])
         for name in ("alone", "together")
     )
-    assert (pruned == others).double().mean() > 0.99 and pruned.double().mean() > 0.25
+    assert torch.equal(pruned, others) and pruned.double().mean() > 0.25
     states = [
         torch.load(folder / name / "checkpoints/step_00000024.pt", weights_only=True)["model"]
         for name in ("alone", "together")
