@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 
 from pruners import kernels
-from tests.runs import train_in_float64
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -44,6 +43,8 @@ def seeded(checkout):
 @pytest.fixture
 def float64(monkeypatch):
     """Trainings in float64, in this process; see `train_in_float64`."""
+    from tests.runs import train_in_float64
+
     train_in_float64(monkeypatch)
     yield
     torch.set_default_dtype(torch.float32)
