@@ -11,40 +11,23 @@ embedded scenes.
 
 import argparse
 
-from engine.flags import add_flags, read_experiment
-from utils import launch, write_json
-
-
-def main(args: argparse.Namespace) -> None:
-    """Trains and prunes, or with --evaluate measures the accuracy of weights."""
-    read_experiment(args, "nlvr")  # its mistakes do not wait for what takes seconds to import
-    from engine.run import prepare_run
-    from engine.tasks import NLVR
-
-    run, model, train_set, splits = prepare_run(args, NLVR)
-    if not args.evaluate:
-        from engine.loop import train
-
-        train(run, model, train_set, splits)
-        return
-    model.eval()
-    accuracy = {
-        split: NLVR.evaluate(run, model, dataset, split)["scores"]["accuracy"]
-        for split, dataset in splits.items()
-    }
-    results = run.folder / "results" / "accuracy.json"
-    if run.process.is_main:
-        write_json(results, accuracy)
-    run.say(f"accuracy: dev {accuracy['dev']:.4f}, test {accuracy['test']:.4f}\nwrote {results}")
+from engine.experiment import read_experiment
+from engine.flags import parse, trainer_parser
+from utils import launch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser, "nlvr")
-    return parser.parse_args(argv)
+    parser, _ = trainer_parser("nlvr", __doc__)
+    return parse(parser, argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Trains and prunes, or with --evaluate measures the accuracy of weights."""
+    experiment = read_experiment(args, "nlvr")
+    from engine.main import run_task  # which takes seconds to import: mistakes do not wait for it
+
+    run_task(experiment)
 
 
 if __name__ == "__main__":

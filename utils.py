@@ -9,15 +9,18 @@ import errno
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
 import tempfile
+import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -90,18 +93,23 @@ def mistaken_for(path: str | Path) -> str:
     """
     try:
         with open(path, "rb") as file:
-            start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+            start = file.read(64)
     except OSError:
         return ""
-    if not start:
+    if not start.strip():
         return "it is empty: copy or download it again"
     if start.startswith(b"version https://git-lfs"):
         return "it is git-lfs's pointer to the file: run `git lfs pull` where it was cloned"
-    if start.startswith(b"<"):
+    if _is_page(start):
         return "it is a page (HTML or XML), as a server or proxy answers: download the file itself"
     if start.startswith((b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
         return "it is an archive: unpack it"
     return ""
+
+
+def _is_page(start: bytes) -> bool:
+    """Whether a file's first bytes are text that begins with a tag."""
+    return b"\0" not in start[:64] and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
 
 
 def available_cpus() -> int:
@@ -131,7 +139,7 @@ def download(url: str, path: str | Path) -> None:
             bar = tqdm(total=size or None, unit="B", unit_scale=True, desc=str(path), delay=5.0)
             with bar, atomic_write(path, "wb") as file:
                 while chunk := answer.read(2**20):
-                    if not file.tell() and chunk.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+                    if not file.tell() and _is_page(chunk):
                         raise OSError("the answer is a page and not the file; is it a proxy's?")
                     file.write(chunk)
                     bar.update(len(chunk))
@@ -148,28 +156,59 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     of an image loading process), whose sentence every process that met it prints; 75
     (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT stopped training, and the same command goes
     on from the newest checkpoint.
+
+    Of several processes, one that fails leaves at once: the end of its process group would wait for
+    the others, which wait for it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
             stream.reconfigure(errors="backslashreplace")  # no name that is printed ends a run
     try:
         main(args)
-    except (UserError, RuntimeError) as error:
-        sentence = str(error)
-        if not isinstance(error, UserError):
-            # the first is raised wherever the signal finds us, the second comes from the process
-            if not re.search(r"^DataLoader worker|shared memory\(shm\)", sentence):
-                raise
-            sentence = (
-                f"an image loading process died ({sentence.strip().splitlines()[-1]}): memory or "
-                "shared memory ran out. Take fewer processes (--num_workers), or give the "
-                "container more (docker run --shm-size)"
-            )
-        rank = os.environ.get("RANK") or "0"
-        where = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    finally:
-        dist = sys.modules.get("torch.distributed")  # where it is not imported, none was joined
-        if dist is not None and dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException as error:
+        sentence = _mistake(error)
+        if sentence:
+            rank = os.environ.get("RANK") or "0"
+            where = "" if rank == "0" else f" (rank {rank})"
+            print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
+            error = SystemExit(2)
+        if _process_group():
+            _leave(error)
+        if sentence:
+            raise error from None
+        raise
+    if dist := _process_group():
+        dist.destroy_process_group()
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Ends this process of several at once, with what is to be printed of the error."""
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    for child in multiprocessing.active_children():  # which load images
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _mistake(error: BaseException) -> str:
+    """The sentence of a user's mistake; "" for any other error."""
+    if isinstance(error, UserError):
+        return str(error)
+    # the first is raised wherever the signal finds us, the second comes from the process
+    died = r"^DataLoader worker|shared memory\(shm\)"
+    if not isinstance(error, RuntimeError) or not re.search(died, str(error)):
+        return ""
+    return (
+        f"an image loading process died ({str(error).strip().splitlines()[-1]}): memory or shared "
+        "memory ran out. Take fewer processes (--num_workers), or give the container more (docker "
+        "run --shm-size)"
+    )
+
+
+def _process_group():
+    """torch.distributed where this process has joined others; None where it has not."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() else None

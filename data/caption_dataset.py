@@ -43,8 +43,7 @@ class CaptionTrainDataset(ImageDataset):
         seed: int = 0,
     ):
         super().__init__(records, image_root, transform, seed)
-        self.prompt = prompt + " " * (prompt != "" and not prompt[-1].isspace())
-        self.max_words = max_words
+        self.prompt, self.max_words = prompt, max_words
 
     def image_names(self, index: int) -> list[str]:
         """The item's image file, below the image root."""
@@ -56,7 +55,13 @@ class CaptionTrainDataset(ImageDataset):
 
     def text(self, index: int) -> str:
         """The item's prompt and caption."""
-        return self.prompt + normalize_caption(self.records[index]["caption"], self.max_words)
+        return prompted(self.prompt, self.records[index]["caption"], self.max_words)
+
+
+def prompted(prompt: str, caption: str, max_words: int) -> str:
+    """The text whose tokens are predicted: prompt and normalised caption, parted by a space."""
+    space = " " * (prompt != "" and not prompt[-1].isspace())
+    return prompt + space + normalize_caption(caption, max_words)
 
 
 class CaptionEvalDataset(ImageDataset):

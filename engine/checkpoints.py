@@ -139,7 +139,8 @@ def check_disk_space(folder: Path, model: nn.Module, pruner_elements: int, keep:
     checkpoint = 4 * (3 * parameters + pruner_elements)
     needed = (keep + 1) * checkpoint + 3 * 4 * parameters
     own = [*step_files(folder / CHECKPOINTS), *folder.glob("*.safetensors")]
-    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in own)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free + sum(path.stat().st_size for path in own)
     if free < needed:
         raise UserError(
             f"the run needs {needed / 1e9:.1f} GB in {folder} ({keep + 1} checkpoints of "

@@ -5,13 +5,16 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
 from data.samplers import EvalSampler, TrainBatchSampler
-from engine.run import Run
-from utils import UserError
+from engine.processes import Process, is_main, place_among_processes
+from utils import UserError, available_cpus
 
 
 class _Fetched(Dataset):
@@ -54,53 +57,80 @@ def read(loader: DataLoader) -> Iterator[tuple[tuple, int]]:
         yield batch
 
 
-class EvalBatches:
-    """The batches of this process's share of a held-out split, in order."""
-
-    def __init__(self, run: Run, dataset: Dataset):
-        """Args: of `prepare_run`; the split."""
-        size = run.config["eval_batch_size"]
-        self.loader = DataLoader(
-            _Fetched(dataset),
-            batch_size=size,
-            sampler=EvalSampler(len(dataset), run.process.rank, run.process.world_size, size),
-            **_loader_options(run),
-        )
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple]:
-        """The batches."""
-        for batch, _ in read(self.loader):
-            yield batch
-
-
-def train_loader(run: Run, dataset: Dataset) -> DataLoader:
-    """Loads this process's batches, for `read`; its `batch_sampler` is told the epoch."""
+def train_loader(config: dict, dataset: Dataset, seed: int, process: Process) -> DataLoader:
+    """Loads this process's training batches, for `read`; set the epoch of its `batch_sampler`."""
+    sampler = TrainBatchSampler(
+        len(dataset), config["batch_size"], seed, process.rank, process.world_size
+    )
+    options = _loader_options(config, process.device, seed)
     return DataLoader(
         _Fetched(dataset),
-        batch_sampler=TrainBatchSampler(
-            len(dataset),
-            run.config["batch_size"],
-            run.args.seed,
-            run.process.rank,
-            run.process.world_size,
-        ),
-        persistent_workers=run.config["num_workers"] > 0,
-        **_loader_options(run),
+        batch_sampler=sampler,
+        persistent_workers=options["num_workers"] > 0,
+        **options,
     )
 
 
-def _loader_options(run: Run) -> dict:
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a held-out split is evaluated. Processes are those of torch.distributed.
+
+    Attributes:
+        config: of `load_config`; batch size, loading processes, decoding and files are read.
+        device: where the model is.
+        bf16: whether products are computed in bfloat16 autocast.
+        results: folder of the captions and their scores; None writes none.
+        meteor: METEOR of captions, which takes ten seconds to start.
+        spice: SPICE of captions.
+    """
+
+    config: dict
+    device: torch.device = torch.device("cpu")
+    bf16: bool = False
+    results: Path | None = None
+    meteor: bool = False
+    spice: bool = False
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def batches(self, dataset: Dataset, what: str) -> Iterator[tuple]:
+        """This process's batches of a split, in order, its tensors on the device.
+
+        Args:
+            dataset: the split; each item is in the share of one process.
+            what: name of the items for the progress bar.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        size = self.config["eval_batch_size"]
+        loader = DataLoader(
+            _Fetched(dataset),
+            batch_size=size,
+            sampler=EvalSampler(len(dataset), *place_among_processes(), size),
+            **_loader_options(self.config, self.device, seed=0),
+        )
+        bar = {"desc": what, "total": len(loader), "disable": not is_main(), "mininterval": 5.0}
+        for batch, _ in tqdm(read(loader), **bar):
+            yield move(batch, self.device)
+
+
+def loading_processes(config: dict) -> int:
+    """Processes that load images for each loader: no more than this process may use CPUs."""
+    return min(config["num_workers"], available_cpus())
+
+
+def _loader_options(config: dict, device: torch.device, seed: int) -> dict:
+    workers = loading_processes(config)
     return {
-        "num_workers": run.loading_processes,
+        "num_workers": workers,
         "collate_fn": _collate,
-        "worker_init_fn": _leave_signals_to_the_trainer if run.loading_processes else None,
-        "pin_memory": run.process.device.type != "cpu",
+        "worker_init_fn": _leave_signals_to_the_trainer if workers else None,
+        "pin_memory": device.type != "cpu",
         # a loader draws a base seed for its workers; not from the generator of dropout
-        "generator": torch.Generator().manual_seed(run.args.seed),
+        "generator": torch.Generator().manual_seed(seed),
     }
 
 
@@ -109,11 +139,12 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
     The trainer needs it to finish its step. Terminals and torchrun signal process groups, job
     schedulers every process. Only the trainer's own SIGTERM ends it; when the trainer is killed,
-    torch's watch in the process does.
+    torch's watch in the process does. macOS cannot tell who sent a SIGTERM: there it ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # left for sigwaitinfo
-    threading.Thread(target=_exit_on_the_trainers_sigterm, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # left for sigwaitinfo
+        threading.Thread(target=_exit_on_the_trainers_sigterm, daemon=True).start()
 
 
 def _exit_on_the_trainers_sigterm() -> None:

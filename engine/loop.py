@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -10,12 +11,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine import checkpoints
-from engine.loading import move, read
+from engine.loading import EvalOptions, move, read
 from engine.plan import learning_rate
-from engine.processes import barrier, gather_from_processes, sum_over_processes
+from engine.processes import barrier, gather_from_processes, start_sum, sum_over_processes
 from engine.reporter import Reporter
 from engine.run import Run
-from engine.state import TrainState, build_state, resume, save
+from engine.state import TrainState, save
 from engine.stopping import EXIT_STOPPED, exit_stopped, listen_for_stop, stop_signals_to
 from models.layers import prunable_layers
 from pruners.pruner import NonFiniteScores
@@ -28,39 +29,29 @@ CHEAP = 0.05  # share of the time that such checkpoints may take
 BEST_FILE = "pruned_best.safetensors"
 
 
-def train(run: Run, model: nn.Module, dataset: Dataset, held_out: dict[str, Dataset]) -> None:
-    """Trains and prunes, from the newest checkpoint if there is one, to the end.
+def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
+    """Trains and prunes, from where the state is to the end.
 
     Args:
-        run: of `prepare_run`.
-        model: on its device; see `run.Task.build_model`.
-        dataset: training set, indexed by (index, epoch).
+        run: flags, config and process.
+        state: of `engine.state.build_state`, resumed; changed in place.
         held_out: by name. The first, and with --eval_test all, are scored at the end of epochs; the
             first one's score chooses the weights of `pruned_best.safetensors` among the epochs at
             the final remaining ratio.
 
     Raises:
-        UserError: a check before the first step failed, or an image cannot be read.
+        UserError: an image cannot be read, or a file cannot be written.
         FloatingPointError: a loss is not finite.
         SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT: in an epoch with a checkpoint, in a
             validation at once, for the epoch's checkpoint is there.
     """
-    state = build_state(run, model, dataset)
-    if run.args.check:
-        run.say(f"all is there: {state.plan.total_steps} steps in {state.plan.epochs} epochs")
-        return
-    resume(run, state)
-    progress = state.progress
-    if progress.step == state.plan.total_steps and (record := finished(run, state)):
-        run.say(f"already finished; the last epoch: {json.dumps(record)}\n{written(run)}")
-        return
+    if run.process.is_main:
+        checkpoints.remove_unfinished(run.checkpoints)
     state.reporter = Reporter(run, state)
     try:
         with stop_signals_to(exit_stopped):
-            for epoch in range(progress.epoch, state.plan.epochs):
-                if epoch > progress.epoch:
-                    progress.epoch, progress.step_in_epoch = epoch, 0
-                    progress.loss_sum, progress.bad_images = 0.0, 0
+            for epoch in range(state.progress.epoch, state.plan.epochs):
+                state.progress.begin(epoch)
                 train_one_epoch(run, state)
                 finish_epoch(run, state, held_out)
     finally:
@@ -68,18 +59,20 @@ def train(run: Run, model: nn.Module, dataset: Dataset, held_out: dict[str, Data
     run.say(written(run))
 
 
-def finished(run: Run, state: TrainState) -> dict | None:
-    """The last epoch's line of log.txt, which a run writes last of all; None if it is not there."""
-    lines = (
-        (run.folder / LOG_FILE).read_text().splitlines() if (run.folder / LOG_FILE).exists() else []
-    )
-    record = json.loads(lines[-1]) if lines else {}
-    return record if record.get("step") == state.plan.total_steps else None
+def already_finished(run: Run, state: TrainState) -> bool:
+    """Whether the last epoch's line of log.txt, which a run writes last of all, is there."""
+    log = run.folder / LOG_FILE
+    lines = log.read_text().splitlines() if log.exists() else []
+    total = state.plan.total_steps
+    finished = state.progress.step == total and lines and json.loads(lines[-1])["step"] == total
+    if finished:
+        run.say(f"already finished; the last epoch: {lines[-1]}\n{written(run)}")
+    return bool(finished)
 
 
 def written(run: Run) -> str:
     """Where the results are, and the command that evaluates them."""
-    script = f"python {run.task.script} --config {run.args.config}"
+    script = f"python {run.task.script} --config {run.flags.config}"
     return (
         f"weights: {run.folder / PRUNED_FILE}; log, sparsity and curves beside it\n"
         f"next: {script} --evaluate --pruned {run.folder}"
@@ -93,14 +86,13 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
         FloatingPointError: a loss is not finite.
         SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT and a checkpoint.
     """
-    args, progress, config = run.args, state.progress, run.config
-    steps = state.plan.steps_of(progress.epoch)
+    progress, config, process = state.progress, run.config, run.process
+    steps, accumulated = state.plan.steps_of(progress.epoch), run.flags.gradient_accumulation_steps
     if progress.step_in_epoch == steps:  # resumed between the last step and its validation
         return
     lr = learning_rate(progress.epoch, state.plan.epochs, config["init_lr"], config["min_lr"])
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    accumulated = args.gradient_accumulation_steps
     state.loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch * accumulated)
     state.engine.train()
     with listen_for_stop() as stop:
@@ -109,21 +101,26 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
         while progress.step_in_epoch < steps:
             loaded = [next(batches) for _ in range(accumulated)]
             parts, terms = zip(*(state.model.prepare(*inputs) for inputs, _ in loaded), strict=True)
-            parts = [move(part, run.process.device) for part in parts]
-            # what the processes must agree on travels in one message
-            all_terms, skipped, stops, log, due = sum_over_processes(
+            parts = [move(part, process.device) for part in parts]
+            # what the processes must agree on travels in one message, while they compute
+            agreed = start_sum(
                 [
                     sum(terms),
                     sum(count for _, count in loaded),
                     stop.requested,
                     state.reporter.is_due(LOG_SECONDS),
-                    checkpoint_is_due(run, state),
+                    process.is_main and checkpoint_is_due(run.flags.checkpoint_steps, state),
                 ]
             )
-            progress.bad_images += int(skipped)
+
+            def weights(agreed=agreed, terms=terms) -> list[float]:
+                return [n * process.world_size / agreed()[0] for n in terms]
+
             if hasattr(state.model, "on_step"):  # its loss depends on how far the run is
                 state.model.on_step(progress.epoch + progress.step_in_epoch / steps)
-            take_step(run, state, parts, [n * run.process.world_size / all_terms for n in terms])
+            take_step(run, state, parts, weights)
+            _, skipped, stops, log, due = agreed()
+            progress.bad_images += int(skipped)
             save_now = progress.step_in_epoch == steps or stops or due
             if save_now or log:
                 state.reporter.progress(read_losses(run, state), lr)
@@ -134,21 +131,20 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                 raise SystemExit(EXIT_STOPPED)
 
 
-def checkpoint_is_due(run: Run, state: TrainState) -> bool:
+def checkpoint_is_due(checkpoint_steps: int, state: TrainState) -> bool:
     """Whether the step that comes now shall end with a checkpoint, within an epoch.
 
-    Every --checkpoint_steps; without that flag, from time to time where checkpoints are cheap. The
-    main process decides for all.
+    Every --checkpoint_steps; where these are 0, from time to time, if checkpoints are cheap.
     """
-    if not run.process.is_main:
-        return False
-    if run.args.checkpoint_steps:
-        return (state.progress.step + 1) % run.args.checkpoint_steps == 0
+    if checkpoint_steps:
+        return (state.progress.step + 1) % checkpoint_steps == 0
     interval = max(CHECKPOINT_SECONDS, state.save_seconds / CHEAP)
     return time.monotonic() - state.saved_at >= interval
 
 
-def take_step(run: Run, state: TrainState, parts: list[tuple], weights: list[float]) -> None:
+def take_step(
+    run: Run, state: TrainState, parts: list[tuple], weights: Callable[[], list[float]]
+) -> None:
     """Takes a `train_step`; where scores are NaN, looks whether a loss tells why.
 
     Raises:
@@ -161,7 +157,9 @@ def take_step(run: Run, state: TrainState, parts: list[tuple], weights: list[flo
         raise
 
 
-def train_step(run: Run, state: TrainState, parts: list[tuple], weights: list[float]) -> None:
+def train_step(
+    run: Run, state: TrainState, parts: list[tuple], weights: Callable[[], list[float]]
+) -> None:
     """One optimizer step: gradients of all parts and processes, AdamW, pruner.
 
     The loss is the mean over all terms (predicted tokens, statements) of the step, so that it does
@@ -169,20 +167,19 @@ def train_step(run: Run, state: TrainState, parts: list[tuple], weights: list[fl
     processes' means.)
 
     Args:
-        run: of `prepare_run`.
+        run: device and precision.
         state: changed in place.
         parts: of `model.prepare`, on the device, one forward pass each.
-        weights: of each part's mean loss: its share of all terms times the number of processes,
-            by which data parallelism divides.
+        weights: gives the weight of each part's mean loss, its share of all terms times the number
+            of processes, by which data parallelism divides; called after the forward pass.
     """
-    progress = state.progress
-    loss = torch.zeros((), device=run.process.device)
-    for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        last = i == len(parts) - 1
-        plain = state.engine is state.model
-        with nullcontext() if last or plain else state.engine.no_sync():
-            with run.autocast():
-                part_loss = state.engine(*part) * weight
+    device, progress = run.process.device, state.progress
+    loss = torch.zeros((), device=device)
+    for i, part in enumerate(parts):
+        whole = i == len(parts) - 1 or state.engine is state.model
+        with nullcontext() if whole else state.engine.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
+                part_loss = state.engine(*part) * weights()[i]
             part_loss.backward()
         loss += part_loss.detach()
     state.unread_losses.append(loss)
@@ -224,7 +221,7 @@ def read_losses(run: Run, state: TrainState) -> float:
 
 def images_of_step(run: Run, state: TrainState, steps_ago: int) -> list[str]:
     """The image files that this process read for a step, 0 being the one just taken."""
-    parts = run.args.gradient_accumulation_steps
+    parts = run.flags.gradient_accumulation_steps
     first = (state.progress.step_in_epoch - 1 - steps_ago) * parts
     sampler, dataset = state.loader.batch_sampler, state.loader.dataset.dataset
     sampler.set_epoch(state.progress.epoch, first)
@@ -234,7 +231,7 @@ def images_of_step(run: Run, state: TrainState, steps_ago: int) -> list[str]:
 
 def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
     """Writes weights, sparsity and the epoch's line of log.txt; validates."""
-    args, progress = run.args, state.progress
+    flags, progress = run.flags, state.progress
     if run.process.is_main:
         checkpoints.save_weights(state.model, run.folder / PRUNED_FILE)
     sparsity = sparsity_report(prunable_layers(state.model))
@@ -248,16 +245,16 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
         "sparsity": sparsity["overall"],
         "sparsity_by_modality": sparsity["by_modality"],
     }
-    if args.skip_bad_images:
+    if flags.skip_bad_images:
         record["bad_images"] = progress.bad_images
     last = progress.step == state.plan.total_steps
     if last and state.pruner:
-        note = off_target(sparsity, args.final_threshold, state.pruner.tied)
+        note = off_target(sparsity, flags.final_threshold, state.pruner.tied)
         record |= {"note": note} if note else {}
-    if args.eval_epochs and (last or (progress.epoch + 1) % args.eval_epochs == 0):
+    if flags.eval_epochs and (last or (progress.epoch + 1) % flags.eval_epochs == 0):
         record |= validate(run, state.model, held_out)
     best_by = f"{next(iter(held_out))}_{run.task.best_by}"
-    if run.process.is_main and is_best(record, progress.history, best_by, args.final_threshold):
+    if run.process.is_main and is_best(record, progress.history, best_by, flags.final_threshold):
         checkpoints.save_weights(state.model, run.folder / BEST_FILE)
     progress.history.append(record)
     state.reporter.epoch(progress.history)
@@ -266,9 +263,10 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
 def validate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> dict[str, float]:
     """Scores of held-out sets, `<split>_<score>` to value; on the main process at least."""
     model.eval()
+    options = EvalOptions(run.config, run.process.device, run.bf16, run.folder / "results")
     scores = {}
-    for split, dataset in list(held_out.items())[: None if run.args.eval_test else 1]:
-        report = run.task.evaluate(run, model, dataset, split)
+    for split, dataset in list(held_out.items())[: None if run.flags.eval_test else 1]:
+        report = run.task.evaluate(model, dataset, split, options)
         scores |= {f"{split}_{name}": value for name, value in report["scores"].items()}
     barrier()
     return scores

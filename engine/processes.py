@@ -1,11 +1,12 @@
 """One process or several: devices, seeds, memory, and what processes tell each other."""
 
 import ctypes
+import functools
 import os
 import platform
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -226,9 +227,21 @@ def keep_freed_memory(device: torch.device) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether an accelerator computes bfloat16 itself; older NVIDIA GPUs emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu"  # whose bfloat16 is slow without AMX
+
+
+def place_among_processes() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def is_main() -> bool:
     """Whether this process writes files and speaks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return place_among_processes()[0] == 0
 
 
 def barrier() -> None:
@@ -237,15 +250,28 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_processes(values: list[float]) -> list[float]:
-    """Sums host values over all processes, without waiting for a GPU.
+def start_sum(values: list[float]) -> Callable[[], list[float]]:
+    """Begins to sum host values over all processes, without waiting for a GPU.
 
-    A process that has died is noticed here at once, for its connection is closed.
+    Returns:
+        A function that waits for the sums and gives them. A process that has died is noticed there
+        at once, for its connection is closed.
     """
     total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+    work = dist.all_reduce(total, async_op=True) if dist.is_initialized() else None
+
+    @functools.cache
+    def wait() -> list[float]:
+        if work is not None:
+            work.wait()
+        return total.tolist()
+
+    return wait
+
+
+def sum_over_processes(values: list[float]) -> list[float]:
+    """Sums host values over all processes, see `start_sum`."""
+    return start_sum(values)()
 
 
 def gather_from_processes(value) -> list:

@@ -1,7 +1,4 @@
-"""How a run tells people how it goes: a progress line, TensorBoard, log.txt, sparsity.
-
-Only the main process speaks and writes.
-"""
+"""Reports of a run, from the main process alone: progress, TensorBoard, log.txt, sparsity."""
 
 import json
 import time

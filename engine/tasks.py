@@ -1,120 +1,106 @@
-"""The tasks. A new one is an entry of TASKS."""
+"""The tasks. A new one is its own files, its keys in `configs.SCHEMAS`, and one record here.
 
-from pathlib import Path
+Nothing heavy is imported: what builds and evaluates a task is imported when it is first called.
+"""
 
-from torch import nn
-from torch.utils.data import Dataset
-
-from data.caption_dataset import build_caption_datasets
-from data.flickr_dataset import build_flickr_datasets
-from data.nlvr_dataset import build_nlvr_datasets
-from engine.loading import EvalBatches
-from engine.processes import sum_over_processes
-from engine.run import Run, Task
-from evaluation.captions import caption_split
-from evaluation.nlvr import count_correct
-from evaluation.retrieval import recalls, retrieval_features
-from evaluation.scoring import score_results
-from models.captioner import build_captioner
-from models.clip import build_clip
-from models.nlvr import build_nlvr
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
-def evaluate_captions(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
-    """Captions a split over all processes, writes the captions, then scores them.
+def later(place: str) -> Callable:
+    """A function that imports itself when it is called.
 
     Args:
-        run: of `prepare_run`.
-        model: captioner in eval mode, not wrapped.
-        dataset: the split.
-        split: "val" or "test".
-
-    Returns:
-        The report of `evaluation.score_results`; on processes other than the main one no scores.
+        place: "module:name" of the function.
     """
-    results = results_path(run, split)
-    with run.autocast():
-        caption_split(model, EvalBatches(run, dataset), run.config, run.process.device, results)
-    if not run.process.is_main:
-        return {"scores": {}}
-    slow = run.args.evaluate  # METEOR takes seconds to start; a validation goes without
-    return score_results(results, ground_truth(run.config, split), run.args.spice, meteor=slow)
+    module, name = place.split(":")
+
+    def call(*args, **options):
+        return getattr(importlib.import_module(module), name)(*args, **options)
+
+    return call
 
 
-def results_path(run: Run, split: str) -> Path:
-    """The file of a split's captions."""
-    return run.folder / "results" / f"{split}.json"
+@dataclass(frozen=True)
+class Task:
+    """What sets one task apart from another.
 
-
-def ground_truth(config: dict, split: str) -> Path:
-    """The file of a split's references."""
-    return Path(config["coco_gt_root"], f"coco_karpathy_{split}_gt.json")
-
-
-def evaluate_statements(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
-    """The share of a split's statements that are judged correctly, counted over all processes.
-
-    Args:
-        run: of `prepare_run`.
-        model: NLVR2 model in eval mode, not wrapped.
-        dataset: the split; each statement is judged by one process, however uneven the shares.
-        split: "dev" or "test".
-
-    Returns:
-        `{"scores": {"accuracy": fraction in [0, 1]}}`, the same on every process.
+    Attributes:
+        name: key of `configs.SCHEMAS`.
+        script: file that trains and evaluates it.
+        config: default of --config.
+        warmups: defaults of --initial_warmup and --final_warmup, in units of --warmup_steps.
+        held_out: names of the two held-out splits; the first validates.
+        best_by: score, the higher the better, that chooses among the epochs' weights.
+        results: file of an evaluation's scores by split, beside `scores.json`, and the one score
+            that it holds ("" for all); ("", "") for none.
+        images: names of the model's image inputs.
+        tokens: text length of the published multiply-adds; None for the model's `context_length`.
+        build_datasets: (config, seed) -> training set and the two held-out sets.
+        build_model: config -> model with random weights. `model.prepare(*inputs)` turns a batch of
+            the training set into the arguments of `model(...)`, which returns the mean loss, and
+            counts the terms of that mean. Optional: `model.on_step(epochs)` gets the epochs done
+            before each step, `model.check_batch(samples)` the global batch before the first.
+        evaluate: (model in eval mode, held-out set, its name, `engine.loading.EvalOptions`) ->
+            report with "scores" (name to value) on the main process at least, and "notes"
+            (sentences). All processes call it.
     """
-    with run.autocast():
-        correct = count_correct(model, EvalBatches(run, dataset), run.process.device)
-    (all_correct,) = sum_over_processes([correct])
-    return {"scores": {"accuracy": all_correct / len(dataset)}}
 
-
-def evaluate_retrieval(run: Run, model: nn.Module, dataset: Dataset, split: str) -> dict:
-    """Recalls among all images and all texts of a split.
-
-    Args:
-        run: of `prepare_run`.
-        model: CLIP in eval mode, not wrapped.
-        dataset: the split's images and texts; each is encoded by one process.
-        split: "val" or "test".
-
-    Returns:
-        `{"scores": ...}` of `evaluation.retrieval.recalls`, the same on every process.
-    """
-    images, texts = EvalBatches(run, dataset), EvalBatches(run, dataset.texts)
-    with run.autocast():
-        image, text = retrieval_features(model, images, texts, run.process.device)
-    return {"scores": recalls(image @ text.T, dataset.image_of_text)}
+    name: str
+    script: str
+    config: str
+    warmups: tuple[int, int]
+    held_out: tuple[str, str]
+    best_by: str
+    results: tuple[str, str]
+    images: tuple[str, ...]
+    tokens: int | None
+    build_datasets: Callable
+    build_model: Callable
+    evaluate: Callable
 
 
 CAPTION = Task(
     name="caption",
     script="train_caption.py",
-    build_datasets=build_caption_datasets,
+    config="configs/caption_coco.yaml",
+    warmups=(1, 1),
     held_out=("val", "test"),
-    build_model=build_captioner,
-    images=("image",),
-    evaluate=evaluate_captions,
     best_by="CIDEr",
+    results=("", ""),
+    images=("image",),
+    tokens=15,
+    build_datasets=later("data.caption_dataset:build_caption_datasets"),
+    build_model=later("models.captioner:build_captioner"),
+    evaluate=later("evaluation.captions:evaluate_captions"),
 )
 NLVR = Task(
     name="nlvr",
     script="train_nlvr.py",
-    build_datasets=build_nlvr_datasets,
+    config="configs/nlvr.yaml",
+    warmups=(0, 5),
     held_out=("dev", "test"),
-    build_model=build_nlvr,
-    images=("image0", "image1"),
-    evaluate=evaluate_statements,
     best_by="accuracy",
+    results=("accuracy.json", "accuracy"),
+    images=("image0", "image1"),
+    tokens=36,
+    build_datasets=later("data.nlvr_dataset:build_nlvr_datasets"),
+    build_model=later("models.nlvr:build_nlvr"),
+    evaluate=later("evaluation.nlvr:evaluate_statements"),
 )
 RETRIEVAL = Task(
     name="retrieval",
     script="train_clip_flickr30k.py",
-    build_datasets=build_flickr_datasets,
+    config="configs/retrieval_flickr_clip.yaml",
+    warmups=(0, 2),
     held_out=("val", "test"),
-    build_model=build_clip,
-    images=("image",),
-    evaluate=evaluate_retrieval,
     best_by="r_mean",
+    results=("recalls.json", ""),
+    images=("image",),
+    tokens=None,
+    build_datasets=later("data.flickr_dataset:build_flickr_datasets"),
+    build_model=later("models.clip:build_clip"),
+    evaluate=later("evaluation.retrieval:evaluate_retrieval"),
 )
 TASKS = {task.name: task for task in (CAPTION, NLVR, RETRIEVAL)}

@@ -1,68 +1,84 @@
-"""Captions of a split, over any number of processes, and the file that keeps them."""
+"""Captions of a split, over any number of processes, their scores and their references' loss."""
 
-from itertools import chain
-from pathlib import Path
+from itertools import chain, zip_longest
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from data.caption_dataset import prompted
+from data.records import read_references
+from engine.loading import EvalOptions, move
+from engine.processes import gather_from_processes, is_main, sum_over_processes
+from evaluation.scoring import notes_of, references_path, score_captions, write_captions
 from utils import write_json
 
 
-def caption_split(
-    model: nn.Module,
-    loader: DataLoader,
-    config: dict,
-    device: torch.device,
-    results_path: str | Path,
-) -> list[dict] | None:
-    """Captions a split over all processes and writes the results file. Every process calls it.
-
-    Args:
-        model: see `generate_captions`.
-        loader: see `generate_captions`; each image is in the share of one process.
-        config: see `generate_captions`.
-        device: see `generate_captions`.
-        results_path: JSON file to write, in the format of COCO's results: a list of
-            `{"image_id": int, "caption": str}` in the order of image ids.
-
-    Returns:
-        On the main process the list that was written, elsewhere None.
-    """
-    results = generate_captions(model, loader, config, device)
-    if dist.is_initialized():
-        shares = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(results, shares)
-        if shares is None:
-            return None
-        results = chain.from_iterable(shares)
-    results = sorted(results, key=lambda result: result["image_id"])
-    write_json(results_path, results)
-    return results
-
-
-def generate_captions(
-    model: nn.Module, loader: DataLoader, config: dict, device: torch.device
-) -> list[dict]:
-    """Captions this process's share of a split by beam search.
+@torch.no_grad()
+def evaluate_captions(model: nn.Module, dataset: Dataset, split: str, options: EvalOptions) -> dict:
+    """Captions a split by beam search and scores the captions. Every process calls it.
 
     Args:
         model: captioner in eval mode, not wrapped.
-        loader: batches of images (B, 3, S, S) and image ids (B,).
-        config: its `num_beams`, `max_length` and `min_length` are used.
-        device: where the model is.
+        dataset: images (3, S, S) and their ids; each is in the share of one process.
+        split: "val" or "test".
+        options: device, batch size, precision and metrics. In `results` the captions are written in
+            the format of COCO's results, `[{"image_id": int, "caption": str}, ...]` in the order of
+            ids, with the files of `evaluation.scoring.write_captions` beside them.
 
     Returns:
-        One `{"image_id": int, "caption": str}` an image, in the loader's order.
+        `scores`, with `loss`, the mean of the training loss over the predicted tokens of all
+        references; and `notes`, sentences. On other processes than the main one no scores.
+
+    Raises:
+        UserError: the references cannot be read or are not of the same images.
     """
+    config = options.config
+    file = references_path(config, split)
+    references = read_references(file)
     lengths = {key: config[key] for key in ("num_beams", "max_length", "min_length")}
-    results = []
-    quiet = dist.is_initialized() and dist.get_rank() > 0
-    for images, ids in tqdm(loader, desc="captions", disable=quiet, mininterval=5.0):
-        captions = model.generate(images.to(device, non_blocking=True), **lengths)
-        pairs = zip(ids.tolist(), captions, strict=True)
-        results += [{"image_id": image, "caption": caption} for image, caption in pairs]
-    return results
+    captions, loss, terms = [], 0.0, 0
+    with options.autocast():
+        for images, ids in options.batches(dataset, "captions"):
+            encoded, ids = model.encode_image(images), ids.tolist()
+            texts = model.caption(encoded, **lengths)
+            captions += [
+                {"image_id": image, "caption": text} for image, text in zip(ids, texts, strict=True)
+            ]
+            batch_loss, batch_terms = references_loss(
+                model, encoded, [references[image] for image in ids], config
+            )
+            loss, terms = loss + batch_loss, terms + batch_terms
+    loss, terms = sum_over_processes([loss, terms])
+    shares = gather_from_processes(captions)
+    if not is_main():
+        return {"scores": {}}
+    captions = sorted(chain.from_iterable(shares), key=lambda result: result["image_id"])
+    if options.results is not None:
+        write_json(options.results / f"{split}.json", captions)
+    report = score_captions(captions, references, file, options.spice, options.meteor)
+    report["scores"]["loss"] = loss / terms
+    if options.results is not None:
+        write_captions(options.results / f"{split}.json", report)
+    return {"scores": report["scores"], "notes": notes_of(report)}
+
+
+def references_loss(
+    model: nn.Module, encoded: Tensor, references: list[list[str]], config: dict
+) -> tuple[float, int]:
+    """The summed training loss of all references of a batch, and their predicted tokens.
+
+    Args:
+        model: captioner in eval mode.
+        encoded: image tokens (B, L, D), which each reference of an image sees.
+        references: of each of the B images.
+        config: its `prompt` and `max_words` are read.
+    """
+    loss, terms = 0.0, 0
+    for captions in zip_longest(*references):  # each image's first, then each one's second, ...
+        there = [i for i, caption in enumerate(captions) if caption is not None]
+        texts = [prompted(config["prompt"], captions[i], config["max_words"]) for i in there]
+        inputs, predicted = model.prepare(encoded[there], texts)
+        loss += float(model.text_loss(*move(inputs, encoded.device))) * predicted
+        terms += predicted
+    return loss, terms

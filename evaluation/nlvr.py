@@ -1,27 +1,35 @@
-"""Accuracy of statements about pairs of images."""
-
-from collections.abc import Iterable
+"""Accuracy and loss of statements about pairs of images."""
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
+from torch.utils.data import Dataset
+
+from engine.loading import EvalOptions
+from engine.processes import sum_over_processes
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, batches: Iterable[tuple], device: torch.device) -> int:
-    """How many statements of this process's share of a split are judged correctly.
+def evaluate_statements(
+    model: nn.Module, dataset: Dataset, split: str, options: EvalOptions
+) -> dict:
+    """Judges a split's statements. Every process calls it.
 
     Args:
         model: NLVR2 model in eval mode, not wrapped.
-        batches: left images (B, 3, S, S), right images, B statements, labels (B,).
-        device: where the model is.
+        dataset: the split; each statement is judged by one process, however uneven the shares.
+        split: "dev" or "test".
+        options: device, batch size and precision.
+
+    Returns:
+        `{"scores": {"accuracy": fraction in [0, 1], "loss": mean cross-entropy of a statement}}`,
+        the same on every process.
     """
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    quiet = dist.is_initialized() and dist.get_rank() > 0
-    for batch in tqdm(batches, desc="statements", disable=quiet, mininterval=5.0):
-        image0, image1, sentences, targets = batch
-        images = (image.to(device, non_blocking=True) for image in (image0, image1))
-        logits = model.logits(*images, sentences)  # (B, 2)
-        correct += (logits.argmax(dim=1) == targets.to(device)).sum()
-    return int(correct)
+    correct, loss = 0, 0.0
+    with options.autocast():
+        for image0, image1, sentences, targets in options.batches(dataset, "statements"):
+            logits = model.logits(image0, image1, sentences)  # (B, 2)
+            correct += int((logits.argmax(dim=1) == targets).sum())
+            loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+    correct, loss = sum_over_processes([correct, loss])
+    return {"scores": {"accuracy": correct / len(dataset), "loss": loss / len(dataset)}}

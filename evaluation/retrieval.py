@@ -5,10 +5,56 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from engine.loading import EvalOptions
 from engine.processes import gather_from_processes
 
 RANKS = (1, 5, 10)
+
+
+@torch.no_grad()
+def evaluate_retrieval(
+    model: nn.Module, dataset: Dataset, split: str, options: EvalOptions
+) -> dict:
+    """Recalls among all images and all texts of a split. Every process calls it.
+
+    Args:
+        model: CLIP in eval mode, not wrapped.
+        dataset: the split's images, its `texts` and `image_of_text`; each image and each text is
+            encoded by one process.
+        split: "val" or "test".
+        options: device, batch size and precision.
+
+    Returns:
+        `{"scores": ...}` of `recalls`, the same on every process.
+    """
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        return model.encode_text(model.tokenize(texts)[0].to(options.device))
+
+    with options.autocast():
+        images = _features(model.encode_image, options.batches(dataset, "images"))
+        texts = _features(encode_texts, options.batches(dataset.texts, "texts"))
+    return {"scores": recalls(images @ texts.T, dataset.image_of_text)}
+
+
+def _features(encode: Callable, batches: Iterable[tuple]) -> Tensor:
+    """Normalised features (N, D) float32 on the CPU, equal on every process.
+
+    Args:
+        encode: from a batch's inputs to features (B, D).
+        batches: this process's inputs, with their numbers (B,) in the split.
+
+    Returns:
+        Features of the inputs in all processes' batches, in the order of numbers.
+    """
+    own = [(F.normalize(encode(inputs).float(), dim=-1).cpu(), n.cpu()) for inputs, n in batches]
+    shares = gather_from_processes(own)
+    features, numbers = zip(*(batch for share in shares for batch in share), strict=True)
+    numbers = torch.cat(numbers)
+    assert torch.equal(numbers.sort().values, torch.arange(len(numbers)))
+    return torch.cat(features)[numbers.argsort()]
 
 
 def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
@@ -45,40 +91,3 @@ def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
 
 def _percent(hits: Tensor) -> float:
     return 100 * int(hits.sum()) / len(hits)
-
-
-def retrieval_features(
-    model: nn.Module, images: Iterable[tuple], texts: Iterable[tuple], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Normalised features of all images and all texts of a split. Every process calls it.
-
-    Args:
-        model: in eval mode, not wrapped; has `encode_image`, `encode_text` and `tokenize`.
-        images: batches of images (B, 3, S, S) and their numbers in the split (B,); each image is in
-            the share of one process.
-        texts: batches of B texts and their numbers (B,), likewise.
-        device: where the model is.
-
-    Returns:
-        (I, D) and (T, D) float32 on the CPU, in the order of numbers, equal on every process: their
-        product is the similarities of `recalls`.
-    """
-
-    def encode_texts(batch: list[str]) -> Tensor:
-        return model.encode_text(model.tokenize(batch)[0].to(device))
-
-    def encode_images(batch: Tensor) -> Tensor:
-        return model.encode_image(batch.to(device, non_blocking=True))
-
-    return _features(encode_images, images), _features(encode_texts, texts)
-
-
-@torch.no_grad()
-def _features(encode: Callable, batches: Iterable[tuple]) -> Tensor:
-    """Normalised features (N, D) of the inputs in all processes' batches, in order of numbers."""
-    own = [(F.normalize(encode(inputs).float(), dim=-1).cpu(), n) for inputs, n in batches]
-    shares = gather_from_processes(own)
-    features, numbers = zip(*(batch for share in shares for batch in share), strict=True)
-    numbers = torch.cat(numbers)
-    assert torch.equal(numbers.sort().values, torch.arange(len(numbers)))
-    return torch.cat(features)[numbers.argsort()]

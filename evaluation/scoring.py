@@ -1,7 +1,7 @@
-"""Scores of captions: BLEU, ROUGE-L, CIDEr, METEOR and, on request, SPICE.
+"""Scores of captions: BLEU, ROUGE-L, CIDEr, METEOR and, on request, SPICE, of pycocoevalcap.
 
-The metrics are pycocoevalcap's. Each runs in its own process with a time limit; one that cannot
-run or fails is reported beside the scores of the others.
+What needs Java runs in processes of its own with a time limit; what cannot run or fails is reported
+beside the other scores.
 """
 
 import contextlib
@@ -15,94 +15,101 @@ import tempfile
 import time
 from pathlib import Path
 
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
 from data.records import RESULTS, listed, read_records, read_references
-from evaluation import metrics
+from evaluation import java
 from evaluation.ptb import ptb_tokenize
+from evaluation.results import write_scores
 from utils import UserError, write_json
 
-IN_PYTHON = ["BLEU", "ROUGE_L", "CIDEr"]
 # What Stanford's tokenizer, METEOR or Python takes for the end of a line.
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 NO_JAVA = "needs Java, which is not on PATH"
 ENGLISH = "-Duser.language=en -Duser.country=US"  # METEOR reads decimals as Java's locale says
+TIMEOUT = 900.0  # seconds for the tokenizer, and then for all metrics in Java
 
 
-def score_results(
-    results_path: str | Path,
-    gt_path: str | Path,
-    spice: bool = False,
-    meteor: bool = True,
-    timeout_s: float = 900.0,
-) -> dict:
-    """Scores a results file and writes what it finds beside it. For the main process only.
+def references_path(config: dict, split: str) -> Path:
+    """The file of a split's references."""
+    return Path(config["coco_gt_root"], f"coco_karpathy_{split}_gt.json")
 
-    `NAME.json` gives `NAME_scores.json` (`scores`, `left_out`, `tokenizer`, `remarks`) and
-    `NAME_images.json` (caption, CIDEr and references of each image, for reading).
 
-    Args:
-        results_path: file that `caption_split` wrote.
-        gt_path: see `score_captions`.
-        spice: see `score_captions`.
-        meteor: see `score_captions`.
-        timeout_s: see `score_captions`.
-
-    Returns:
-        `scores`, `left_out`, `tokenizer` and `remarks` of `score_captions`.
+def score_again(path: Path, config: dict, spice: bool) -> None:
+    """Scores a file of captions that an evaluation wrote, and prints and writes the scores.
 
     Raises:
-        UserError: a file is missing or unreadable, or the two are not of the same images.
+        UserError: the file's name does not tell its split, or a file cannot be used.
     """
-    results_path = Path(results_path)
-    results = read_records(results_path, RESULTS)
-    report = score_captions(results, gt_path, spice, meteor, timeout_s)
-    write_json(results_path.with_name(f"{results_path.stem}_images.json"), report.pop("images"))
-    write_json(results_path.with_name(f"{results_path.stem}_scores.json"), report)
-    return report
+    split = path.stem
+    if split not in ("val", "test"):
+        raise UserError("--score_only takes the val.json or test.json of an evaluation")
+    file = references_path(config, split)
+    report = score_captions(read_records(path, RESULTS), read_references(file), file, spice)
+    write_captions(path, report)
+    write_scores(path.parent, split, report["scores"])
+    print(f"{split}: {json.dumps(report['scores'])}", *notes_of(report), sep="\n")
+
+
+def write_captions(path: Path, report: dict) -> None:
+    """Writes a report of `score_captions` beside the captions NAME.json.
+
+    `NAME_images.json` has caption, CIDEr and references of each image, `NAME_scores.json` the rest.
+    """
+    rest = {key: value for key, value in report.items() if key != "images"}
+    write_json(path.with_name(f"{path.stem}_images.json"), report["images"])
+    write_json(path.with_name(f"{path.stem}_scores.json"), rest)
+
+
+def notes_of(report: dict) -> list[str]:
+    """What to print of a report of `score_captions` beside its scores."""
+    left_out = [f"{metric} is left out: {why}" for metric, why in report["left_out"].items()]
+    remarks = [f"note: {remark}" for remark in report["remarks"]]
+    return [f"tokens: {report['tokenizer']}", *left_out, *remarks]
 
 
 def score_captions(
     results: list[dict],
-    gt_path: str | Path,
+    references: dict[int, list[str]],
+    source: Path,
     spice: bool = False,
     meteor: bool = True,
-    timeout_s: float = 900.0,
 ) -> dict:
-    """Scores captions against COCO references.
+    """Scores captions against references.
 
     Args:
-        results: `{"image_id": int, "caption": str}` an image, of exactly the images of `gt_path`.
-        gt_path: references in COCO's annotation format.
-        spice: also compute SPICE, whose first use downloads CoreNLP's models (about 0.4 GB).
-        meteor: also compute METEOR, which takes some ten seconds whatever the number of images;
-            a validation during training may go without.
-        timeout_s: time limit in seconds, of the tokenizer and then of all metrics, which run
-            side by side.
+        results: `{"image_id": int, "caption": str}` an image, of exactly the references' images.
+        references: image id to its captions.
+        source: file of the references, for errors.
+        spice: also SPICE, whose first use downloads CoreNLP's models (about 0.4 GB).
+        meteor: also METEOR, which takes some ten seconds whatever the number of images.
 
     Returns:
-        `scores` {metric: float}, `left_out` {metric: why}, `tokenizer` (a sentence), `remarks` (a
-        list of sentences on what the scores do not tell) and `images`, a list of
+        `scores` {metric: float}, `left_out` {metric: why}, `tokenizer` (a sentence), `remarks`
+        (sentences on what the scores do not tell) and `images`, a list of
         `{"image_id", "caption", "CIDEr", "references"}`.
 
     Raises:
-        UserError: the references cannot be read or are not of the same images.
+        UserError: captions and references are not of the same images.
     """
-    references = read_references(gt_path)
     captions = {result["image_id"]: [result["caption"]] for result in results}
     if captions.keys() != references.keys() or len(captions) < len(results):
         raise UserError(
             f"{len(results)} captions of {len(captions)} images do not fit the {len(references)} "
-            f"images of {gt_path}; were they made for another split? Caption the split again"
+            f"images of {source}; were they made for another split? Caption the split again"
         )
-
-    java = shutil.which("java") is not None
-    *tokenized, tokenizer = _tokenize(references, captions, java, timeout_s)
-    in_java = ["METEOR"] * meteor + ["SPICE"] * spice
-    outputs, left_out = _run(IN_PYTHON + in_java * java, *tokenized, timeout_s)
-    if not java:
-        left_out |= dict.fromkeys(in_java, NO_JAVA)
-    cider = outputs.get("CIDEr", {}).get("images", {})
+    *tokenized, tokenizer = _tokenize(references, captions)
+    bleu, _ = Bleu(4).compute_score(*tokenized, verbose=0)
+    rouge, _ = Rouge().compute_score(*tokenized)
+    cider, of_images = Cider().compute_score(*tokenized)
+    of_images = dict(zip(tokenized[0], map(float, of_images), strict=True))
+    scores = {f"Bleu_{n}": score for n, score in enumerate(bleu, start=1)}
+    scores |= {"ROUGE_L": float(rouge), "CIDEr": float(cider)}
+    more, left_out = _run_java(["METEOR"] * meteor + ["SPICE"] * spice, *tokenized)
     return {
-        "scores": {k: v for output in outputs.values() for k, v in output["scores"].items()},
+        "scores": scores | more,
         "left_out": left_out,
         "tokenizer": tokenizer,
         "remarks": _remarks(*tokenized),
@@ -110,7 +117,7 @@ def score_captions(
             {
                 "image_id": image,
                 "caption": caption,
-                "CIDEr": cider.get(str(image)),
+                "CIDEr": of_images[str(image)],
                 "references": references[image],
             }
             for image, (caption,) in captions.items()
@@ -139,67 +146,53 @@ def _remarks(references: dict[str, list[str]], captions: dict[str, list[str]]) -
     return remarks
 
 
-def _tokenize(
-    references: dict, captions: dict, java: bool, timeout_s: float
-) -> tuple[dict, dict, str]:
-    """References and captions in tokens, and a sentence that says by which tokenizer.
+def _tokenize(references: dict, captions: dict) -> tuple[dict, dict, str]:
+    """References and captions in tokens, by image id as text, and a sentence on the tokenizer.
 
     Every sentence is first made one line, for tokens come back by line: one line end inside a
     sentence would give all tokens after it to other images.
     """
-    references, captions = (
-        {image: [sentence.translate(LINE_ENDS) for sentence in of_image] for image, of_image in g}
-        for g in (references.items(), captions.items())
-    )
-    why = NO_JAVA
-    if java:
-        outputs, failures = _run(["tokenize"], references, captions, timeout_s)
-        if outputs:
-            return *outputs["tokenize"], "Stanford's PTB tokenizer (Java)"
-        why = failures["tokenize"]
-    tokenized = (
-        {
-            image: [ptb_tokenize(sentence) for sentence in sentences]
-            for image, sentences in g.items()
-        }
-        for g in (references, captions)
-    )
-    return *tokenized, f"PTB rules in Python; Stanford's tokenizer {why}"
+    lines = [
+        {str(image): [text.translate(LINE_ENDS) for text in texts] for image, texts in of.items()}
+        for of in (references, captions)
+    ]
+    outputs, failures = _run_java(["tokenize"], *lines)
+    if outputs:
+        return *outputs["tokenize"], "Stanford's PTB tokenizer (Java)"
+    tokenized = [{image: list(map(ptb_tokenize, of[image])) for image in of} for of in lines]
+    return *tokenized, f"PTB rules in Python; Stanford's tokenizer {failures['tokenize']}"
 
 
-def _run(
-    names: list[str], references: dict, captions: dict, timeout_s: float
-) -> tuple[dict[str, dict], dict[str, str]]:
-    """Runs jobs of `metrics.py` side by side, each in a process group of its own.
+def _run_java(names: list[str], references: dict, captions: dict) -> tuple[dict, dict[str, str]]:
+    """Runs jobs of `java.py` side by side, each in a process group of its own.
 
     Returns:
-        Outputs by name, and for the jobs without one a sentence.
+        Outputs by name, and a sentence for each job without one.
     """
-    outputs, failures = {}, {}
+    if shutil.which("java") is None:
+        return {}, dict.fromkeys(names, NO_JAVA)
+    outputs, failures, processes = {}, {}, {}
+    options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} {ENGLISH}"
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         source = Path(folder, "captions.json")
         source.write_text(json.dumps([references, captions]))
-        options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} {ENGLISH}"
-        environment = os.environ | {"JAVA_TOOL_OPTIONS": options}
-        processes = {}
         for name in names:
             log = stack.enter_context(open(Path(folder, f"{name}.log"), "w"))
-            command = [sys.executable, metrics.__file__, name, source, Path(folder, f"{name}.json")]
             processes[name] = subprocess.Popen(
-                command,
+                [sys.executable, java.__file__, name, source, Path(folder, f"{name}.json")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=environment,
+                env=os.environ | {"JAVA_TOOL_OPTIONS": options},
             )
             stack.callback(_kill_group, processes[name])
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + TIMEOUT
         for name, process in processes.items():
             try:
                 status = process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                failures[name] = f"did not finish within {timeout_s:g} s"
+                failures[name] = f"did not finish within {TIMEOUT:g} s"
                 continue
             if status == 0:
                 outputs[name] = json.loads(Path(folder, f"{name}.json").read_text())

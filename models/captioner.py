@@ -102,10 +102,20 @@ class Captioner(nn.Module):
             attention_mask: (B, L), 0 at padding.
             labels: (B, L) ids, or IGNORED_LABEL where the token is not predicted.
         """
+        return self.text_loss(self.encode_image(image), input_ids, attention_mask, labels)
+
+    def text_loss(
+        self,
+        image_embeds: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss of `loss` from image tokens (B, L, D)."""
         return self.text_decoder(
             input_ids,
             attention_mask=attention_mask,
-            encoder_hidden_states=self.encode_image(image),
+            encoder_hidden_states=image_embeds,
             labels=labels,
         ).loss
 
@@ -137,13 +147,17 @@ class Captioner(nn.Module):
         Returns:
             (B, <= max_length) ids with prompt and end token, padded with the pad id.
         """
+        lengths = dict(num_beams=num_beams, max_length=max_length, min_length=min_length)
+        return self._generate_ids(self.encode_image(image), prompt_ids, **lengths)
+
+    def _generate_ids(
+        self, image_embeds: torch.Tensor, prompt_ids: torch.Tensor, **lengths: int
+    ) -> torch.Tensor:
         return generate_ids(
             self.text_decoder,
-            self.encode_image(image),
+            image_embeds,
             prompt_ids,
-            num_beams=num_beams,
-            max_length=max_length,
-            min_length=min_length,
+            **lengths,
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
             length_normalization=self.length_normalization,
@@ -154,9 +168,15 @@ class Captioner(nn.Module):
         self, image: torch.Tensor, num_beams: int = 3, max_length: int = 20, min_length: int = 5
     ) -> list[str]:
         """Captions of images (B, 3, S, S), without the prompt. Lengths as in `generate_ids`."""
+        lengths = dict(num_beams=num_beams, max_length=max_length, min_length=min_length)
+        return self.caption(self.encode_image(image), **lengths)
+
+    @torch.no_grad()
+    def caption(self, image_embeds: torch.Tensor, **lengths: int) -> list[str]:
+        """The captions of `generate` from image tokens (B, L, D)."""
         prompt_ids = self.tokenize([self.prompt])[0][:, : self.prompt_length]
-        prompt_ids = prompt_ids.to(image.device).expand(len(image), -1)
-        ids = self.generate_ids(image, prompt_ids, num_beams, max_length, min_length)
+        prompt_ids = prompt_ids.to(image_embeds.device).expand(len(image_embeds), -1)
+        ids = self._generate_ids(image_embeds, prompt_ids, **lengths)
         ids = ids[:, self.prompt_length :]
         # Joining "man ' s" to "man's" was the default when BLIP's scores were published.
         texts = self.tokenizer.batch_decode(

@@ -1,0 +1,98 @@
+"""What a run is: its task, its flags and config, and the command as it was typed."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import SCHEMAS, Place, load_config
+from engine.flags import check_flags
+from engine.tasks import TASKS, Task
+from reports.runs import PRUNED_FILE
+from utils import UserError, write_json
+
+OVERRIDES = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers")  # flags and keys
+# What may change between a stop and a resume: places, speed, evaluation, what is printed and kept.
+# Files count by their content, --max_steps, --warmup_steps and --max_epoch as the steps that they
+# come to. A flag or key that is not named here must stay the same.
+FREE_FLAGS = frozenset(
+    """
+    config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile
+    skip_bad_images evaluate split pruned sparse eval_epochs eval_test spice score_only
+    pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps useID id_profile
+    n_gpu world_size dist_url distributed local_rank use_ceph w_sp_attn w_sp_mlp
+    """.split()
+)
+FREE_KEYS = frozenset(  # and all places
+    """
+    med_config max_epoch eval_batch_size num_workers vit_grad_ckpt vit_ckpt_layer max_length
+    min_length num_beams length_normalization
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The record of a run.
+
+    Attributes:
+        task: of the script.
+        argv: the script and its flags as they were typed.
+        flags: parsed, without `argv`.
+        config: of `load_config`, flags in place of its own values.
+    """
+
+    task: Task
+    argv: tuple[str, ...]
+    flags: argparse.Namespace
+    config: dict
+
+    @property
+    def id_profile(self) -> str:
+        """Path of the profile that weights scores; "" weights none."""
+        return self.flags.id_profile or (self.config["id_profile"] if self.flags.useID else "")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the results: the evaluated run's own where --model_dir names no other.
+
+        Other folders that --pruned may name (Hugging Face's, a cache) are not written to.
+        """
+        flags, pruned = self.flags, self.flags.pruned
+        if flags.model_dir is None and pruned and Path(pruned, PRUNED_FILE).is_file():
+            if os.access(pruned, os.W_OK):
+                return Path(pruned)
+        return Path(flags.output_dir, flags.model_dir or Path(flags.config).stem)
+
+    def write(self, path: Path) -> None:
+        """Writes the record. Call it once all checks have passed."""
+        flags = vars(self.flags)
+        write_json(path, {"config": self.config, "flags": flags, "argv": self.argv})
+
+    def identity(self) -> dict:
+        """Flags and keys that a resumed run must share with the one it goes on from."""
+        schema = SCHEMAS[self.task.name]
+        free = FREE_KEYS | {key for key, (rule, _) in schema.items() if isinstance(rule, Place)}
+        keys = {key: value for key, value in self.config.items() if key not in free}
+        flags = {name: value for name, value in vars(self.flags).items() if name not in FREE_FLAGS}
+        return keys | flags
+
+
+def read_experiment(args: argparse.Namespace, task: str) -> Experiment:
+    """Checks flags and config, without anything heavy.
+
+    Args:
+        args: of a script's `parse_args`.
+        task: key of `engine.tasks.TASKS`.
+
+    Raises:
+        UserError: a flag or the config is wrong.
+    """
+    check_flags(args)
+    config = load_config(args.config, {key: getattr(args, key) for key in OVERRIDES}, task)
+    flags = argparse.Namespace(**vars(args))
+    argv = tuple(vars(flags).pop("argv"))
+    experiment = Experiment(TASKS[task], argv, flags, config)
+    if flags.useID and not experiment.id_profile:
+        raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
+    return experiment
