@@ -35,7 +35,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setup(scenes, tmp_path_factory):
-    """The flags of a run of 12 steps in 2 epochs, and the folder of that run when it ran through."""
+    """The flags of a run of 12 steps in 2 epochs, and the folder of one that ran through."""
     folder = tmp_path_factory.mktemp("runs")
     config = write_config(folder / "config.yaml", scenes, batch_size=8, max_epoch=2)
     flags = ["--config", config, "--output_dir", str(folder), *PRUNE]
@@ -87,11 +87,15 @@ def test_signal_finishes_the_step_saves_and_exits(setup, monkeypatch, number, st
 
 def test_signal_in_a_validation_ends_it_at_once(setup, monkeypatch):
     flags, folder = setup
-    generate = Captioner.generate
+    encode_image = Captioner.encode_image
+
+    def interrupted(self, image):
+        if not self.training:
+            signal.raise_signal(signal.SIGTERM)
+        return encode_image(self, image)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Captioner, "generate", lambda *a, **k: signal.raise_signal(15) or generate(*a, **k)
-        )
+        patch.setattr(Captioner, "encode_image", interrupted)
         with pytest.raises(SystemExit) as stopped:
             train(flags, "validation", "--eval_epochs", "1")
     assert stopped.value.code == EXIT_STOPPED
@@ -157,7 +161,7 @@ def test_resume_from_a_file_and_keep_checkpoints(setup):
 
 @pytest.fixture
 def two(scenes, tmp_path):
-    """By script, flags of a run of one epoch, 24 steps of two processes, which load images apart."""
+    """By script, flags of a run of two processes: an epoch of 24 steps, with loading processes."""
     changes = {"batch_size": 1, "max_epoch": 1, "num_workers": 1}
     configs = {
         "train_caption": write_config(tmp_path / "caption.yaml", scenes, **changes),
