@@ -27,22 +27,19 @@ def step_files(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer steps that a checkpoint's name tells."""
+    """Optimizer steps in a checkpoint's name."""
     return int(_STEP_FILE.match(path.name).group(1))
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: list[Path]) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: list[Path]) -> None:
     """Writes `step_XXXXXXXX.pt` atomically, then deletes all but the run's newest.
 
     Args:
-        folder: of the run's checkpoints; one process writes to it.
-        step: optimizer steps that were taken.
+        folder: checkpoints of the run; one process writes to it.
+        step: optimizer steps taken.
         state: tensors and plain values only, so that it can be read with weights_only=True.
-        keep: how many checkpoints of the run stay, this one included.
-        replaced: files of a run that this one takes the place of; they go, and the list is emptied.
-
-    Returns:
-        The file.
+        keep: number of checkpoints of the run that stay, this one included.
+        replaced: files of a run that this one replaces; they go, and the list is emptied.
     """
     path = folder / f"step_{step:08d}.pt"
     with atomic_write(path, "wb") as file:
@@ -53,14 +50,12 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: l
     replaced.clear()
     for old in step_files(folder)[keep:]:
         old.unlink()
-    return path
 
 
 def later_than(folder: Path, step: int) -> list[Path]:
     """The checkpoints of later steps than the one at which a run starts.
 
-    They are of a run that it takes the place of (of any, where it starts at step 0): ranked by
-    step, they would pass for its newest.
+    Ranked by step, those of the run that it replaces would pass for its own newest.
     """
     return [path for path in step_files(folder) if step_of(path) > step]
 
@@ -89,11 +84,9 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
-    """Reads the newest whole checkpoint of a run.
+    """Content and path of the newest whole checkpoint, and a sentence on each broken newer one.
 
-    Returns:
-        Its content, its path and a sentence for every newer one that is not whole; None where the
-        folder holds no checkpoint.
+    None where the folder holds no checkpoint.
 
     Raises:
         UserError: there are checkpoints, but none is whole.
@@ -112,12 +105,7 @@ def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes the weights as safetensors, atomically; of tied parameters only the first name.
-
-    Args:
-        model: not wrapped in DistributedDataParallel.
-        path: of the file.
-    """
+    """Writes a plain model's weights as safetensors; of tied parameters only the first name."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in stored_tensors(model)}
     with atomic_write(path, "wb") as file:
         file.write(safetensors.torch.save(weights))
@@ -127,13 +115,13 @@ def check_disk_space(folder: Path, model: nn.Module, pruner_elements: int, keep:
     """Checks that the run's files will fit on the disk; what it replaces counts as room.
 
     Args:
-        folder: of the run's results.
-        model: whose weights and AdamW averages (two a parameter) go into a checkpoint.
-        pruner_elements: float32 elements that the pruner saves besides.
+        folder: results of the run.
+        model: its weights and AdamW averages (two a parameter) go into a checkpoint.
+        pruner_elements: float32 elements that the pruner saves.
         keep: checkpoints that stay; one more is there while a new one is written.
 
     Raises:
-        UserError: with the space needed and the space free.
+        UserError: names the space needed and the space free.
     """
     parameters = sum(p.numel() for p in model.parameters())
     checkpoint = 4 * (3 * parameters + pruner_elements)
@@ -150,11 +138,7 @@ def check_disk_space(folder: Path, model: nn.Module, pruner_elements: int, keep:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of the generators that this process's training steps draw from.
-
-    Args:
-        device: that it computes on.
-    """
+    """State of the generators that training steps on a device draw from."""
     state = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         state[device.type] = torch.get_device_module(device).get_rng_state(device)

@@ -3,8 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -80,12 +81,7 @@ def written(run: Run) -> str:
 
 
 def train_one_epoch(run: Run, state: TrainState) -> None:
-    """Takes the remaining steps of the epoch, with a checkpoint at its end.
-
-    Raises:
-        FloatingPointError: a loss is not finite.
-        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT and a checkpoint.
-    """
+    """Takes the remaining steps of the epoch, with a checkpoint at its end. Raises as `train`."""
     progress, config, process = state.progress, run.config, run.process
     steps, accumulated = state.plan.steps_of(progress.epoch), run.flags.gradient_accumulation_steps
     if progress.step_in_epoch == steps:  # resumed between the last step and its validation
@@ -113,12 +109,13 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                 ]
             )
 
-            def weights(agreed=agreed, terms=terms) -> list[float]:
-                return [n * process.world_size / agreed()[0] for n in terms]
-
             if hasattr(state.model, "on_step"):  # its loss depends on how far the run is
                 state.model.on_step(progress.epoch + progress.step_in_epoch / steps)
-            take_step(run, state, parts, weights)
+            try:
+                train_step(run, state, parts, partial(shares, terms, agreed))
+            except NonFiniteScores:
+                read_losses(run, state)  # raises where a loss tells why
+                raise
             _, skipped, stops, log, due = agreed()
             progress.bad_images += int(skipped)
             save_now = progress.step_in_epoch == steps or stops or due
@@ -142,19 +139,9 @@ def checkpoint_is_due(checkpoint_steps: int, state: TrainState) -> bool:
     return time.monotonic() - state.saved_at >= interval
 
 
-def take_step(
-    run: Run, state: TrainState, parts: list[tuple], weights: Callable[[], list[float]]
-) -> None:
-    """Takes a `train_step`; where scores are NaN, looks whether a loss tells why.
-
-    Raises:
-        FloatingPointError: a loss is not finite; else NonFiniteScores, where scores are NaN.
-    """
-    try:
-        train_step(run, state, parts, weights)
-    except NonFiniteScores:
-        read_losses(run, state)
-        raise
+def shares(terms: Sequence[int], agreed: Callable[[], list[float]]) -> list[float]:
+    """Shares of this process's parts in all terms of a step, which `agreed` gives first."""
+    return [count / agreed()[0] for count in terms]
 
 
 def train_step(
@@ -167,19 +154,19 @@ def train_step(
     processes' means.)
 
     Args:
-        run: device and precision.
+        run: device, precision and number of processes, by which data parallelism divides.
         state: changed in place.
         parts: of `model.prepare`, on the device, one forward pass each.
-        weights: gives the weight of each part's mean loss, its share of all terms times the number
-            of processes, by which data parallelism divides; called after the forward pass.
+        weights: gives each part's share of all terms; called after a forward pass.
     """
-    device, progress = run.process.device, state.progress
-    loss = torch.zeros((), device=device)
+    process, progress = run.process, state.progress
+    loss = torch.zeros((), device=process.device)
     for i, part in enumerate(parts):
         whole = i == len(parts) - 1 or state.engine is state.model
         with nullcontext() if whole else state.engine.no_sync():
-            with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
-                part_loss = state.engine(*part) * weights()[i]
+            with torch.autocast(process.device.type, torch.bfloat16, enabled=run.bf16):
+                mean = state.engine(*part)
+            part_loss = mean * (weights()[i] * process.world_size)
             part_loss.backward()
         loss += part_loss.detach()
     state.unread_losses.append(loss)
@@ -192,10 +179,7 @@ def train_step(
 
 
 def read_losses(run: Run, state: TrainState) -> float:
-    """Fetches the losses of the steps since the last call, which waits for the device.
-
-    Returns:
-        Their mean.
+    """Fetches the losses of the steps since the last call, which waits for the device; their mean.
 
     Raises:
         FloatingPointError: one is not finite; names the step, its image files and the checkpoint.
@@ -277,10 +261,8 @@ def is_best(record: dict, history: list[dict], best_by: str, final_ratio: float)
 
     Epochs before are no rivals: of a run that prunes, the least pruned epoch scores best.
     """
-
-    def score(epoch: dict) -> float:
-        return (
-            epoch.get(best_by, -math.inf) if epoch["remaining_ratio"] <= final_ratio else -math.inf
-        )
-
-    return score(record) > max(map(score, history), default=-math.inf)
+    *earlier, own = (
+        epoch.get(best_by, -math.inf) if epoch["remaining_ratio"] <= final_ratio else -math.inf
+        for epoch in (*history, record)
+    )
+    return own > max(earlier, default=-math.inf)

@@ -30,13 +30,13 @@ def run_task(experiment: Experiment) -> None:
         UserError: flags, config, data, weights or the results folder are wrong, or a checkpoint is
             of another run.
         FloatingPointError: a loss is not finite.
-        SystemExit: after SIGTERM or SIGINT, see `engine.loop.train`.
+        SystemExit: SIGTERM or SIGINT came, see `engine.loop.train`.
     """
     run = start(experiment)
     model, train_set, held_out, layer_id = prepare(run)
     if run.flags.evaluate:
-        with results_folder(run, "evaluation.json"):
-            evaluate(run, model, held_out)
+        with recorded(run, "evaluation.json"):
+            evaluate(run, model.eval(), held_out)
         return
     state = build_state(run, model, train_set, layer_id)
     found = find_checkpoint(run, state.identity)
@@ -46,35 +46,30 @@ def run_task(experiment: Experiment) -> None:
     resume(run, state, found)
     del found  # whose tensors map the file
     if not already_finished(run, state):
-        with results_folder(run, "config.json"):
+        with recorded(run, "config.json"):
             train(run, state, held_out)
 
 
 @contextmanager
-def results_folder(run: Run, record: str) -> Iterator[None]:
-    """On the main process makes the results folder, locks it in the block, and writes the record.
-
-    The lock ends with the process, however that ends. It is the process's own: loading processes do
-    not inherit it.
-
-    Args:
-        run: which has passed its checks.
-        record: file name of the experiment.
-
-    Raises:
-        UserError: the folder cannot be written, or another process that lives writes to it.
-    """
+def recorded(run: Run, name: str) -> Iterator[None]:
+    """Holds the results folder in the block, on the main process, with the run's record in it."""
     if not run.process.is_main:
         yield
         return
     with locked(run.folder):
-        run.experiment.write(run.folder / record)
+        run.write(run.folder / name)
         yield
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other processes' runs out of it; raises as `results_folder`."""
+    """Makes a folder and keeps other processes out of it until the block or this process ends.
+
+    The lock is the process's own: loading processes do not inherit it.
+
+    Raises:
+        UserError: the folder cannot be written, or another process that lives writes to it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)
@@ -99,21 +94,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 def evaluate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> None:
     """Scores held-out sets, prints the scores and writes them to `results/`."""
-    model.eval()
-    results = run.folder / "results"
+    results, notes = run.folder / "results", {}
     if run.process.is_main:
         write_json(run.folder / "sparsity.json", sparsity_report(prunable_layers(model)))
-    spice = getattr(run.flags, "spice", False)
     if run.flags.sparse:
         run.say(str(sparsify_(model)))
+    spice = getattr(run.flags, "spice", False)
     options = EvalOptions(run.config, run.process.device, run.bf16, results, True, spice)
-    notes = {}
     for split, dataset in held_out.items():
         report = run.task.evaluate(model, dataset, split, options)
         if run.process.is_main:
             write_scores(results, split, report["scores"], *run.task.results)
         run.say(f"{split}: {json.dumps(report['scores'])}")
         notes |= dict.fromkeys(report.get("notes", []))
-    for sentence in notes:
-        run.say(sentence)
-    run.say(f"wrote {results}")
+    for line in (*notes, f"wrote {results}"):
+        run.say(line)

@@ -1,4 +1,4 @@
-"""One process or several: devices, seeds, memory, and what processes tell each other."""
+"""One process or several: devices, seeds, memory, and messages between processes."""
 
 import ctypes
 import functools
@@ -31,7 +31,7 @@ def seed_everything(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """One process of the run: its rank, how many there are, and the device it computes on."""
+    """One process of a run: its rank, the number of processes, and the device it computes on."""
 
     rank: int
     world_size: int
@@ -39,7 +39,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
 
@@ -51,11 +51,10 @@ SRUN = (
 
 
 def launched_processes() -> int:
-    """How many processes torchrun started; 1 under plain `python`.
+    """Number of processes that torchrun started; 1 under plain `python`.
 
     Raises:
-        UserError: some of torchrun's variables are set and others not, or they are no numbers; or
-            SLURM started several tasks, which know nothing of each other without torchrun.
+        UserError: torchrun's variables are not whole, or SLURM started several tasks without it.
     """
     values = {name: os.environ.get(name, "") for name in LAUNCHER}
     missing = [name for name, value in values.items() if not value]
@@ -67,16 +66,16 @@ def launched_processes() -> int:
                 f"and write the same files. Start one task on each node: {SRUN}"
             )
         return 1
-    set_names = [name for name in LAUNCHER if name not in missing]
     if missing:
+        there = [name for name in LAUNCHER if name not in missing]
         raise UserError(
-            f"{', '.join(set_names)} {'is' if len(set_names) == 1 else 'are'} set in the "
-            f"environment, but not {', '.join(missing)}: torchrun sets them all. Unset them, or "
-            "start with python -m torch.distributed.run"
+            f"{', '.join(there)} {'is' if len(there) == 1 else 'are'} set in the environment, but "
+            f"not {', '.join(missing)}: torchrun sets them all. Unset them, or start with python "
+            "-m torch.distributed.run"
         )
-    numbers = [name for name in LAUNCHER if name != "MASTER_ADDR" and not values[name].isdigit()]
-    if numbers:
-        raise UserError(f"{numbers[0]} is {values[numbers[0]]!r} in the environment: not a number")
+    for name, value in values.items():
+        if name != "MASTER_ADDR" and not value.isdigit():
+            raise UserError(f"{name} is {value!r} in the environment: not a number")
     return int(values["WORLD_SIZE"])
 
 
@@ -84,10 +83,9 @@ def choose_device(device: str, processes: int) -> torch.device:
     """The device that a process computes on.
 
     Args:
-        device: "auto" (an accelerator if there is one), "cpu", or an accelerator's type such as
-            "cuda", "xpu", "mps", with or without an index. Without one, each process takes the
-            device of its local rank.
-        processes: how many there are.
+        device: "auto" (an accelerator if there is one), "cpu", or an accelerator's type, with or
+            without an index; without one, each process takes the device of its local rank.
+        processes: number of processes.
 
     Raises:
         UserError: there is no such device.
@@ -122,23 +120,20 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
     """Joins the processes that torchrun started, or stands alone under plain `python`.
 
     Args:
-        device: see `choose_device`.
-        timeout_s: a collective that waits longer for another process ends this one. It covers the
-            longest work of one process alone (scoring, a download); a process that dies closes its
-            connections, which ends the others at once.
+        device: as of `choose_device`.
+        timeout_s: seconds that a collective waits for another process: above the longest work of
+            one process alone (scoring, a download). A process that dies ends the others at once.
 
     Raises:
-        UserError: the device is not there, the launcher's variables are not whole, or the port is
-            taken.
+        UserError: the device, the launcher's variables or the port are wrong.
     """
     world_size = launched_processes()
     chosen = choose_device(device, world_size)
     if chosen.type != "cpu":
         torch.accelerator.set_device_index(chosen.index)
     if world_size > 1 and not dist.is_initialized():
-        # what processes tell each other from the host goes over gloo, so that it waits for no GPU
         backend = "gloo"
-        if chosen.type != "cpu":
+        if chosen.type != "cpu":  # host values go over gloo all the same, which waits for no GPU
             own = dist.get_default_backend_for_device(chosen.type)
             backend = f"cpu:gloo,{chosen.type}:{own}"
         try:
@@ -155,9 +150,8 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on the device.
 
-    On the CPU that is the least of what the system has and what the process's control groups (a
-    container's, a job's) have left, shared among this machine's processes, and of what the
-    process's own limits (`ulimit -v`, `ulimit -d`) leave.
+    On the CPU the least of what the system and the control groups (a container's, a job's) have
+    left, shared among this machine's processes, and of what `ulimit -v` and `ulimit -d` leave.
     """
     if device.type != "cpu":
         return torch.accelerator.get_memory_info(device)[0]
@@ -178,11 +172,8 @@ GROUPS_V2 = (["memory.max", "memory.high"], "memory.current", "inactive_file")
 def left_in_groups(root: str | Path = "/") -> list[int]:
     """Bytes left below each memory limit of this process's control groups and those above them.
 
-    A container often sees its own group as the uppermost one, whatever path the kernel tells; of
-    a path, the groups that are there count.
-
-    Args:
-        root: of the file system.
+    A container often sees its own group as the uppermost one, whatever path the kernel gives: of
+    the path, the groups that are there count.
     """
     left = []
     try:
@@ -215,11 +206,10 @@ def _left_in_group(folder: Path, limits: list[str], usage: str, cache: str) -> l
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Lets glibc keep what is freed, instead of returning it to the kernel and asking anew.
+    """Lets glibc keep what is freed on the CPU, instead of asking the kernel for zeroed pages anew.
 
-    Forward passes and training steps on the CPU free gigabytes, and a page that comes back is
-    zeroed first: a training step of BLIP base took 6.3 s without this and 5.2 s with it (batch 2,
-    two cores), at the same peak of memory. A GPU's memory is kept by torch.
+    A training step of BLIP base took 6.3 s without this and 5.2 s with it (batch 2, two cores), at
+    the same peak of memory. A GPU's memory is kept by torch.
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -240,7 +230,7 @@ def place_among_processes() -> tuple[int, int]:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and speaks."""
+    """Whether this process writes files and prints."""
     return place_among_processes()[0] == 0
 
 
@@ -251,11 +241,9 @@ def barrier() -> None:
 
 
 def start_sum(values: list[float]) -> Callable[[], list[float]]:
-    """Begins to sum host values over all processes, without waiting for a GPU.
+    """Begins to sum host values over all processes; the function returned waits for the sums.
 
-    Returns:
-        A function that waits for the sums and gives them. A process that has died is noticed there
-        at once, for its connection is closed.
+    No GPU is waited for. A process that has died ends this one there: its connection is closed.
     """
     total = torch.tensor(values, dtype=torch.float64)
     work = dist.all_reduce(total, async_op=True) if dist.is_initialized() else None

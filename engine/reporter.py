@@ -17,12 +17,7 @@ class Reporter:
     """Reports of one run of a training script."""
 
     def __init__(self, run, state):
-        """Starts the clock; a run that begins at step 0 begins a new log.txt.
-
-        Args:
-            run: `run.Run`.
-            state: `state.TrainState`, where the run starts.
-        """
+        """Starts the clock at the `TrainState` where a `Run` starts; at step 0 a new log.txt."""
         self.run, self.state = run, state
         self.started = self.last_line = time.monotonic()
         self.first_step = state.progress.step
@@ -38,12 +33,7 @@ class Reporter:
         return self.board is not None and time.monotonic() - self.last_line >= seconds
 
     def progress(self, loss: float, lr: float) -> None:
-        """Prints the progress line.
-
-        Args:
-            loss: mean over the steps since the last line.
-            lr: of this epoch.
-        """
+        """Prints the progress line: mean loss of the steps since the last one, learning rate."""
         if self.board is None:
             return
         self.last_line = time.monotonic()
@@ -60,11 +50,7 @@ class Reporter:
             self.board.add_scalar(f"train/{name}", value, at.step)
 
     def sparsity(self, report: dict) -> None:
-        """Writes the shares of zeros as sparsity.json and as a figure.
-
-        Args:
-            report: of `pruners.sparsity_report`.
-        """
+        """Writes a report of `pruners.sparsity_report` as sparsity.json and as a figure."""
         if self.board is None:
             return
         folder = self.run.folder

@@ -1,6 +1,5 @@
 """A run: an experiment in one of its processes, and the checks of all that it needs."""
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from engine.processes import (
     main_process_first,
     seed_everything,
 )
-from engine.tasks import Task
 from models.checkpoint import load_checkpoint, load_trained
 from models.text import truncated
 from models.weight_files import fetch
@@ -30,42 +28,20 @@ LOOKED_AT = 5000  # training texts whose length is counted, at most
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Experiment):
     """An experiment in one of its processes.
 
     Attributes:
-        experiment: what is run.
         process: this one of the run's processes.
         bf16: whether products are computed in bfloat16 autocast.
     """
 
-    experiment: Experiment
     process: Process
-    bf16: bool = False
-
-    @property
-    def task(self) -> Task:
-        """The record of the task."""
-        return self.experiment.task
-
-    @property
-    def flags(self) -> argparse.Namespace:
-        """The parsed flags."""
-        return self.experiment.flags
-
-    @property
-    def config(self) -> dict:
-        """The config, flags in place of its own values."""
-        return self.experiment.config
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the results."""
-        return self.experiment.folder
+    bf16: bool
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
+        """Folder of the checkpoints."""
         return self.folder / CHECKPOINTS
 
     @property
@@ -80,31 +56,6 @@ class Run:
             print(message, flush=True)
 
 
-class Mistakes:
-    """Collects users' mistakes, so that a command names all of them at once."""
-
-    def __init__(self):
-        """None yet."""
-        self.sentences: list[str] = []
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        """A `UserError` in the block is kept and ends the block."""
-        try:
-            yield
-        except UserError as error:
-            self.sentences.append(str(error))
-
-    def raise_all(self) -> None:
-        """Raises what was collected, a line each.
-
-        Raises:
-            UserError: there was a mistake.
-        """
-        if self.sentences:
-            raise UserError("\n       ".join(dict.fromkeys(self.sentences)))
-
-
 def start(experiment: Experiment) -> Run:
     """Joins the other processes and seeds.
 
@@ -116,50 +67,56 @@ def start(experiment: Experiment) -> Run:
     keep_freed_memory(process.device)
     seed_everything(flags.seed)
     bf16 = flags.amp == "bf16" or (flags.amp == "auto" and computes_bf16(process.device))
-    return Run(experiment, process, bf16)
+    return Run(**vars(experiment), process=process, bf16=bf16)
 
 
-def prepare(
-    run: Run,
-) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str, float] | None]:
+def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str, float] | None]:
     """Builds and checks data, weights and the ID profile. Writes nothing.
 
     Returns:
-        The model with its weights on its device, the training set, the held-out sets by name (of
-        an evaluation with --split, this one), and the IDs by layer name that weight scores.
+        The model with its weights on its device, the training set, the held-out sets by name (with
+        --split, this one alone), and the IDs by layer name that weight scores, if any do.
 
     Raises:
         UserError: data, weights or the profile are wrong; names all that was found.
     """
-    flags, task, mistakes = run.flags, run.task, Mistakes()
-    train_set, held_out, model, weights, layer_id = None, {}, None, None, None
-    with mistakes.collect():
-        train_set, *sets = task.build_datasets(run.config, flags.seed)
-        train_set.skip_bad_images = flags.skip_bad_images  # evaluation needs every image
-        held_out = dict(zip(task.held_out, sets, strict=True))
-        if flags.split:
-            held_out = {flags.split: held_out[flags.split]}
-    for dataset in (*([] if flags.evaluate or not train_set else [train_set]), *held_out.values()):
-        with mistakes.collect():
+    flags, task = run.flags, run.task
+    mistakes, sets, model, weights, layer_id = [], [], None, None, None
+    with collected(mistakes):
+        sets = task.build_datasets(run.config, flags.seed)
+        sets[0].skip_bad_images = flags.skip_bad_images  # evaluation needs every image
+    held_out = dict(zip(task.held_out, sets[1:], strict=bool(sets)))
+    if flags.split and held_out:
+        held_out = {flags.split: held_out[flags.split]}
+    for dataset in (*held_out.values(), *sets[: not flags.evaluate]):
+        with collected(mistakes):
             dataset.check()
-    with mistakes.collect():
+    with collected(mistakes):
         model = task.build_model(run.config)
-    with mistakes.collect():
-        if run.experiment.id_profile:
-            layer_id = load_profile(run.experiment.id_profile)
-    with mistakes.collect():
+    with collected(mistakes):
+        layer_id = load_profile(run.id_profile) if run.id_profile else None
+    with collected(mistakes):
         weights = find_weights(run)
-    if model is not None and weights is not None:
-        with mistakes.collect():
+    with collected(mistakes):
+        if model is not None and weights is not None:
             load = load_trained if flags.evaluate else load_checkpoint
             run.say(str(load(model, weights)))
-    mistakes.raise_all()
+    if mistakes:
+        raise UserError("\n       ".join(dict.fromkeys(mistakes)))
     device = run.process.device
     run.say(f"computes on {device} in {'bfloat16 autocast' if run.bf16 else 'float32'}")
-    model.to(device)
     if not flags.evaluate and run.process.is_main:
-        say_truncated(model, train_set)
-    return model, train_set, held_out, layer_id
+        say_truncated(model, sets[0])
+    return model.to(device), sets[0], held_out, layer_id
+
+
+@contextmanager
+def collected(mistakes: list[str]) -> Iterator[None]:
+    """Keeps the sentence of a UserError that ends the block, so that all are named at once."""
+    try:
+        yield
+    except UserError as error:
+        mistakes.append(str(error))
 
 
 def find_weights(run: Run) -> Path | None:
@@ -171,22 +128,20 @@ def find_weights(run: Run) -> Path | None:
         UserError: it is not there, or there is nothing to evaluate.
     """
     named = run.flags.pruned or run.config["pretrained"]
-    if not named:
-        if run.flags.evaluate:
-            raise UserError("nothing to evaluate: give --pruned, or --pretrained for dense weights")
-        return None
-    with main_process_first():
-        return fetch(named)
+    if named:
+        with main_process_first():
+            return fetch(named)
+    if run.flags.evaluate:
+        raise UserError("nothing to evaluate: give --pruned, or --pretrained for dense weights")
+    return None
 
 
 def say_truncated(model: nn.Module, dataset: Dataset) -> None:
     """Prints how many training texts the model cuts; of very many, a sample is counted."""
     limit = getattr(model, "max_tokens", None)  # None: as many as there are positions
-    if limit is None:
-        return
     indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
-    cut = truncated(model.tokenizer, [dataset.text(index) for index in indices], limit)
-    if cut:
+    texts = [] if limit is None else [dataset.text(index) for index in indices]
+    if cut := truncated(model.tokenizer, texts, limit):
         sample = "looked at " if len(indices) < len(dataset) else ""
         print(
             f"{cut} of {len(indices)} training texts {sample}are longer than max_tokens {limit} "

@@ -1,5 +1,6 @@
 """The state of a training run: built, saved, and resumed to the bit."""
 
+import argparse
 import hashlib
 import time
 from dataclasses import asdict, dataclass, field
@@ -70,7 +71,7 @@ def build_state(
     Args:
         run: flags, config and process.
         model: on its device, with its initial weights.
-        dataset: training set.
+        dataset: training set, indexed by (index, epoch).
         layer_id: IDs by layer name that weight scores; None weights none.
 
     Raises:
@@ -85,7 +86,7 @@ def build_state(
         averages = 3 * pruner.numel if pruner and flags.pruner_name == "PLATON" else 0
         checkpoints.check_disk_space(run.folder, model, averages, flags.keep_checkpoints)
     identity = {
-        **run.experiment.identity(),
+        **run.identity(),
         "processes": process.world_size,
         "samples": len(dataset),
         **asdict(plan),
@@ -108,28 +109,19 @@ def build_state(
 
 
 def build_pruner(
-    flags, model: nn.Module, plan: StepPlan, layer_id: dict[str, float] | None
+    flags: argparse.Namespace, model: nn.Module, plan: StepPlan, layer_id: dict[str, float] | None
 ) -> Pruner:
-    """The pruner that the flags describe.
-
-    Raises:
-        UserError: the schedule does not fit the run, or the ID profile is not of this model.
-    """
+    """The pruner that the flags describe. Raises `UserError` where schedule or IDs do not fit."""
+    names = "beta1 beta2 initial_threshold final_threshold initial_warmup final_warmup".split()
     return Pruner(
         model,
-        layers=None,
         method=flags.pruner_name,
         total_steps=plan.total_steps,
         delta_t=flags.deltaT,
-        beta1=flags.beta1,
-        beta2=flags.beta2,
-        initial_threshold=flags.initial_threshold,
-        final_threshold=flags.final_threshold,
-        initial_warmup=flags.initial_warmup,
-        final_warmup=flags.final_warmup,
         warmup_steps=plan.warmup_steps,
         steps_per_epoch=plan.steps_per_epoch,
         layer_id=layer_id,
+        **{name: getattr(flags, name) for name in names},
     )
 
 
@@ -161,38 +153,28 @@ def content_hash(content) -> str:
 
 
 def find_checkpoint(run: Run, identity: dict) -> dict | None:
-    """The content and path of the checkpoint that --resume names; None to start at step 0.
-
-    Args:
-        run: its flags and folder.
-        identity: what the checkpoint's run must have in common.
+    """Content and path of the checkpoint that --resume names; None to start at step 0.
 
     Raises:
         UserError: no checkpoint is whole, or it is of another run.
     """
     if run.flags.resume == "off":
         return None
-    if run.flags.resume == "auto":
-        found = checkpoints.load_newest(run.checkpoints)
-        if found is None:
-            return None
+    if run.flags.resume != "auto":
+        path = Path(run.flags.resume)
+        content = checkpoints.read_checkpoint(path)
+    elif found := checkpoints.load_newest(run.checkpoints):
         content, path, broken = found
         for sentence in broken:
             run.say(f"{sentence}; falling back to the one before")
     else:
-        path = Path(run.flags.resume)
-        content = checkpoints.read_checkpoint(path)
+        return None
     check_identity(content["identity"], identity, path)
     return {**content, "path": path}
 
 
 def check_identity(saved: dict, own: dict, path: Path) -> None:
-    """Refuses the checkpoint of another run.
-
-    Args:
-        saved: identity in the checkpoint; what an older version did not save is not compared.
-        own: identity of this run.
-        path: file of the checkpoint.
+    """Refuses the checkpoint of another run; what an older version did not save is not compared.
 
     Raises:
         UserError: names every difference.
@@ -212,13 +194,7 @@ def check_identity(saved: dict, own: dict, path: Path) -> None:
 
 
 def resume(run: Run, state: TrainState, found: dict | None) -> None:
-    """Puts into the state everything that `save` wrote; without a checkpoint, seeds.
-
-    Args:
-        run: its process and folder.
-        state: at step 0; changed in place.
-        found: of `find_checkpoint`.
-    """
+    """Puts what `find_checkpoint` found into a state at step 0: all that `save` wrote."""
     seed_everything(run.flags.seed + run.process.rank)  # each process draws its own dropout
     if found is not None:
         state.model.load_state_dict(found["model"])
@@ -250,13 +226,8 @@ def save(run: Run, state: TrainState) -> None:
             "identity": state.identity,
             "rng": rng,
         }
-        checkpoints.save_checkpoint(
-            run.checkpoints,
-            state.progress.step,
-            content,
-            run.flags.keep_checkpoints,
-            state.replaced,
-        )
+        step, keep = state.progress.step, run.flags.keep_checkpoints
+        checkpoints.save_checkpoint(run.checkpoints, step, content, keep, state.replaced)
     barrier()
     if state.save_seconds == 0:
         run.say(f"a checkpoint takes {time.monotonic() - begun:.1f} s")

@@ -11,7 +11,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, run again t
 
 @dataclass
 class StopRequest:
-    """Whether the process was told to stop."""
+    """Whether a signal has asked the process to stop."""
 
     requested: bool = False
 
@@ -34,13 +34,10 @@ def exit_stopped(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """Inside the block SIGTERM and SIGINT are noted, and do not end the process.
-
-    The block asks for the note after each step. A signal that arrives after the last question is
-    obeyed when the block ends.
+    """Inside the block SIGTERM and SIGINT are noted, for the block to look at after each step.
 
     Raises:
-        SystemExit: with EXIT_STOPPED, at the end of the block.
+        SystemExit: with EXIT_STOPPED at the end of the block, after a signal.
     """
     stop = StopRequest()
 

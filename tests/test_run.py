@@ -1,30 +1,32 @@
-"""Starting a run: exit codes, mistakes on every rank, devices, launchers, the results folder."""
+"""Starting a run: its record, mistakes, devices, launchers, and the folder of its results."""
 
-import argparse
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import train_caption
 from configs import SCHEMAS, load_config
-from data.samplers import TrainBatchSampler
-from engine import loop
+from engine import main as engine_main
 from engine.checkpoints import save_weights
-from engine.flags import DEFAULTS
-from engine.processes import LAUNCHER, choose_device, init_distributed, launched_processes
-from engine.run import Mistakes, find_weights, prepare_run, take_folder
-from engine.run import start as begin
+from engine.experiment import read_experiment
+from engine.main import locked, run_task
+from engine.processes import (
+    LAUNCHER,
+    choose_device,
+    computes_bf16,
+    init_distributed,
+    launched_processes,
+)
+from engine.run import collected, find_weights, prepare, start
 from engine.tasks import CAPTION, TASKS
-from tests.runs import finish, make_scenes, start, write_config
-from utils import UserError, launch
+from tests.runs import make_scenes, write_config
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -32,146 +34,40 @@ def scenes(tmp_path_factory):
     return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
 
 
-def raising(error):
-    def main(args):
-        raise error
+@pytest.fixture
+def experiment(scenes, tmp_path):
+    """Reads flags for a small captioner whose config has some changes."""
 
-    return main
+    def read(flags="", **changes):
+        config = write_config(tmp_path / "c.yaml", scenes, **changes)
+        argv = ["--config", config, "--output_dir", str(tmp_path), *flags.split()]
+        return read_experiment(train_caption.parse_args(argv), "caption")
 
-
-def test_a_users_mistake_is_a_sentence(capsys):
-    with pytest.raises(SystemExit) as stop:
-        launch(raising(UserError("no such file")), None)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: no such file\n"
+    return read
 
 
-def test_the_sentence_names_its_rank(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(SystemExit):
-        launch(raising(UserError("no such file")), None)
-    assert capsys.readouterr().err == "error (rank 3): no such file\n"
+def files_of(folder):
+    """Every file with its content."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-class KilledDataset(torch.utils.data.Dataset):
-    """Its loading process is killed, as for want of memory."""
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        os.kill(os.getpid(), signal.SIGKILL)
+# --- what a run is -------------------------------------------------------------------------------
 
 
-def load_killed(args):
-    list(torch.utils.data.DataLoader(KilledDataset(), num_workers=1))
+def test_a_record_holds_flags_config_and_the_command_as_typed(experiment, tmp_path):
+    run = experiment("--deltaT 7 --batch_size=4")
+    run.write(tmp_path / "config.json")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.keys() == {"config", "flags", "argv"}
+    assert saved["config"] == run.config and run.config["batch_size"] == 4
+    assert saved["flags"]["deltaT"] == 7 and "argv" not in saved["flags"]
+    assert saved["argv"][0] == "train_caption.py"
+    assert saved["argv"][-3:] == ["--deltaT", "7", "--batch_size=4"]
 
 
-def test_the_death_of_a_loading_process_is_told(capfd):
-    with pytest.raises(SystemExit) as stop:
-        launch(load_killed, None)
-    assert stop.value.code == 2
-    assert "error: an image loading process died" in capfd.readouterr().err
-
-
-def test_a_fault_of_the_program_keeps_its_traceback():
-    """Also a ValueError, which many mistakes of users are."""
-    script = "from utils import launch\nlaunch(lambda args: int('ours'), None)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr and "ValueError: invalid literal" in done.stderr
-
-
-def test_a_screen_that_lacks_a_letter_ends_no_run():
-    script = "from utils import launch\nlaunch(lambda args: print('caf\xe9'), None)"
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
-    assert (done.returncode, done.stdout) == (0, b"caf\\xe9\n")
-
-
-@pytest.mark.parametrize("error", [UserError("x"), RuntimeError("x"), None])
-def test_the_process_group_ends_whatever_happens(error, tmp_path):
-    def main(args):
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
-        if error:
-            raise error
-
-    try:
-        launch(main, None)
-    except (SystemExit, RuntimeError):
-        pass
-    assert not dist.is_initialized()
-
-
-def test_a_mistake_on_one_rank_is_told(scenes, tmp_path):
-    """An image that only the second process reads in its first step."""
-    config = write_config(tmp_path / "c.yaml", scenes, num_workers=1)
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--warmup_steps", "2"]
-    args = train_caption.parse_args(argv)
-    records = json.loads((scenes / "annotation/coco_karpathy_train.json").read_text())
-    sampler = TrainBatchSampler(len(records), 2, args.seed, rank=1, world_size=2)
-    victim = scenes / "images" / records[next(iter(sampler))[0][0]]["image"]
-    whole = victim.read_bytes()
-    victim.write_bytes(whole[:100])
-    try:
-        codes = finish(start(argv, world_size=2, log=tmp_path / "log"))
-    finally:
-        victim.write_bytes(whole)
-    said = (tmp_path / "log").read_text()
-    assert codes[1] == 2 and codes[0] not in (0, None)
-    assert f"error (rank 1): cannot read image {victim}" in said
-
-
-def test_all_mistakes_are_told_at_once(scenes, tmp_path):
-    changes = {"ann_root": str(tmp_path), "tokenizer": "/nowhere", "pretrained": "no.pth"}
-    config = write_config(tmp_path / "c.yaml", scenes, **changes)
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--id_profile", "no.json"]
-    with pytest.raises(UserError) as error:
-        train_caption.main(train_caption.parse_args(argv))
-    for part in ("coco_karpathy_train.json", "'/nowhere'", "no.pth", "no.json"):
-        assert part in str(error.value)
-
-
-def test_collected_mistakes_come_once_and_other_errors_at_once():
-    mistakes = Mistakes()
-    for text in ("one", "two", "one"):
-        with mistakes.collect():
-            raise UserError(text)
-    with pytest.raises(ValueError, match="ours"), mistakes.collect():
-        raise ValueError("ours")
-    with pytest.raises(UserError) as error:
-        mistakes.raise_all()
-    assert str(error.value).split() == ["one", "two"]
-
-
-def test_check_stops_before_the_first_step(scenes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", None)
-    config = write_config(tmp_path / "c.yaml", scenes)
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--check"]
-    train_caption.main(train_caption.parse_args(argv))
-    assert "all is there: 96 steps in 4 epochs" in capsys.readouterr().out
-    assert not (tmp_path / "c/config.json").exists()  # which may be that of a run before
-    with pytest.raises(UserError, match="schedule is longer"):
-        train_caption.main(train_caption.parse_args([*argv, "--max_steps", "9"]))
-
-
-def test_a_folder_in_use_is_refused_until_its_process_dies(tmp_path):
-    script = (
-        "import sys, time\nfrom pathlib import Path\nfrom engine.run import take_folder\n"
-        "take_folder(Path(sys.argv[1]))\nprint('taken', flush=True)\ntime.sleep(60)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "taken\n"
-        with pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
-            take_folder(tmp_path)
-        other.kill()
-        other.wait()
-    take_folder(tmp_path)
-    take_folder(tmp_path)  # a later run of the same process
-
-
-# --- what a run is made of -----------------------------------------------------------------------
+def test_the_command_is_that_of_the_process(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_caption.py", "--seed", "3"])
+    assert train_caption.parse_args().argv == ["train_caption.py", "--seed", "3"]
 
 
 @pytest.mark.parametrize(
@@ -183,23 +79,154 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(tmp_path):
         ("--useID --id_profile own.json", "own.json"),
     ],
 )
-def test_scores_are_weighted_where_it_is_asked_for(flags, profile, scenes, tmp_path):
-    config = write_config(tmp_path / "c.yaml", scenes, id_profile="configs.json")
-    argv = ["--config", config, "--output_dir", str(tmp_path), *flags.split()]
-    assert begin(train_caption.parse_args(argv), CAPTION).id_profile == profile
+def test_scores_are_weighted_where_it_is_asked_for(flags, profile, experiment):
+    assert experiment(flags, id_profile="configs.json").id_profile == profile
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--pruned x", "--pruned goes with --evaluate; training starts from --pretrained"),
+        *((f"--{flag}", f"--{flag.split()[0]} goes with --ev") for flag in ("sparse", "split val")),
+        ("--spice", "--spice goes with --evaluate"),
+        *((f"--evaluate --{f}", f"--{f} goes with tra") for f in ("eval_test", "check", "compile")),
+        ("--evaluate --sparse --amp bf16", "--sparse computes in float32: leave out --amp bf16"),
+        ("--evaluate --sparse --device cuda", "computes on the CPU: leave out --device cuda"),
+        ("--useID", "c.yaml names no id_profile; give --id_profile"),
+    ],
+)
+def test_flags_that_do_not_fit(flags, message, experiment):
+    with pytest.raises(UserError, match=message):
+        experiment(flags)
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "config", "pruned", "id_profile", "resume"])
+def test_a_tilde_is_the_users_home(flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = train_caption.parse_args([f"--{flag}=~/place"])
+    assert getattr(args, flag) == "/home/me/place"
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_flags_of_older_launchers_are_passed_over(flag):
+    without = vars(train_caption.parse_args([])) | {"argv": None}
+    assert vars(train_caption.parse_args([flag])) | {"local_rank": None, "argv": None} == without
+
+
+def test_every_task_has_a_schema_and_a_script():
+    assert set(TASKS) == set(SCHEMAS)
+    for task in TASKS.values():
+        args = __import__(task.script.removesuffix(".py")).parse_args([])
+        assert (args.config, args.initial_warmup, args.final_warmup) == (task.config, *task.warmups)
+        assert load_config(task.config)["task"] == task.name
+
+
+# --- the folder of results -----------------------------------------------------------------------
+
+
+def test_results_go_to_the_evaluated_run_but_to_no_other_folder(experiment, tmp_path):
+    run, foreign = tmp_path / "run", tmp_path / "hub"
+    for folder, file in ((run, "pruned.safetensors"), (foreign, "model.safetensors")):
+        folder.mkdir()
+        (folder / file).touch()
+        (folder / "config.json").touch()
+    for flags, folder in [
+        ("", tmp_path / "c"),
+        ("--model_dir a/b", tmp_path / "a/b"),
+        (f"--evaluate --pruned {run}", run),
+        (f"--evaluate --pruned {run} --model_dir m", tmp_path / "m"),
+        (f"--evaluate --pruned {foreign}", tmp_path / "c"),
+        (f"--evaluate --pruned {run}/pruned.safetensors", tmp_path / "c"),
+    ]:
+        assert experiment(flags).folder == folder
+
+
+def test_a_read_only_run_is_evaluated_elsewhere(experiment, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/pruned.safetensors").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert experiment(f"--evaluate --pruned {tmp_path}/run").folder == tmp_path / "c"
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to .*file/c: .*--output_dir or --model_dir"):
+        with locked(tmp_path / "file/c"):
+            pass
+
+
+def test_a_folder_in_use_is_refused_until_its_process_dies(tmp_path):
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom engine.main import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('taken', flush=True)\n    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(UserError, match=f"another process is writing to {tmp_path}"):
+            with locked(tmp_path):
+                pass
+        other.kill()
+        other.wait()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):  # later runs of one process, which leave no descriptor open
+        with locked(tmp_path):
+            pass
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--final_threshold 0.1", "final_threshold was 0.2, is 0.1"),
+        ("--pretrained no.pth", "no.pth"),
+        ("--max_steps 2", "schedule is longer"),
+        ("--evaluate --pretrained no.pth", "no.pth"),
+    ],
+)
+def test_a_refused_command_changes_nothing_in_the_folder(flags, message, experiment, tmp_path):
+    plain = "--warmup_steps 1 --max_steps 8 --deltaT 2 --eval_epochs 0 --model_dir run"
+    run_task(experiment(plain, max_epoch=1))
+    before = files_of(tmp_path / "run")
+    assert tmp_path / "run/config.json" in before
+    with pytest.raises(UserError, match=message):
+        run_task(experiment(f"{plain} {flags}", max_epoch=1))
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_check_makes_no_folder(experiment, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine_main, "train", None)
+    run_task(experiment("--check"))
+    assert "all is there: 96 steps in 4 epochs" in capsys.readouterr().out
+    assert not (tmp_path / "c").exists()
+
+
+# --- checks of data and weights ------------------------------------------------------------------
+
+
+def test_all_mistakes_are_named_at_once(experiment, tmp_path):
+    wrong = {"ann_root": str(tmp_path), "tokenizer": "/nowhere", "pretrained": "no.pth"}
+    with pytest.raises(UserError) as error:
+        run_task(experiment("--id_profile no.json", **wrong))
+    for part in ("coco_karpathy_train.json", "'/nowhere'", "no.pth", "no.json"):
+        assert str(error.value).count(part) >= 1
+    assert not (tmp_path / "c").exists()
+
+
+def test_other_errors_are_not_collected():
+    with pytest.raises(ValueError, match="ours"), collected([]):
+        raise ValueError("ours")
 
 
 @pytest.mark.parametrize(
     ("flags", "found"),
     [("", "dense.pth"), ("--evaluate", "dense.pth"), ("--evaluate --pruned p.pth", "p.pth")],
 )
-def test_pruned_weights_go_before_the_configs(flags, found, scenes, tmp_path, monkeypatch):
+def test_pruned_weights_go_before_the_configs(flags, found, experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("dense.pth", "p.pth"):
         (tmp_path / name).touch()
-    config = write_config(tmp_path / "c.yaml", scenes, pretrained="dense.pth")
-    argv = ["--config", config, "--output_dir", str(tmp_path), *flags.split()]
-    assert find_weights(begin(train_caption.parse_args(argv), CAPTION)).name == found
+    assert find_weights(start(experiment(flags, pretrained="dense.pth"))).name == found
 
 
 def test_images_are_looked_for_where_they_are_needed(scenes, tmp_path):
@@ -211,21 +238,23 @@ def test_images_are_looked_for_where_they_are_needed(scenes, tmp_path):
     save_weights(CAPTION.build_model(load_config(config)), weights)
     argv = ["--config", config, "--output_dir", str(tmp_path), "--pretrained", str(weights)]
 
-    def prepare(*flags):
-        return prepare_run(train_caption.parse_args([*argv, *flags]), CAPTION)
+    def prepared(flags=""):
+        args = train_caption.parse_args([*argv, *flags.split()])
+        return prepare(start(read_experiment(args, "caption")))
 
     next((copy / "images/train").iterdir()).unlink()
-    prepare("--evaluate")
+    prepared("--evaluate")
     with pytest.raises(UserError, match="1 of 48 images do not exist"):
-        prepare()
-    _, _, train_set, held_out = prepare("--skip_bad_images")
-    assert train_set.skip_bad_images
+        prepared()
+    _, train_set, held_out, _ = prepared("--skip_bad_images")
+    assert train_set.skip_bad_images and list(held_out) == ["val", "test"]
     assert not any(split.skip_bad_images for split in held_out.values())
     shutil.copytree(scenes / "images/train", copy / "images/train", dirs_exist_ok=True)
     next((copy / "images/test").iterdir()).unlink()
-    for flags in ((), ("--evaluate",), ("--skip_bad_images",)):
+    for flags in ("", "--evaluate", "--skip_bad_images", "--evaluate --split test"):
         with pytest.raises(UserError, match="1 of 6 images do not exist"):
-            prepare(*flags)
+            prepared(flags)
+    assert list(prepared("--evaluate --split val")[2]) == ["val"]
 
 
 # --- devices and launchers -----------------------------------------------------------------------
@@ -275,6 +304,25 @@ def test_a_device_that_is_not_there(accelerators, kind, count, device, processes
     accelerators(kind, count)
     with pytest.raises(UserError, match=message):
         choose_device(device, processes)
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_bfloat16_by_default_where_the_device_computes_it_itself(
+    itself, experiment, monkeypatch, capsys
+):
+    """A V100 or T4 emulates it."""
+    asked = []
+
+    def supported(including_emulation=True):
+        asked.append(including_emulation)
+        return itself
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert computes_bf16(torch.device("cuda:0")) == itself and asked == [False]
+    assert not computes_bf16(torch.device("cpu"))
+    assert not start(experiment()).bf16 and start(experiment("--amp bf16")).bf16
+    prepare(start(experiment("--amp bf16")))
+    assert "computes on cpu in bfloat16 autocast" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -327,25 +375,3 @@ def test_a_port_that_is_taken(launcher):
         launcher(**WHOLE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port})
         with pytest.raises(UserError, match=f"port {port} .*choose another --master_port"):
             init_distributed("cpu")
-
-
-@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
-def test_flags_of_older_launchers_are_passed_over(flag):
-    assert vars(train_caption.parse_args([flag])) | {"local_rank": None} == vars(
-        train_caption.parse_args([])
-    )
-
-
-def test_results_go_to_the_users_home(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert train_caption.parse_args(["--output_dir=~/results"]).output_dir == "/home/me/results"
-
-
-def test_every_task_is_a_schema_and_a_script():
-    assert set(TASKS) == set(SCHEMAS)
-    for task in TASKS.values():
-        module = __import__(task.script.removesuffix(".py"))
-        args = module.parse_args([])
-        assert isinstance(args, argparse.Namespace)
-        defaults = args.config, args.initial_warmup, args.final_warmup
-        assert defaults == DEFAULTS[task.name]
