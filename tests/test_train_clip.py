@@ -9,7 +9,7 @@ import train_clip_flickr30k
 from configs import load_config
 from dimension.profile import load_profile
 from models import build_clip, prunable_layers
-from models.clip import CLIP
+from models.clip import ClipRetrieval
 from tests.runs import (
     finish,
     in_float64,
@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_with_queue_copy_and_ramp(setup, monkeypatch):
     """Killed in the first epoch, while alpha still rises."""
     flags = ["--eval_epochs", "0", "--checkpoint_steps", "3"]
     whole = train(setup, "whole", *flags)
-    on_step, ramps = CLIP.on_step, []
+    on_step, ramps = ClipRetrieval.on_step, []
 
     def killed(self, epochs):
         if len(ramps) == 4:
@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_with_queue_copy_and_ramp(setup, monkeypatch):
         ramps.append(self.ramp)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CLIP, "on_step", killed)
+        patch.setattr(ClipRetrieval, "on_step", killed)
         with pytest.raises(KeyboardInterrupt):
             train(setup, "killed", *flags)
     assert ramps == pytest.approx([step / 6 for step in range(4)])
