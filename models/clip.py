@@ -329,9 +329,10 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def _normalised_features(model: CLIP, image: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors of images and texts, (B, D) each, float32 whatever autocast computes in."""
+    """Unit vectors of images and texts, (B, D) each, in float32 at least."""
     features = model.encode_image(image), model.encode_text(ids)
-    return tuple(F.normalize(feature.float(), dim=-1) for feature in features)
+    exact = torch.promote_types(features[0].dtype, torch.float32)
+    return tuple(F.normalize(feature.to(exact), dim=-1) for feature in features)
 
 
 def _checked_sizes(clip: str | dict, image_size: int) -> dict[str, int]:

@@ -36,7 +36,7 @@ def mask_checksums(parameters: Iterable[Tensor]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(1, heaviest + 1, (length,), generator=generator)
     weights = weights.to(device, torch.float32)
-    buffer = torch.empty(length, device=device)
+    buffer = torch.empty_like(weights)
     checksums = torch.zeros(len(parameters), dtype=torch.int64, device=device)
     for checksum, parameter in zip(checksums, parameters, strict=True):
         for i, piece in enumerate(parameter.detach().view(-1).split(length)):

@@ -1,6 +1,8 @@
-"""Seeds, golden data, and models at the goldens' sizes."""
+"""A fresh checkout to work in, seeds, golden data, and models at the goldens' sizes."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import compat  # noqa: F401
@@ -11,12 +13,41 @@ from safetensors import safe_open
 
 from pruners import kernels
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+OF_USERS = {"annotation", "datasets", "output", "ID"}  # what the README lays into a checkout
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checkout(tmp_path_factory):
+    """The working folder of all tests: links to what a fresh clone has."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if path.name not in OF_USERS and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    os.chdir(folder)
+    yield folder
+    os.chdir(ROOT)
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(checkout):
+    """A seed for each test, which leaves nothing in the working folder."""
     torch.manual_seed(0)
+    yield
+    for path in checkout.iterdir():
+        if not path.is_symlink():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Trainings in float64, in this process; see `train_in_float64`."""
+    from tests.runs import train_in_float64
+
+    train_in_float64(monkeypatch)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=["loops", "equations"])

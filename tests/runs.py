@@ -1,6 +1,7 @@
 """Small training runs for tests: their data and config, and processes as torchrun starts them."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import socket
@@ -8,14 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from data.scenes import __main__ as scenes
-from engine.loop import PRUNED_FILE
+from reports.runs import LOG_FILE, PRUNED_FILE
 from utils import launch
 
 TINY_VIT = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -27,50 +28,93 @@ TINY_TEXT = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
+TINY_CLIP = {
+    "embed_dim": 16,
+    "patch_size": 16,
+    "vision_width": 32,
+    "vision_layers": 2,
+    "vision_heads": 2,
+    "context_length": 32,
+    "vocab_size": 128,
+    "text_width": 32,
+    "text_layers": 2,
+    "text_heads": 2,
+}
 
 # A server process imports everything once; the runs are forked from it.
 FORKED = "forkserver"
 processes = multiprocessing.get_context(FORKED)
-processes.set_forkserver_preload(
-    ["engine.loop", "engine.tasks", "train_caption"]
-)  # found where the current folder is the root
+processes.set_forkserver_preload(["engine.loop", "engine.tasks", "train_caption"])
 
 
-def make_scenes(folder: Path) -> Path:
-    """The folder, with 48 training and 6 + 6 evaluation scenes in it."""
-    sizes = ["--train", "48", "--val", "6", "--test", "6"]
+def make_scenes(folder: Path, train: int = 48) -> Path:
+    """The folder, with training scenes and 6 + 6 evaluation scenes in it."""
+    from data.scenes import __main__ as scenes
+
+    sizes = ["--train", str(train), "--val", "6", "--test", "6"]
     sizes += ["--statements", "8", "--heldout_statements", "8"]
     scenes.main(scenes.parse_args(["--out", str(folder), *sizes]))
     return folder
 
 
+def write_yaml(path: Path, content: dict) -> str:
+    """Writes a config and returns its path."""
+    with open(path, "w") as file:
+        YAML().dump(content, file)
+    return str(path)
+
+
 def write_config(path: Path, data: Path, dropout: float = 0.1, **changes) -> str:
     """A captioning config of a few thousand weights; with dropout, so that randomness matters."""
     config = {
-        "image_root": str(data / "images"),
-        "ann_root": str(data / "annotation"),
+        **_common(data),
+        **_blip(dropout),
         "coco_gt_root": str(data / "annotation"),
-        "tokenizer": str(data / "tokenizer"),
         "pretrained": "",
-        "vit": {**TINY_VIT, "drop_path_rate": dropout},
-        "med_config": {
-            **TINY_TEXT,
-            "hidden_dropout_prob": dropout,
-            "attention_probs_dropout_prob": dropout,
-        },
-        "image_size": 32,
         "batch_size": 2,
-        "init_lr": 1e-3,
         "max_epoch": 4,
         "augment": True,
-        "num_workers": 0,
         "num_beams": 1,
         "max_length": 8,
-        **changes,
     }
-    with open(path, "w") as file:
-        YAML().dump(config, file)
-    return str(path)
+    return write_yaml(path, config | changes)
+
+
+def write_nlvr_config(path: Path, data: Path, dropout: float = 0.0, **changes) -> str:
+    """The same of statements."""
+    config = {**_common(data), **_blip(dropout), "batch_size": 4, "max_epoch": 3, "augment": False}
+    return write_yaml(path, config | changes)
+
+
+def write_clip_config(path: Path, data: Path, **changes) -> str:
+    """The same of retrieval, which knows no dropout."""
+    config = {**_common(data), "clip": TINY_CLIP, "queue_size": 8, "batch_size": 4, "max_epoch": 2}
+    return write_yaml(path, config | changes)
+
+
+def _common(data: Path) -> dict:
+    return {
+        "image_root": str(data / "images"),
+        "ann_root": str(data / "annotation"),
+        "tokenizer": str(data / "tokenizer"),
+        "image_size": 32,
+        "init_lr": 1e-3,
+        "num_workers": 0,
+    }
+
+
+def _blip(dropout: float) -> dict:
+    probabilities = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    return {
+        "vit": {**TINY_VIT, "drop_path_rate": dropout},
+        "med_config": {**TINY_TEXT, **dict.fromkeys(probabilities, dropout)},
+    }
+
+
+def run(script: str, argv: list[str]) -> None:
+    """A script as it is run, in this process."""
+    module = importlib.import_module(script)
+    module.main(module.parse_args(argv))
 
 
 def free_port() -> int:
@@ -95,16 +139,44 @@ def _member(rank: int, port: int, work: Callable, arguments: tuple) -> None:
     dist.destroy_process_group()
 
 
+def train_in_float64(patch: pytest.MonkeyPatch) -> None:
+    """Lets this process train in float64: the models, and their images.
+
+    Sums of another order then differ by 1e-16 of themselves. A few dozen steps do not blow that up
+    to the distance between a score and the threshold, so trainings prune the same weights and
+    their losses agree to 1e-9; float32's 1e-7 may do neither.
+    """
+    from torchvision.transforms import v2
+
+    torch.set_default_dtype(torch.float64)
+    to_dtype = v2.ToDtype
+    patch.setattr(v2, "ToDtype", lambda _, **options: to_dtype(torch.float64, **options))
+
+
+def in_float64(rank: int) -> None:
+    """For `start`: a process that trains in float64."""
+    train_in_float64(pytest.MonkeyPatch())
+
+
 def start(
     argv: list[str],
     world_size: int = 1,
     script: str = "train_caption",
     log: Path | None = None,
+    before: Callable[[int], None] | None = None,
 ) -> list:
-    """Starts a trainer in one process or several and returns them; errors are said to the log."""
+    """Starts a script in one process or several and returns them.
+
+    Args:
+        argv: flags of the script.
+        world_size: number of processes.
+        script: module of the script.
+        log: file that gets what the processes write to stderr.
+        before: called with the rank in each process before the script runs.
+    """
     port = free_port()
     started = [
-        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log))
+        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log, before))
         for rank in range(world_size)
     ]
     for process in started:
@@ -112,9 +184,7 @@ def start(
     return started
 
 
-def run_rank(
-    script: str, argv: list[str], rank: int, world_size: int, port: int, log: Path | None
-) -> None:
+def run_rank(script: str, argv: list[str], rank: int, world_size: int, port: int, log, before):
     """What torchrun's processes do: the script with its place among the others."""
     os.setsid()
     if log:
@@ -124,12 +194,14 @@ def run_rank(
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    trainer = importlib.import_module(script)
-    launch(trainer.main, trainer.parse_args(argv))
+    if before:
+        before(rank)
+    module = importlib.import_module(script)
+    launch(module.main, module.parse_args(argv))
 
 
 def finish(started: list, timeout: float = 120) -> list[int]:
-    """Waits for the processes and returns their exit codes."""
+    """Waits for the processes and returns their exit codes; None of one that outlived the time."""
     deadline = time.monotonic() + timeout
     for process in started:
         process.join(max(0, deadline - time.monotonic()))
@@ -147,6 +219,17 @@ def result(folder: Path) -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two sets of weights are bit-equal."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def zeros(weights: dict[str, torch.Tensor], layers) -> torch.Tensor:
+    """Which of the prunable numbers are zero, of the layers' weights and biases in one row."""
+    names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    return torch.cat([(weights[name] == 0).flatten() for name in names])
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The lines of a run's log, one an epoch."""
+    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -2,28 +2,20 @@
 
 A tensor on it wraps a tensor in the CPU's memory that no one else holds. The device refuses what a
 GPU refuses: a CPU tensor among its own (except those that CUDA takes: 0-dim ones in elementwise
-operations, index tensors), the CPU's generator, NumPy's view of its memory. It has a generator of
-its own and an autocast to bfloat16, and it counts what costs time on a GPU: copies from and to the
-CPU's memory, and operations that wait for the device.
+operations, index tensors), and the CPU's generator. It has a generator of its own and an autocast
+to bfloat16, and it counts what costs time on a GPU: copies from and to the CPU's memory, and
+operations that wait for the device.
 
 Importing this module makes the device known to torch, once for the process. It must come before the
 process's first backward pass, when autograd starts a thread for each device; a test module that
-imports it at its top does so, for pytest imports all modules before it runs a test. Until
-`attached` says that the device is there, torch takes it for absent. Torch knows one accelerator at
-a time: where there is a real one, or a torch that takes no device from Python, this one is not made
-known, and tests of it are skipped.
+imports it at its top does so, because pytest imports all modules before it runs a test. Until
+`attached` says that the device is there, torch takes it for absent.
 
-It cannot show:
-- speed, memory (its figures are constant), launches of kernels, streams and events;
-- races: everything happens in order. A host tensor that is changed while a copy from it may still
-  be on its way is found, at the next wait;
-- float arithmetic of a GPU: it is the CPU's, bit for bit, where the CPU takes the same kernels
-  (attention: `SDPBackend.MATH`). So no TF32, no atomics, no other order of sums;
-- several devices, NCCL and DistributedDataParallel: its tensors have no storage to reduce in;
-- torch.compile, whose graphs do not know the device.
+It cannot show speed, memory (its figures are constant), streams and races (everything happens in
+order), float arithmetic other than the CPU's, several devices, NCCL and DistributedDataParallel
+(its tensors have no storage to reduce in), or torch.compile.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -70,19 +62,16 @@ class SimTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def __getitem__(self, index):
+        return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+
     def tolist(self):
         return self.cpu().tolist()
-
-    def numpy(self, *, force=False):
-        raise TypeError("can't convert a sim:0 tensor to numpy: copy it to host memory first")
 
     def __reduce_ex__(self, protocol):
         """Into a file as a CPU tensor, whose copy the device must wait for."""
         DEVICE.note_transfer("to cpu", self, waits=True)
         return self.inner.__reduce_ex__(protocol)
-
-    def __repr__(self, **_):
-        return f"sim({self.inner})"
 
 
 class Simulation:
@@ -110,27 +99,11 @@ class Simulation:
         """Forgets what was counted."""
         self.waits: list[str] = []
         self.transfers: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-        self.on_their_way: list[tuple[weakref.ref, int]] = []  # sources, and their versions
-
-    def wait(self, what: str) -> None:
-        """Notes that the CPU waits for the device; by then all copies have arrived.
-
-        Raises:
-            RuntimeError: the source of a copy was changed too early.
-        """
-        self.waits.append(what)
-        for source, version in self.on_their_way:
-            tensor = source()
-            if tensor is not None and tensor._version != version:
-                raise RuntimeError("a CPU tensor was changed while a copy from it was on its way")
-        self.on_their_way.clear()
 
     def note_transfer(self, direction: str, tensor: torch.Tensor, waits: bool) -> None:
         self.transfers.append((direction, tuple(tensor.shape), tensor.dtype))
         if waits:
-            self.wait(f"copy {direction}")
-        else:
-            self.on_their_way.append((weakref.ref(tensor), tensor._version))
+            self.waits.append(f"copy {direction}")
 
     def run(self, func, args: tuple, kwargs: dict):
         """Computes an operation in the CPU's memory as the device would."""
@@ -142,7 +115,7 @@ class Simulation:
         if func in COPIES:
             self._note_copy(func, args, kwargs, here)
         elif waits_for_answer(func, args):
-            self.wait(str(func))
+            self.waits.append(str(func))
         changes = {"device": torch.device("cpu")} if device is not None else {}
         changes |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
         inner = [map_leaves(x, inner_of) for x in args]

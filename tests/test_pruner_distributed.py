@@ -1,3 +1,5 @@
+"""Processes that prune different weights stop; what they compare sees any difference."""
+
 from pathlib import Path
 
 import torch
@@ -29,7 +31,6 @@ def train(rank: int, planted_rank: int | None) -> tuple[str, torch.Tensor]:
     pruner = Pruner(model, ["0", "2"], final_threshold=0.3, **run)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = torch.Generator().manual_seed(rank)
-    ending = "finished"
     try:
         for step in range(1, STEPS + 1):
             loss = (model(torch.randn(8, 6, generator=data)) - 1).square().mean()
@@ -39,6 +40,7 @@ def train(rank: int, planted_rank: int | None) -> tuple[str, torch.Tensor]:
             if step == 5 and rank == planted_rank:
                 pruner.score.state["avg"]["2.weight"].view(-1)[7] = 1e9
             pruner.step(step)
+        ending = "finished"
     except RuntimeError as error:
         ending = f"step {step}: {error}"
     return ending, torch.cat([(p == 0).view(-1) for p in pruner.parameters.values()])

@@ -1,4 +1,4 @@
-"""What a run says of itself: the progress line, and TensorBoard after a resume."""
+"""Reports of a run: the progress line, and TensorBoard after a resume."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -16,15 +16,21 @@ from engine.state import Progress
 
 @pytest.fixture
 def run(tmp_path):
-    said = []
+    printed = []
     process = Process(0, 1, torch.device("cpu"))
     return SimpleNamespace(
-        process=process, folder=tmp_path, samples_per_step=6, say=said.append, said=said
+        process=process, folder=tmp_path, samples_per_step=6, say=printed.append, printed=printed
     )
 
 
-def at_step(step):
-    return SimpleNamespace(progress=Progress(step=step), plan=StepPlan(50, 4, 200, 10))
+def report(run, first, last):
+    """Reports of the steps after `first`, whose losses are first + 1."""
+    state = SimpleNamespace(progress=Progress(step=first), plan=StepPlan(50, 4, 200, 10))
+    reports = Reporter(run, state)
+    for step in range(first + 1, last + 1):
+        state.progress.step = step
+        reports.progress(loss=first + 1.0, lr=1e-4)
+    reports.close()
 
 
 @pytest.mark.parametrize(
@@ -36,28 +42,25 @@ def test_hours(seconds, text):
 
 
 def test_speed_is_that_of_the_steps_since_the_start(run, monkeypatch):
-    """Those before a resume were taken at another time."""
+    """Not of those before a resume, which were taken at another time."""
     now = [1000.0]
     monkeypatch.setattr(reporter.time, "monotonic", lambda: now[0])
-    state = at_step(100)
+    state = SimpleNamespace(progress=Progress(step=100), plan=StepPlan(50, 4, 200, 10))
     reports = Reporter(run, state)
     now[0] += 5
     state.progress.step = 110
     reports.progress(loss=1.25, lr=1e-4)
     reports.close()
-    (line,) = run.said
+    (line,) = run.printed
     assert "step 110/200  loss 1.2500  lr 1.00e-04  remaining 1.000  12.0 samples/s" in line
     assert "ETA 0:00:45" in line  # 90 steps at 2 a second
 
 
 def test_a_resumed_run_takes_the_place_of_the_steps_that_it_takes_again(run):
-    for first, last in ((0, 12), (10, 15)):
-        state = at_step(first)
-        reports = Reporter(run, state)
-        for step in range(first + 1, last + 1):
-            state.progress.step = step
-            reports.progress(loss=first + 1.0, lr=0.0)
-        reports.close()
+    report(run, 0, 12)
+    (file,) = (run.folder / "tensorboard").iterdir()
+    file.rename(file.with_name("events.out.tfevents.1.earlier"))  # by the second in their names
+    report(run, 10, 15)
     losses = EventAccumulator(str(run.folder / "tensorboard")).Reload().Scalars("train/loss")
     assert [event.step for event in losses] == list(range(1, 16))
     assert [event.value for event in losses] == [1.0] * 10 + [11.0] * 5
@@ -66,15 +69,11 @@ def test_a_resumed_run_takes_the_place_of_the_steps_that_it_takes_again(run):
 @pytest.mark.parametrize(("step", "stays"), [(0, False), (1, True)])
 def test_a_run_that_starts_again_begins_its_log_anew(run, step, stays):
     (run.folder / LOG_FILE).write_text("{}\n")
-    Reporter(run, at_step(step)).close()
+    report(run, step, step)
     assert (run.folder / LOG_FILE).exists() == stays
 
 
 def test_only_the_main_process_writes(run):
     run.process = dataclasses.replace(run.process, rank=1, world_size=2)
-    state = at_step(0)
-    reports = Reporter(run, state)
-    state.progress.step = 1
-    reports.progress(loss=1.0, lr=0.1)
-    reports.close()
-    assert list(run.folder.iterdir()) == []
+    report(run, 0, 1)
+    assert list(run.folder.iterdir()) == [] == run.printed

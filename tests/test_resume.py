@@ -1,126 +1,126 @@
 """A killed or stopped run, resumed, ends with the weights of one that ran through."""
 
 import os
+import random
 import signal
+import time
 
 import pytest
 
-import train_caption
-from engine import loop
 from engine.stopping import EXIT_STOPPED
-from tests.kill_and_resume import kill_and_resume
+from models import Captioner
+from pruners import Pruner
 from tests.runs import (
     finish,
+    log_of,
     make_scenes,
     result,
+    run,
     same,
     saved_steps,
     start,
     wait_for_step,
+    write_clip_config,
     write_config,
 )
+from utils import UserError
+
+PRUNE = ["--final_threshold", "0.3", "--warmup_steps", "2", "--deltaT", "2"]
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    """A config, the flags of a run that prunes, and the folder of that run when it ran through."""
+def scenes(tmp_path_factory):
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.fixture(scope="module")
+def setup(scenes, tmp_path_factory):
+    """The flags of a run of 12 steps in 2 epochs, and the folder of one that ran through."""
     folder = tmp_path_factory.mktemp("runs")
-    config = write_config(folder / "config.yaml", make_scenes(folder / "scenes"), max_epoch=3)
-    flags = ["--config", config, "--output_dir", str(folder), "--final_threshold", "0.3"]
-    flags += ["--warmup_steps", "4", "--checkpoint_steps", "10", "--eval_epochs", "0"]
+    config = write_config(folder / "config.yaml", scenes, batch_size=8, max_epoch=2)
+    flags = ["--config", config, "--output_dir", str(folder), *PRUNE]
+    flags += ["--checkpoint_steps", "5", "--eval_epochs", "0"]
     train(flags, "whole")
     return flags, folder
 
 
 def train(flags: list[str], name: str, *more: str) -> None:
-    train_caption.main(train_caption.parse_args([*flags, "--model_dir", name, *more]))
+    run("train_caption", [*flags, "--model_dir", name, *more])
 
 
-def interrupt_after(step: int, monkeypatch, action) -> None:
-    """Calls `action` at the end of a step."""
-    train_step = loop.train_step
+def at_the_end_of_step(step: int, monkeypatch, action) -> None:
+    """Calls `action` after the pruner's part of a step, which is the last but for the report."""
+    prune = Pruner.step
 
-    def interrupted(run, state, parts, weights):
-        train_step(run, state, parts, weights)
-        if state.progress.step == step:
+    def interrupted(self, global_step):
+        found = prune(self, global_step)
+        if global_step == step:
             action()
+        return found
 
-    monkeypatch.setattr(loop, "train_step", interrupted)
+    monkeypatch.setattr(Pruner, "step", interrupted)
+
+
+class Crash(Exception):
+    """Stands for a kill: nothing is written after it."""
+
+
+def crash():
+    raise Crash
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_finishes_the_step_saves_and_exits(setup, monkeypatch, number):
+@pytest.mark.parametrize(("step", "saved"), [(3, 4), (6, 6)])  # in an epoch, and at its end
+def test_signal_finishes_the_step_saves_and_exits(setup, monkeypatch, number, step, saved):
     flags, folder = setup
-    name = f"stopped_by_{number.name}"
+    name = f"stopped_by_{number.name}_{step}"
     with monkeypatch.context() as patch:
-        interrupt_after(12, patch, lambda: signal.raise_signal(number))
+        at_the_end_of_step(step, patch, lambda: signal.raise_signal(number))
         with pytest.raises(SystemExit) as stopped:
             train(flags, name)
     assert stopped.value.code == EXIT_STOPPED == 75
-    assert saved_steps(folder / name)[-1] == 13  # the step in which the signal is noticed
+    assert saved_steps(folder / name)[-1] == saved  # the step in which the signal is noticed
     train(flags, name)
     assert same(result(folder / name), result(folder / "whole"))
-    assert (folder / name / "log.txt").read_text() == (folder / "whole/log.txt").read_text()
+    assert log_of(folder / name) == log_of(folder / "whole")
 
 
-@pytest.mark.parametrize("when", ["last step", "validation"])
-def test_signal_at_the_end_of_an_epoch_exits(setup, monkeypatch, when):
+def test_signal_in_a_validation_ends_it_at_once(setup, monkeypatch):
     flags, folder = setup
+    encode_image = Captioner.encode_image
+
+    def interrupted(self, image):
+        if not self.training:
+            signal.raise_signal(signal.SIGTERM)
+        return encode_image(self, image)
+
     with monkeypatch.context() as patch:
-        if when == "last step":
-            interrupt_after(24, patch, lambda: signal.raise_signal(signal.SIGINT))
-        else:
-            patch.setattr(loop, "finish_epoch", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(Captioner, "encode_image", interrupted)
         with pytest.raises(SystemExit) as stopped:
-            train(flags, when)
+            train(flags, "validation", "--eval_epochs", "1")
     assert stopped.value.code == EXIT_STOPPED
-    assert saved_steps(folder / when)[-1] == 24
-    train(flags, when)
-    assert same(result(folder / when), result(folder / "whole"))
-
-
-def test_signal_to_all_processes_of_a_run(tmp_path):
-    """To the groups of two trainers, so to their image loading processes too."""
-    scenes = make_scenes(tmp_path / "scenes")
-    config = write_config(tmp_path / "c.yaml", scenes, num_workers=1, max_epoch=3)
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--final_threshold", "0.3"]
-    argv += ["--warmup_steps", "4", "--checkpoint_steps", "2", "--eval_epochs", "0"]
-    assert finish(start([*argv, "--model_dir", "whole"], 2)) == [0, 0]
-    for number, told in ((signal.SIGTERM, [0, 1]), (signal.SIGINT, [1])):  # one tells the other
-        stopped = tmp_path / number.name
-        started = start([*argv, "--model_dir", stopped.name], 2)
-        wait_for_step(stopped, started[0], 14)
-        for rank in told:
-            os.killpg(started[rank].pid, number)
-        assert finish(started) == [EXIT_STOPPED] * 2
-        assert saved_steps(stopped)[-1] < 36
-        assert finish(start([*argv, "--model_dir", stopped.name], 2)) == [0, 0]
-        assert same(result(stopped), result(tmp_path / "whole"))
+    assert saved_steps(folder / "validation")[-1] == 6
+    assert not (folder / "validation/results").exists()
+    train(flags, "validation")
+    assert same(result(folder / "validation"), result(folder / "whole"))
 
 
 def test_truncated_checkpoint_falls_back_to_the_one_before(setup, monkeypatch, capsys):
     flags, folder = setup
-
-    class Crash(Exception):
-        pass
-
-    def crash():
-        raise Crash
-
     with monkeypatch.context() as patch:
-        interrupt_after(26, patch, crash)
+        at_the_end_of_step(8, patch, crash)
         with pytest.raises(Crash):
             train(flags, "truncated")
-    assert saved_steps(folder / "truncated") == [20, 24]
-    newest = folder / "truncated/checkpoints/step_00000024.pt"
+    assert saved_steps(folder / "truncated") == [5, 6]
+    newest = folder / "truncated/checkpoints/step_00000006.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
-    (folder / "truncated/checkpoints/.step_00000030.pt.x").write_bytes(b"half a write")
+    (folder / "truncated/checkpoints/.step_00000010.pt.x").write_bytes(b"half a write")
     capsys.readouterr()
     train(flags, "truncated")
-    said = capsys.readouterr().out
-    assert "step_00000024.pt is not whole" in said and "falling back to the one before" in said
-    assert "step_00000020.pt: 20 of 72 steps done" in said
+    printed = capsys.readouterr().out
+    assert "step_00000006.pt is not whole" in printed and "falling back to the one" in printed
+    assert "step_00000005.pt: 5 of 12 steps done" in printed
     assert same(result(folder / "truncated"), result(folder / "whole"))
     assert not list((folder / "truncated/checkpoints").glob(".*"))
 
@@ -130,44 +130,80 @@ def test_no_whole_checkpoint_is_an_error(setup):
     checkpoints = folder / "broken/checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / "step_00000007.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="step_00000007.pt.*--resume off starts again"):
+    with pytest.raises(UserError, match="step_00000007.pt.*--resume off starts again"):
         train(flags, "broken")
 
 
 def test_finished_run_is_left_as_it_is(setup):
+    """By the same command, and by that of another run, which is refused."""
     flags, folder = setup
-    before, log = result(folder / "whole"), (folder / "whole/log.txt").read_text()
+    files = [path for path in (folder / "whole").rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files if path.name != ".lock"}
     train(flags, "whole")
-    assert same(result(folder / "whole"), before)
-    assert (folder / "whole/log.txt").read_text() == log
-
-
-def test_checkpoint_of_another_run_is_an_error(setup):
-    flags, _ = setup
-    with pytest.raises(ValueError, match="of another run: seed was 42, is 7.*--resume off"):
+    with pytest.raises(UserError, match="of another run: seed was 42, is 7.*--resume off"):
         train(flags, "whole", "--seed", "7")
+    with pytest.raises(UserError, match="final_threshold was 0.3, is 0.1"):
+        train(flags, "whole", "--final_threshold", "0.1")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_resume_from_a_file_and_keep_checkpoints(setup):
     flags, folder = setup
-    train(flags, "kept", "--keep_checkpoints", "4")
-    assert saved_steps(folder / "kept") == [50, 60, 70, 72]
-    middle = folder / "kept/checkpoints/step_00000050.pt"
+    train(flags, "kept", "--keep_checkpoints", "3", "--checkpoint_steps", "4")
+    assert saved_steps(folder / "kept") == [6, 8, 12]
+    middle = folder / "kept/checkpoints/step_00000008.pt"
     train(flags, "from_file", "--resume", str(middle))
     assert same(result(folder / "from_file"), result(folder / "whole"))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_kill_and_resume(tmp_path, world_size):
-    config = write_config(tmp_path / "c.yaml", make_scenes(tmp_path / "scenes"), num_workers=1)
-    trials = kill_and_resume(config, tmp_path, world_size, kills=1, seed=world_size)
-    assert [trial["equal"] for trial in trials] == [True]
-    assert trials[0]["step"] > 0  # it was killed with something to resume
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(scenes, tmp_path):
+    """By script, flags of a run of two processes: an epoch of 24 steps, with loading processes."""
+    changes = {"batch_size": 1, "max_epoch": 1, "num_workers": 1}
+    configs = {
+        "train_caption": write_config(tmp_path / "caption.yaml", scenes, **changes),
+        "train_clip_flickr30k": write_clip_config(tmp_path / "clip.yaml", scenes, **changes),
+    }
+    common = ["--output_dir", str(tmp_path), *PRUNE, "--checkpoint_steps", "2"]
+    common += ["--eval_epochs", "0", "--model_dir"]
+    return {script: ["--config", config, *common] for script, config in configs.items()}
+
+
+@pytest.mark.parametrize("script", ["train_caption", "train_clip_flickr30k"])
+def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(two, tmp_path, script):
+    """SIGTERM to all, also to loading processes; SIGINT to one, which stops the other; SIGKILL."""
+    assert finish(start([*two[script], "whole"], 2, script)) == [0, 0]
+    last, folder, reached = saved_steps(tmp_path / "whole")[-1], tmp_path / "run", 0
+    for number, ranks in ((signal.SIGTERM, [0, 1]), (signal.SIGINT, [1]), (signal.SIGKILL, [0])):
+        started = start([*two[script], "run"], 2, script)
+        wait_for_step(folder, started[0], reached + 2)
+        for rank in ranks:
+            os.killpg(started[rank].pid, number)
+        codes = finish(started, timeout=60)
+        assert None not in codes, "a process outlived the stopped one"
+        assert number == signal.SIGKILL or codes == [EXIT_STOPPED] * 2
+        assert reached < saved_steps(folder)[-1] < last
+        reached = saved_steps(folder)[-1]
+    assert finish(start([*two[script], "run"], 2, script)) == [0, 0]
+    assert same(result(folder), result(tmp_path / "whole"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size, kills", [(1, 20), (2, 10)])
-def test_many_kills(tmp_path, world_size, kills):
-    config = write_config(tmp_path / "c.yaml", make_scenes(tmp_path / "scenes"), num_workers=1)
-    trials = kill_and_resume(config, tmp_path, world_size, kills)
-    assert [trial["equal"] for trial in trials] == [True] * kills
+@pytest.mark.parametrize(("world_size", "kills"), [(1, 20), (2, 10)])
+def test_many_kills(two, tmp_path, world_size, kills):
+    """At random moments."""
+    chance, flags = random.Random(0), two["train_caption"]
+    assert finish(start([*flags, "whole"], world_size)) == [0] * world_size
+    last = saved_steps(tmp_path / "whole")[-1]
+    for trial in range(kills):
+        folder = tmp_path / f"killed{trial}"
+        started = start([*flags, folder.name], world_size)
+        wait_for_step(folder, started[0], chance.randint(0, last))
+        time.sleep(chance.uniform(0, 0.5))
+        started[chance.randrange(world_size)].kill()
+        assert None not in finish(started, timeout=60), "a process outlived the killed one"
+        assert finish(start([*flags, folder.name], world_size)) == [0] * world_size
+        assert same(result(folder), result(tmp_path / "whole"))

@@ -4,154 +4,124 @@ import json
 
 import pytest
 import torch
-from ruamel.yaml import YAML
-from safetensors.torch import load_file
 
-import ComputeID
 import train_clip_flickr30k
 from configs import load_config
 from dimension.profile import load_profile
-from engine import loop
-from engine.tasks import RETRIEVAL
-from models import prunable_layers
-from tests.kill_and_resume import kill_and_resume
-from tests.runs import finish, make_scenes, result, same, start
+from models import build_clip, prunable_layers
+from models.clip import ClipRetrieval
+from tests.runs import (
+    finish,
+    in_float64,
+    log_of,
+    make_scenes,
+    result,
+    run,
+    same,
+    start,
+    write_clip_config,
+    zeros,
+)
 from utils import UserError
 
-CLIP = {"embed_dim": 16, "patch_size": 16, "vision_width": 32, "vision_layers": 2}
-CLIP |= {"vision_heads": 2, "context_length": 32, "vocab_size": 128, "text_width": 32}
-CLIP |= {"text_layers": 2, "text_heads": 2}
+SCRIPT = "train_clip_flickr30k"
+PRUNE = ["--warmup_steps", "2", "--deltaT", "2", "--final_threshold", "0.4", "--final_warmup", "1"]
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
-    """A config of a small CLIP, and what every run has in common."""
+def setup(tmp_path_factory):
+    """Flags with the config of a small CLIP, whose runs take 12 steps in 2 epochs; the folder."""
     folder = tmp_path_factory.mktemp("clip")
-    scenes = make_scenes(folder / "scenes")
-    config = {
-        "image_root": str(scenes / "images"),
-        "ann_root": str(scenes / "annotation"),
-        "tokenizer": str(scenes / "tokenizer"),
-        "clip": CLIP,
-        "image_size": 32,
-        "queue_size": 8,
-        "batch_size_train": 4,
-        "batch_size_test": 4,
-        "init_lr": 1e-3,
-        "max_epoch": 2,
-        "num_workers": 0,
-    }
-    with open(folder / "c.yaml", "w") as file:
-        YAML().dump(config, file)
-    flags = ["--config", str(folder / "c.yaml"), "--output_dir", str(folder)]
-    return [*flags, "--warmup_steps", "3", "--deltaT", "2", "--final_threshold", "0.4"], folder
+    scenes = make_scenes(folder / "scenes", train=24)
+    config = write_clip_config(folder / "c.yaml", scenes)
+    return ["--config", config, "--output_dir", str(folder)], folder
 
 
-def run(flags, *more):
-    train_clip_flickr30k.main(train_clip_flickr30k.parse_args([*flags, *more]))
+def train(setup, name, *flags):
+    run(SCRIPT, [*setup[0], "--model_dir", name, *PRUNE, *flags])
+    return setup[1] / name
 
 
-def test_a_run_prunes_and_is_evaluated(flags, capsys):
-    flags, folder = flags
-    run(flags, "--model_dir", "run", "--use_ceph", "--w_sp_attn", "1.0", "--lr", "5e-4")
-    log = [json.loads(line) for line in (folder / "run/log.txt").read_text().splitlines()]
+def last_state(folder):
+    return torch.load(folder / "checkpoints/step_00000012.pt", weights_only=True)["model"]
+
+
+def recalls_of(folder):
+    return json.loads((folder / "results/recalls.json").read_text())
+
+
+def test_a_run_prunes_and_is_evaluated(setup, capsys):
+    folder = train(setup, "run", "--use_ceph", "--w_sp_attn", "1.0", "--lr", "5e-4")
+    log = log_of(folder)
     assert log[0]["lr"] == 5e-4 and {"val_r_mean", "val_txt_r1", "val_img_r10"} <= log[1].keys()
-    weights = load_file(folder / "run/pruned.safetensors")
-    model = RETRIEVAL.build_model(load_config(flags[1]))
+    weights, model = result(folder), build_clip(load_config(setup[0][1]))
     assert set(weights) == {name for name, _ in model.named_parameters()}  # no queue, no copy
-    layers = [f"{n}.{kind}" for n in prunable_layers(model) for kind in ("weight", "bias")]
-    zeros = sum(int((weights[name] == 0).sum()) for name in layers)
-    assert zeros / sum(weights[name].numel() for name in layers) == pytest.approx(0.6, abs=1e-3)
-    run(flags[:4], "--evaluate", "--pruned", str(folder / "run"))
-    recalls = json.loads((folder / "run/results/recalls.json").read_text())
+    zero = zeros(weights, prunable_layers(model))
+    assert int(zero.sum()) == int(0.6 * len(zero)) - 1
+    run(SCRIPT, [*setup[0], "--evaluate", "--pruned", str(folder)])
+    recalls = recalls_of(folder)
     assert recalls["val"]["r_mean"] == log[1]["val_r_mean"] and recalls["test"].keys() > {"txt_r5"}
     assert "test: {" in capsys.readouterr().out
 
 
-def test_a_killed_run_goes_on_with_queue_copy_and_ramp(flags, monkeypatch):
+def test_a_killed_run_goes_on_with_queue_copy_and_ramp(setup, monkeypatch):
     """Killed in the first epoch, while alpha still rises."""
-    flags, folder = flags
-    more = ["--eval_epochs", "0", "--checkpoint_steps", "5"]
-    run(flags, "--model_dir", "whole", *more)
-    train_step, alphas = loop.train_step, []
+    flags = ["--eval_epochs", "0", "--checkpoint_steps", "3"]
+    whole = train(setup, "whole", *flags)
+    on_step, ramps = ClipRetrieval.on_step, []
 
-    def killed(run, state, parts, weights):
-        train_step(run, state, parts, weights)
-        alphas.append(state.model.ramp)
-        if state.progress.step == 7:
+    def killed(self, epochs):
+        if len(ramps) == 4:
             raise KeyboardInterrupt
+        on_step(self, epochs)
+        ramps.append(self.ramp)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", killed)
+        patch.setattr(ClipRetrieval, "on_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(flags, "--model_dir", "killed", *more)
-    assert alphas == pytest.approx([step / 12 for step in range(7)])
-    run(flags, "--model_dir", "killed", *more)
-    assert same(result(folder / "killed"), result(folder / "whole"))
-    states = [
-        torch.load(folder / name / "checkpoints/step_00000024.pt", weights_only=True)["model"]
-        for name in ("killed", "whole")
-    ]
-    assert same(*states) and any("queue" in name for name in states[0])
+            train(setup, "killed", *flags)
+    assert ramps == pytest.approx([step / 6 for step in range(4)])
+    killed = train(setup, "killed", *flags)
+    assert same(result(killed), result(whole))
+    assert same(last_state(killed), last_state(whole))
+    assert any("queue" in name for name in last_state(whole))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_killed_processes_resume(flags, tmp_path, world_size):
-    """Queue, momentum copy and ramp come back on every process."""
-    config = flags[0][1]
-    script, seed = "train_clip_flickr30k", 5  # kills after half of the steps
-    trials = kill_and_resume(config, tmp_path, world_size, 1, seed, script)
-    assert [trial["equal"] for trial in trials] == [True]
-    assert trials[0]["step"] > 0
+def test_one_process_and_two_train_and_evaluate_the_same(setup, float64):
+    alone = train(setup, "alone")
+    argv = [*setup[0], "--model_dir", "together", *PRUNE, "--batch_size", "2"]
+    assert finish(start(argv, 2, SCRIPT, before=in_float64)) == [0, 0]
+    together = setup[1] / "together"
+    losses, others = ([record["loss"] for record in log_of(f)] for f in (alone, together))
+    assert others == pytest.approx(losses, rel=1e-9)
+    layers = prunable_layers(build_clip(load_config(setup[0][1])))
+    pruned, others = (zeros(result(folder), layers) for folder in (alone, together))
+    assert torch.equal(pruned, others) and pruned.double().mean() > 0.5
+    assert torch.equal(last_state(alone)["id_queue"], last_state(together)["id_queue"])
+    argv = [*setup[0], "--evaluate", "--pruned", str(alone), "--model_dir", "two"]
+    assert finish(start(argv, 2, SCRIPT, before=in_float64)) == [0, 0]
+    run(SCRIPT, [*argv[:-1], "one"])
+    assert recalls_of(setup[1] / "one") == recalls_of(setup[1] / "two")
+    assert recalls_of(setup[1] / "one")["val"]["r_mean"] == log_of(alone)[1]["val_r_mean"]
 
 
-def test_one_process_and_two_train_and_evaluate_the_same(flags):
-    flags, folder = flags
-    run(flags, "--model_dir", "alone")
-    more = ["--model_dir", "together", "--batch_size", "2"]
-    assert finish(start([*flags, *more], 2, "train_clip_flickr30k")) == [0, 0]
-    alone, together = (
-        [json.loads(line) for line in (folder / name / "log.txt").read_text().splitlines()]
-        for name in ("alone", "together")
-    )
-    assert [r["step"] for r in together] == [r["step"] for r in alone] == [12, 24]
-    losses, others = ([r["loss"] for r in log] for log in (alone, together))
-    assert others == pytest.approx(losses, rel=1e-4)
-    pruned, others = (
-        torch.cat([(value == 0).flatten() for value in result(folder / name).values()])
-        for name in ("alone", "together")
-    )
-    assert (pruned == others).double().mean() > 0.99 and pruned.double().mean() > 0.25
-    states = [
-        torch.load(folder / name / "checkpoints/step_00000024.pt", weights_only=True)["model"]
-        for name in ("alone", "together")
-    ]
-    assert torch.equal(states[0]["id_queue"], states[1]["id_queue"])
-    recalls = []
-    for name, processes in (("one", 1), ("two", 2)):
-        argv = [*flags[:4], "--evaluate", "--pruned", str(folder / "alone"), "--model_dir", name]
-        assert finish(start(argv, processes, "train_clip_flickr30k")) == [0] * processes
-        recalls.append(json.loads((folder / name / "results/recalls.json").read_text()))
-    assert recalls[0] == recalls[1]
-    assert recalls[0]["val"]["r_mean"] == alone[1]["val_r_mean"]
-
-
-def test_the_ids_of_its_layers_are_measured(flags):
+def test_the_ids_of_its_layers_are_measured(setup):
     """By the run's weights, and they weight a run's scores."""
-    flags, folder = flags
-    run(flags, "--model_dir", "start", "--eval_epochs", "0")
-    argv = ["--config", flags[1], "-n", "24", "--Path", str(folder / "ID"), "--cpu"]
-    ComputeID.main(ComputeID.parse_args([*argv, "--pruned", str(folder / "start")]))
-    profile = load_profile(folder / "ID")
-    assert list(profile) == list(prunable_layers(RETRIEVAL.build_model(load_config(flags[1]))))
-    assert all(dimension > 0 for dimension in profile.values())
-    run(flags, "--model_dir", "ID80", "--id_profile", str(folder / "ID"), "--eval_epochs", "0")
-    assert not same(result(folder / "ID80"), result(folder / "start"))
+    start = train(setup, "start", "--eval_epochs", "0", "--max_steps", "6")
+    profile = setup[1] / "ID"
+    argv = ["--config", setup[0][1], "-n", "24", "--Path", str(profile), "--cpu"]
+    run("ComputeID", [*argv, "--pruned", str(start)])
+    layers = prunable_layers(build_clip(load_config(setup[0][1])))
+    assert list(load_profile(profile)) == list(layers)
+    assert all(dimension > 0 for dimension in load_profile(profile).values())
+    flags = ["--eval_epochs", "0", "--max_steps", "6", "--id_profile", str(profile)]
+    weighted = train(setup, "weighted", *flags)
+    assert not same(result(weighted), result(start))
 
 
-def test_a_queue_that_batches_do_not_fill_is_refused(flags):
+def test_a_queue_that_batches_do_not_fill_is_refused(setup):
     with pytest.raises(UserError, match="queue_size"):
-        run(flags[0], "--batch_size", "3", "--model_dir", "odd")
+        train(setup, "odd", "--batch_size", "3")
 
 
 def test_the_papers_command_is_the_default():
