@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,22 +113,24 @@ def build_pruner(run: Run, model: nn.Module, plan: StepPlan) -> Pruner:
         UserError: the schedule does not fit the run, or the ID profile is not of this model.
     """
     args = run.args
-    return Pruner(
-        model,
-        layers=None,
-        method=args.pruner_name,
-        total_steps=plan.total_steps,
-        delta_t=args.deltaT,
-        beta1=args.beta1,
-        beta2=args.beta2,
-        initial_threshold=args.initial_threshold,
-        final_threshold=args.final_threshold,
-        initial_warmup=args.initial_warmup,
-        final_warmup=args.final_warmup,
-        warmup_steps=plan.warmup_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        layer_id=run.layer_id,
-    )
+    same = ("beta1", "beta2", "initial_threshold", "final_threshold")
+    same += ("initial_warmup", "final_warmup")  # flags that are arguments of the pruner
+    try:
+        return Pruner(
+            model,
+            layers=None,
+            method=args.pruner_name,
+            total_steps=plan.total_steps,
+            delta_t=args.deltaT,
+            warmup_steps=plan.warmup_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            layer_id=run.layer_id,
+            **{name: getattr(args, name) for name in same},
+        )
+    except UserError as error:  # which speaks of arguments
+        sentence = re.sub(rf"\b({'|'.join(same)}|warmup_steps)\b", r"--\1", str(error))
+        sentence = sentence.replace("delta_t", "--deltaT")
+        raise UserError(sentence.replace("total_steps", "--max_steps, --max_epoch")) from None
 
 
 def run_identity(run: Run, model: nn.Module, dataset: Dataset, plan: StepPlan) -> dict:

@@ -9,21 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pruners import kernels
-
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=["loops", "equations"])
-def kernel_form(request, monkeypatch):
-    """Runs a test with compiled loops, and with the equations' tensor lines that GPUs get."""
-    if request.param == "equations":
-        monkeypatch.setattr(kernels, "all_float32_on_cpu", lambda pieces: False)
 
 
 @pytest.fixture(scope="session")
