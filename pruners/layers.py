@@ -14,9 +14,9 @@ def choose_layers(
     """The layers to prune, by name.
 
     Args:
-        model: any; names are those of its `named_modules`.
-        names: linear layers (`nn.Linear`, transformers' `Conv1D`); None takes
-            `models.prunable_layers`, which knows BLIP and CLIP.
+        model: any.
+        names: linear layers (`nn.Linear`, transformers' `Conv1D`) among its `named_modules`; None
+            takes `models.prunable_layers`, which knows BLIP and CLIP.
 
     Returns:
         The layers, and those that are left out because another module has the same weight, a word
@@ -25,30 +25,25 @@ def choose_layers(
     Raises:
         UserError: there is no layer, or one is unknown, not linear, or has no weight of its own.
     """
-    if names is None:
-        names = prunable_layers(model)
-        if not names:
-            raise UserError(
-                "nothing to prune: the model has no transformer blocks of BLIP or CLIP. Name the "
-                "linear layers to prune (layers=[...])"
-            )
+    if names is None and not (names := prunable_layers(model)):
+        raise UserError(
+            "nothing to prune: the model has no transformer blocks of BLIP or CLIP. Name the "
+            "linear layers to prune (layers=[...])"
+        )
     names = [names] if isinstance(names, str) else list(names)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules())
     refused = [f"{n!r} {why}" for n in names if (why := _why_refused(modules.get(n)))]
     if refused:
-        more = f" and {len(refused) - 3} more" if refused[3:] else ""
-        raise UserError(f"cannot prune these layers: {'; '.join(refused[:3])}{more}")
-    owners: dict[int, list[str]] = {}  # of a weight
-    for name, module in model.named_modules():
+        raise UserError(f"cannot prune these layers: {_first(refused)}")
+    owners: dict[int, list[str]] = {}  # of a parameter
+    for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    layers, left_out = {}, {}
+    left_out = {}
     for name in names:
-        others = [n for n in owners[id(modules[name].weight)] if modules[n] is not modules[name]]
-        if others:
-            left_out[name] = others[0]
-        elif all(module is not modules[name] for module in layers.values()):
-            layers[name] = modules[name]
+        others = [owner for owner in owners[id(modules[name].weight)] if owner != name]
+        left_out |= {name: others[0]} if others else {}
+    layers = {name: modules[name] for name in names if name not in left_out}
     if not layers:
         raise UserError(f"nothing to prune: {tied(left_out) or 'no layer is named'}")
     return layers, left_out
@@ -63,8 +58,7 @@ def tied(left_out: dict[str, str]) -> str:
 def _why_refused(module: nn.Module | None) -> str | None:
     if module is None:
         return "is not a layer of the model"
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    if not isinstance(module, nn.Linear) and "Conv1D" not in kinds:
+    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
         return f"is no linear layer ({type(module).__name__})"
     own = {name for name, _ in module.named_parameters()}
     if not {"weight"} <= own <= {"weight", "bias"}:
@@ -79,26 +73,26 @@ def _why_refused(module: nn.Module | None) -> str | None:
     return None
 
 
-def check_layer_id(
-    layer_id: dict[str, float], layers: dict[str, nn.Module], left_out: Iterable[str] = ()
+def check_profile(
+    profile: dict[str, float], layers: Iterable[str], left_out: Iterable[str] = ()
 ) -> None:
-    """Checks that an ID profile is of these layers; it may also have those that are left out.
+    """Checks that a profile, by layer name, is of these layers; it may have those left out, too.
 
     Raises:
         UserError: names layers that are missing, unknown, or whose ID is not positive.
     """
     problems = {
-        "missing": [name for name in layers if name not in layer_id],
-        "unknown": [name for name in layer_id if name not in layers and name not in left_out],
-        "not positive": [name for name, dimension in layer_id.items() if not dimension > 0],
+        "missing": [name for name in layers if name not in profile],
+        "unknown": [name for name in profile if name not in layers and name not in left_out],
+        "not positive": [name for name, dimension in profile.items() if not dimension > 0],
     }
-    found = [
-        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-        for what, names in problems.items()
-        if names
-    ]
+    found = "; ".join(f"{what}: {_first(names)}" for what, names in problems.items() if names)
     if found:
         raise UserError(
-            f"the ID profile does not fit the model ({'; '.join(found)}). Measure one with "
-            "ComputeID.py and the same config"
+            f"the ID profile does not fit the model ({found}). Measure one with ComputeID.py and "
+            "the same config"
         )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")

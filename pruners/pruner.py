@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from pruners.layers import check_layer_id, choose_layers, tied
+from pruners.layers import check_profile, choose_layers, tied
 from pruners.mask import check_masks_equal, mask_
 from pruners.schedule import CubicSchedule
 from pruners.score import METHODS
@@ -31,17 +31,12 @@ class Pruner:
         model: on its final device; plain or in DistributedDataParallel. Changed in place.
         layers: names of its linear layers to prune; None takes `models.prunable_layers`.
         method: score by "PLATON", "Taylor" or "Magnitude".
-        total_steps: optimizer steps of the run.
         delta_t: steps in PLATON's window, and between mask events.
         beta1: decay of PLATON's importance, in (0, 1).
         beta2: decay of PLATON's uncertainty, in [0, 1).
-        initial_threshold: share that remains at first, in (0, 1].
-        final_threshold: share that remains at last, in (0, initial_threshold].
-        initial_warmup: initial phase without masks, in units of `warmup_steps`.
-        final_warmup: final phase with a mask at each step, in units of `warmup_steps`.
-        warmup_steps: optimizer steps in a unit.
-        steps_per_epoch: also mask after the last step of an epoch.
         layer_id: intrinsic dimension by layer name, to weight scores with; None weights none.
+        schedule: `total_steps`, `final_threshold`, `warmup_steps`, `initial_warmup`, `final_warmup`
+            and more of `CubicSchedule`.
 
     Raises:
         UserError: an argument is out of range, a layer cannot be pruned, `layer_id` is not of these
@@ -57,17 +52,11 @@ class Pruner:
         layers: Iterable[str] | None = None,
         method: str = "PLATON",
         *,
-        total_steps: int,
         delta_t: int = 10,
         beta1: float = 0.85,
         beta2: float = 0.95,
-        initial_threshold: float = 1.0,
-        final_threshold: float,
-        initial_warmup: int,
-        final_warmup: int,
-        warmup_steps: int,
-        steps_per_epoch: int | None = None,
         layer_id: dict[str, float] | None = None,
+        **schedule,
     ):
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
@@ -76,18 +65,9 @@ class Pruner:
             model = model.module
         self.layers, self.left_out = choose_layers(model, layers)
         if layer_id is not None:
-            check_layer_id(layer_id, self.layers, self.left_out)
-        self.schedule = CubicSchedule(
-            total_steps,
-            initial_threshold,
-            final_threshold,
-            initial_warmup,
-            final_warmup,
-            warmup_steps,
-            delta_t,
-            steps_per_epoch,
-            METHODS[method].first_scored(delta_t),
-        )
+            check_profile(layer_id, self.layers, self.left_out)
+        first_scored = METHODS[method].first_scored(delta_t)
+        self.schedule = CubicSchedule(delta_t=delta_t, first_scored=first_scored, **schedule)
         self.parameters = {
             f"{layer}.{kind}": parameter
             for layer, module in self.layers.items()
@@ -152,13 +132,10 @@ class Pruner:
         if self._found is None or self._found[0] != rank:
             found = kth_smallest(self.score, rank)
             if math.isnan(found[0]):
-                broken = (
-                    name
-                    for name in self.parameters
-                    if any(score.isnan().any() for _, score in self.score.scores(name))
-                )
+                pieces = ((n, s) for n in self.parameters for _, s in self.score.scores(n))
+                broken = next(name for name, score in pieces if score.isnan().any())
                 raise NonFiniteScores(
-                    f"the scores of {next(broken)} are not numbers: its weights or gradients "
+                    f"the scores of {broken} are not numbers: its weights or gradients "
                     "became infinite or NaN. Resume from an earlier checkpoint with a lower "
                     "learning rate"
                 )
@@ -166,10 +143,9 @@ class Pruner:
         return self._found[1]
 
     def check_masks_equal(self) -> None:
-        """Stops all processes if their masks differ; in one process there is nothing to do.
+        """Stops all processes if their masks differ; `step` calls it in the cubic phase.
 
-        `step` calls it after every mask of the cubic phase. Call it before each checkpoint too, on
-        all processes.
+        Call it before each checkpoint too, on all processes.
 
         Raises:
             RuntimeError: on all processes; names the first parameter that differs.

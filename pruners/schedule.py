@@ -7,11 +7,11 @@ from utils import UserError
 LONGER = "take more steps (total_steps)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CubicSchedule:
-    """The share of the prunable parameters that remains after each optimizer step.
+    """The share of the prunable parameters that remains after each optimizer step, from 1.
 
-    Steps count from 1 to `total_steps`. Up to `initial_warmup * warmup_steps` nothing is masked.
+    Up to `initial_warmup * warmup_steps` nothing is masked.
     During the last `final_warmup * warmup_steps` steps the share is final and every step masks.
     Between them the share falls as a cubic, at first steeply.
 
@@ -35,7 +35,7 @@ class CubicSchedule:
     """
 
     total_steps: int
-    initial_threshold: float
+    initial_threshold: float = 1.0
     final_threshold: float
     initial_warmup: int
     final_warmup: int

@@ -56,11 +56,8 @@ class Score:
 
     Args:
         parameters: by name `<layer>.weight` or `<layer>.bias`.
-        layer_id: intrinsic dimension by layer name (Wang et al., ICML 2024); None weighs all
-            layers alike.
-        delta_t: steps in PLATON's window.
-        beta1: decay of PLATON's `avg`, in (0, 1).
-        beta2: decay of PLATON's `unc`, in [0, 1).
+        layer_id: intrinsic dimension by layer name; None weighs all layers alike.
+        delta_t: steps in PLATON's window; beta1, beta2: decays of its `avg` and `unc`.
     """
 
     def __init__(
@@ -135,15 +132,11 @@ class Magnitude(Score):
 class Taylor(Score):
     """The sensitivity |p * grad| of this step."""
 
+    factors = Score.with_gradient
+
     def update_(self, step: int) -> bool:
         """Checks that there are gradients."""
-        for name in self.parameters:
-            self.with_gradient(name)
-        return True
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """The parameter and its gradient."""
-        return self.with_gradient(name)
+        return all(self.with_gradient(name) for name in self.parameters)
 
 
 class Platon(Score):
