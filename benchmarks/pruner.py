@@ -3,63 +3,44 @@
     python -m benchmarks.pruner
 
 Compares PLATON's score update and mask event with the straightforward method (new tensors, one
-concatenation of all scores, `kthvalue`, `masked_fill`) and with the time that a copy of the same
-number of bytes takes. A mask event reads the scores' two averages to find the threshold, then reads
-them again and reads and writes the parameters; between folds the scores stand still, so that the
-threshold is known and only the second is left. Needs 10 GB of memory and Linux; takes a minute on
-two cores.
+concatenation of all scores, `kthvalue`, `masked_fill`) and with a copy of as many bytes. A mask
+event reads the scores' two averages twice to find the threshold, then once more, and reads and
+writes the parameters; between folds the scores stand still, and the threshold is known. Needs 10 GB
+of memory and Linux; takes a minute on two cores.
 """
 
 import argparse
-import ctypes
 import json
 import re
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.timing import peak_memory, print_document, reset_peak, seconds
 from pruners.mask import mask_, mask_checksums
 from pruners.pruner import Pruner
 from pruners.threshold import kth_smallest
 
-ROOT = Path(__file__).parents[1]
-SHAPES = ROOT / "tests/golden/blip_caption_base.json"
-PROFILE = ROOT / "configs/id/blip_coco.json"
+SHAPES = Path(__file__).parents[1] / "tests/golden/blip_caption_base.json"
 REMAINING = 0.3
+# how often a work reads or writes all parameters; a copy does it twice
+PASSES = {"average": 4, "fold": 8, "find": 4, "mask": 4, "event": 8, "checksum": 1, "report": 1}
 
 
-def build_layers() -> nn.Module:
-    """The prunable linear layers of BLIP base with random weights and gradients."""
+def build_pruner() -> Pruner:
+    """PLATON on BLIP base's layers, with averages that two short windows have filled."""
     model = nn.Module()
     for key, shape in json.loads(SHAPES.read_text()).items():
-        name, kind = key.rsplit(".", 1)
-        in_block = re.search(r"\.(blocks|layer)\.\d", name)
-        if not (in_block and kind == "weight" and len(shape) == 2):
-            continue
-        parent = model
-        *path, last = name.split(".")
-        for part in path:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = getattr(parent, part)
-        parent.add_module(last, nn.Linear(shape[1], shape[0]))
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter) * 1e-3
-    return model
-
-
-def build_pruner(model: nn.Module) -> Pruner:
-    """PLATON, with averages that three short windows have filled."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        name = key.removesuffix(".weight")
+        if re.search(r"\.(blocks|layer)\.\d.*\.weight$", key) and len(shape) == 2:
+            model.add_module(name.replace(".", "_"), nn.Linear(shape[1], shape[0]))
     run = dict(total_steps=100, initial_warmup=0, final_warmup=1, warmup_steps=1)
+    layers = [name for name, _ in model.named_children()]
     pruner = Pruner(model, layers, final_threshold=REMAINING, **run)
-    for step in [1, 10, 11, 20, 21, 30]:
-        for parameter in model.parameters():
-            parameter.grad.mul_(torch.rand(parameter.shape[-1]) + 0.5)
+    for step in (1, 10, 11, 20):
+        for p in pruner.parameters.values():
+            p.grad = torch.randn_like(p) * (torch.rand(p.shape[-1]) + 0.5) * 1e-3
         pruner.score.update_(step)
     return pruner
 
@@ -70,7 +51,7 @@ class Straightforward:
     def __init__(self, pruner: Pruner):
         self.parameters = pruner.parameters
         for kind, averages in pruner.score.state.items():
-            setattr(self, kind, {name: average.clone() for name, average in averages.items()})
+            setattr(self, kind, dict(averages))
 
     @torch.no_grad()
     def update(self, position: int) -> None:
@@ -95,98 +76,45 @@ class Straightforward:
         return threshold
 
 
-def median_times(runs: int, **works: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each work over several rounds; the works take turns, after a warm-up."""
-    times = {name: [] for name in works}
-    for _ in range(runs + 1):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def peak_extra_memory(work: Callable[[], object]) -> int:
-    """Bytes by which the process's resident memory grows at most during work (Linux)."""
-
-    def status(field: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024
-
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = status("VmRSS")
-    work()
-    return status("VmHWM") - before
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Prints a line for each kind of step."""
+    """Prints a line for each kind of work, and the document."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=7, help="timed rounds")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; default: 7")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    pruner = build_pruner(build_layers())
-    plain = Straightforward(pruner)
-    rank = int(pruner.numel * (1 - REMAINING))
-    print(f"{len(pruner.parameters)} tensors, {pruner.numel:,} parameters, ", end="")
-    print(f"{torch.get_num_threads()} threads")
-    print(f"{'':32} {'ours':>9} {'straightforward':>18} {'copy bound':>11}")
-
-    def line(what: str, ours: float, bound: float, straight: float | None = None) -> None:
-        compared = f"{straight:8.3f} s {straight / ours:5.1f} x" if straight else " " * 18
+    pruner = build_pruner()
+    plain, score, rank = Straightforward(pruner), pruner.score, int(pruner.numel * (1 - REMAINING))
+    threshold, tied = kth_smallest(score, rank)
+    same = plain.mask(rank) == threshold
+    source, target = torch.ones(2, pruner.numel)
+    ours = {
+        "copy": lambda: target.copy_(source),
+        "find": lambda: kth_smallest(score, rank),
+        "mask": lambda: mask_(score, threshold),
+        "event": lambda: mask_(score, kth_smallest(score, rank)[0]),
+        "checksum": lambda: mask_checksums(pruner.parameters.values()),
+        "report": pruner.report,
+        "average": lambda: score.update_(5),
+        "fold": lambda: score.update_(10),
+    }
+    times = seconds(ours, args.rounds)
+    reset_peak("cpu")
+    before = peak_memory("cpu", "VmRSS")
+    ours["event"]()
+    memory = peak_memory("cpu") - before
+    straight = seconds({"event": lambda: plain.mask(rank)}, 2)
+    straight |= seconds({"average": lambda: plain.update(5), "fold": lambda: plain.update(0)}, 2)
+    print(f"{len(pruner.parameters)} tensors, {pruner.numel:,} parameters")
+    print(f"{'':10} {'ours':>8} {'straightforward':>18} {'copies':>8}")
+    for name, passes in PASSES.items():
+        other = f"{straight[name]:8.3f} s {straight[name] / times[name]:5.1f} x"
+        bound = passes * times["copy"] / 2
         print(
-            f"{what:32} {ours:7.3f} s {compared} {bound:7.3f} s {ours / bound:5.2f} x", flush=True
+            f"{name:10} {times[name]:6.3f} s {other if name in straight else '':18} {bound:6.3f} s"
         )
-
-    def copy() -> None:  # 8 bytes a parameter: the yardstick
-        for name, target in plain.ipt.items():
-            target.copy_(pruner.score.state["ipt"][name])
-
-    def find() -> float:
-        return kth_smallest(pruner.score, pruner.numel, rank)[0]
-
-    def find_and_mask() -> None:
-        mask_(pruner.score, find())
-
-    t = median_times(
-        args.runs,
-        copy=copy,
-        step=lambda: pruner.score.update_(5),
-        plain_step=lambda: plain.update(5),
-        fold=lambda: pruner.score.update_(10),
-        plain_fold=lambda: plain.update(0),
-    )
-    line("score update, plain step", t["step"], 2 * t["copy"], t["plain_step"])
-    line("score update, folding step", t["fold"], 4 * t["copy"], t["plain_fold"])
-    both = (t["step"] + t["fold"]) / 2, 3 * t["copy"], (t["plain_step"] + t["plain_fold"]) / 2
-    line("score update, mean of both", *both)
-
-    plain.avg, plain.unc = pruner.score.state["avg"], pruner.score.state["unc"]  # the same scores
-    threshold = find()
-    t = median_times(
-        args.runs,
-        copy=copy,
-        event=find_and_mask,
-        find=find,
-        mask=lambda: mask_(pruner.score, threshold),
-        checksum=lambda: mask_checksums(pruner.parameters.values()),
-        report=pruner.report,
-    )
-    straight = median_times(2, event=lambda: plain.mask(rank))["event"]
-    line("mask event after a fold", t["event"], 3 * t["copy"], straight)
-    line("  finding the threshold", t["find"], t["copy"])
-    line("mask event between folds", t["mask"], 2 * t["copy"], straight)
-    line("checksum of the masks", t["checksum"], t["copy"] / 2)
-    line("sparsity report", t["report"], t["copy"] / 2)
-    pruner.score.layer_id = json.loads(PROFILE.read_text())
-    t = median_times(args.runs, copy=copy, event=find_and_mask)
-    line("mask event with --useID", t["event"], 3 * t["copy"])
-    same = "as" if plain.mask(rank) == threshold else "UNLIKE"
-    print(f"threshold {threshold:.7e}, {same} kthvalue's")
-    largest = 4e-6 * max(parameter.numel() for parameter in pruner.parameters.values())
-    print(f"peak extra memory of a mask event: {1e-6 * peak_extra_memory(find_and_mask):.1f} MB,")
-    print(f"the bracket included; two of the largest tensors: {2 * largest:.1f} MB")
+    print(f"a mask event takes {memory / 1e6:.1f} MB; its threshold is kthvalue's: {same}")
+    found = dict(threshold=threshold, tied=tied, same_threshold=same, event_bytes=memory)
+    print_document("pruner", seconds=times, straightforward=straight, **found)
 
 
 if __name__ == "__main__":

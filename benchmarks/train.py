@@ -13,9 +13,6 @@ defaults 16 GB and two minutes.
 """
 
 import argparse
-import ctypes
-import gc
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,80 +25,48 @@ from torch import nn
 
 import train_caption
 from benchmarks.pruner import Straightforward
+from benchmarks.timing import peak_memory, print_document, reset_peak, wait
 from data.image_dataset import ImageDataset
 from data.scenes.words import vocabulary
 from engine.loop import train_step
-from engine.plan import StepPlan, plan_steps
+from engine.plan import plan_steps
 from engine.processes import keep_freed_memory
 from engine.run import Run, start
 from engine.state import build_pruner, build_state
 from engine.tasks import CAPTION
 from models.captioner import Captioner, build_captioner
 
-DELTA_T = 10
+DELTA_T, STEPS = 10, 1000
 EVENTS = {"cubic": 1 / DELTA_T, "run": (3 / DELTA_T + 1) / 5}  # share of the steps
-FIRST_STEP = 209  # of 1000, in the cubic phase; 210 is a mask event
+FIRST_STEP = 209  # in the cubic phase; 210 is a mask event
 TEXT = "a picture of a small red circle to the left of a large blue square on a white background"
 
 Step = Callable[[int], None]
 
 
 def measure(step: Step, device: torch.device, ordinary: int) -> dict[str, float]:
-    """Times optimizer steps.
-
-    Args:
-        step: takes the optimizer step of a number; its first call is not timed.
-        device: to wait for.
-        ordinary: steps to time besides a mask event.
-
-    Returns:
-        Seconds of the best `ordinary` step, of the mask `event`, of the mean step of the `cubic`
-        phase and of the whole `run`, and `memory`, the peak in GB.
-    """
+    """Seconds of the best of some ordinary steps, of a mask event, of mean steps; peak bytes."""
     step(FIRST_STEP - 1)
     reset_peak(device)
-    seconds = {}
+    found = {}
     for number in range(FIRST_STEP, FIRST_STEP + ordinary + 1):
         began = time.perf_counter()
         step(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         kind = "ordinary" if number % DELTA_T else "event"
-        seconds[kind] = min(seconds.get(kind, float("inf")), time.perf_counter() - began)
-    ordinary, event = seconds["ordinary"], seconds["event"]
-    means = {phase: (1 - share) * ordinary + share * event for phase, share in EVENTS.items()}
-    return {"ordinary": ordinary, "event": event, **means, "memory": peak_memory(device)}
-
-
-def reset_peak(device: torch.device) -> None:
-    """Lets the peak of memory start from now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # of the process's resident memory
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory since `reset_peak` in GB, of the GPU or resident of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024 / 1e9
-
-
-def release_memory() -> None:
-    """Gives back what the last loop left."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+        found[kind] = min(found.get(kind, float("inf")), time.perf_counter() - began)
+    for phase, share in EVENTS.items():
+        found[phase] = (1 - share) * found["ordinary"] + share * found["event"]
+    return found | {"memory": peak_memory(device)}
 
 
 def straightforward(run: Run, model: Captioner, batch: tuple) -> Step:
     """The loop that one would write first."""
     fuse_attention(model, False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
-    pruner = build_pruner(run, model, plan(run))
+    plan = plan_steps(run.args, STEPS * run.samples_per_step, run.samples_per_step, 1)
+    pruner = build_pruner(run, model, plan)
     schedule, numel, plain = pruner.schedule, pruner.numel, Straightforward(pruner)
-    del pruner
 
     def step(number: int) -> None:
         optimizer.zero_grad()
@@ -119,7 +84,7 @@ def ours(run: Run, model: Captioner, batch: tuple, amp: str) -> Step:
     run = replace(run, args=argparse.Namespace(**{**vars(run.args), "amp": amp}))
     keep_freed_memory(run.process.device)
     fuse_attention(model, True)
-    state = build_state(run, model, ImageDataset([{}] * 1000 * run.samples_per_step, ".", None))
+    state = build_state(run, model, ImageDataset([{}] * STEPS * run.samples_per_step, ".", None))
     state.progress.step = FIRST_STEP - 2
 
     def step(number: int) -> None:
@@ -135,18 +100,12 @@ def fuse_attention(model: Captioner, fused: bool) -> None:
         block.attn.fused_attn = fused
 
 
-def plan(run: Run) -> StepPlan:
-    """A run of 1000 steps."""
-    return plan_steps(run.args, 1000 * run.samples_per_step, run.samples_per_step, 1)
-
-
 def build_run(args: argparse.Namespace, folder: str) -> tuple[Run, nn.Module, tuple]:
     """BLIP base with random weights, and a batch of noise with one caption."""
     torch.manual_seed(0)
     Path(folder, "vocab.txt").write_text("\n".join(vocabulary()))
     flags = ["--warmup_steps", "50", "--output_dir", folder, "--batch_size", str(args.batch_size)]
-    flags += ["--device", args.device]
-    run = start(train_caption.parse_args(flags), CAPTION)
+    run = start(train_caption.parse_args([*flags, "--device", args.device]), CAPTION)
     sizes = {"vit": args.vit, "image_size": args.image_size, "tokenizer": folder}
     model = build_captioner({**run.config, **sizes}).to(run.process.device).train()
     image = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
@@ -154,13 +113,13 @@ def build_run(args: argparse.Namespace, folder: str) -> tuple[Run, nn.Module, tu
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a line for each loop and one of ratios."""
+    """Prints a line for each loop, and the document."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--image_size", type=int, default=384)
-    parser.add_argument("--vit", default="base")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=2, help="timed besides a mask event")
+    parser.add_argument("--batch_size", type=int, default=2, help="samples a step; default: 2")
+    parser.add_argument("--image_size", type=int, default=384, help="pixels; default: 384")
+    parser.add_argument("--vit", default="base", help="vision transformer; default: base")
+    parser.add_argument("--device", default="auto", help="default: auto")
+    parser.add_argument("--steps", type=int, default=2, help="timed beside an event; default: 2")
     args = parser.parse_args(argv)
     loops = {
         "straightforward": straightforward,
@@ -170,19 +129,16 @@ def main(argv: list[str] | None = None) -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         run, model, batch = build_run(args, folder)
-        columns = "".join(f"{name:>10}" for name in ("ordinary", "event", *EVENTS))
-        print(f"{'seconds a step':16}{columns} {'memory':>10}")
+        device = run.process.device
+        print(f"{'seconds a step':16}{'ordinary':>10}{'event':>10}{'cubic':>10}{'run':>10}")
         for name, loop in loops.items():
-            results[name] = measure(loop(run, model, batch), run.process.device, args.steps)
-            *seconds, memory = results[name].values()
-            numbers = "".join(f"{value:10.3f}" for value in seconds)
-            print(f"{name:16}{numbers} {memory:7.2f} GB", flush=True)
+            found = results[name] = measure(loop(run, model, batch), device, args.steps)
+            *times, memory = found.values()
+            numbers = "".join(f"{value:10.3f}" for value in times)
+            ratio = results["straightforward"]["run"] / found["run"]
+            print(f"{name:16}{numbers} {memory / 1e9:7.2f} GB {ratio:6.2f} x", flush=True)
             model.zero_grad()
-            release_memory()
-    first, *others = results.items()
-    for name, result in others:
-        ratios = "".join(f"{first[1][kind] / result[kind]:9.2f}x" for kind in result)
-        print(f"{first[0]} : {name:14}{ratios}")
+    print_document("train", device, batch_size=args.batch_size, loops=results)
 
 
 if __name__ == "__main__":

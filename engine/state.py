@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,17 +113,22 @@ def build_pruner(
     flags: argparse.Namespace, model: nn.Module, plan: StepPlan, layer_id: dict[str, float] | None
 ) -> Pruner:
     """The pruner that the flags describe. Raises `UserError` where schedule or IDs do not fit."""
-    names = "beta1 beta2 initial_threshold final_threshold initial_warmup final_warmup".split()
-    return Pruner(
-        model,
-        method=flags.pruner_name,
-        total_steps=plan.total_steps,
-        delta_t=flags.deltaT,
-        warmup_steps=plan.warmup_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        layer_id=layer_id,
-        **{name: getattr(flags, name) for name in names},
-    )
+    same = "beta1 beta2 initial_threshold final_threshold initial_warmup final_warmup".split()
+    try:
+        return Pruner(
+            model,
+            method=flags.pruner_name,
+            total_steps=plan.total_steps,
+            delta_t=flags.deltaT,
+            warmup_steps=plan.warmup_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            layer_id=layer_id,
+            **{name: getattr(flags, name) for name in same},
+        )
+    except UserError as error:  # which names arguments of Pruner
+        sentence = re.sub(rf"\b({'|'.join(same)}|warmup_steps)\b", r"--\1", str(error))
+        sentence = sentence.replace("delta_t", "--deltaT")
+        raise UserError(sentence.replace("total_steps", "--max_steps, --max_epoch")) from None
 
 
 def contents(

@@ -6,19 +6,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pruners import kernels
-from pruners.score import Score, scores
+from pruners.score import PIECE_ON_CPU
 
 
-def zero_below_(p: Tensor, a: Tensor, b: Tensor, dimension: float, threshold: float) -> None:
-    """Zeroes p where S < threshold, with S of `score.scores`; the zeros are positive ones."""
-    p.masked_fill_(~(scores(a, b, dimension) >= threshold), 0)
+def mask_(scores: Iterable[tuple[Tensor, Tensor]], threshold: float) -> None:
+    """Zeroes, in place, every parameter whose score is strictly below a threshold.
 
-
-def mask_(score: Score, threshold: float) -> None:
-    """Zeroes, in place, every parameter whose score is strictly below a threshold."""
-    pieces = [(*piece, threshold) for piece in score.pieces()]
-    kernels.on_pieces(zero_below_, kernels.zero_below_loop, pieces)
+    Args:
+        scores: pieces of the parameters and their scores, float32, which are overwritten.
+        threshold: the lowest score that stays.
+    """
+    for p, score in scores:
+        kept = score.ge_(threshold).to(p.dtype)  # 1 or 0; float operations are the quickest
+        torch.addcmul(p.new_zeros(()), p, kept, out=p)  # 0 + p * kept: all zeros are positive
 
 
 def mask_checksums(parameters: Iterable[Tensor]) -> Tensor:
@@ -31,7 +31,7 @@ def mask_checksums(parameters: Iterable[Tensor]) -> Tensor:
         (tensors,) int64.
     """
     parameters = list(parameters)
-    device, length = parameters[0].device, kernels.PIECE_ON_CPU
+    device, length = parameters[0].device, PIECE_ON_CPU
     heaviest = (1 << 24) // length  # so that float32 holds a piece's sum exactly
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(1, heaviest + 1, (length,), generator=generator)

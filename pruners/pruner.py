@@ -1,15 +1,18 @@
 """Iterative pruning during training: after every optimizer step score, and at times mask."""
 
 import math
+import warnings
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from models.layers import prunable_layers
+from pruners.layers import check_profile, choose_layers, tied
 from pruners.mask import check_masks_equal, mask_
 from pruners.schedule import CubicSchedule
 from pruners.score import METHODS
-from pruners.sparsity import sparsity_report
+from pruners.sparsity import off_target, sparsity_report
 from pruners.threshold import kth_smallest
 from utils import UserError
 
@@ -21,27 +24,23 @@ class NonFiniteScores(FloatingPointError):
 class Pruner:
     """Prunes weights and biases of linear layers by one global threshold, one for a whole run.
 
-    Weights are not frozen: a later update may revive a pruned one.
+    Weights are not frozen: a later update may revive a pruned one. Layers that share their weights
+    are left out, with a warning that names them (`left_out`).
 
     Args:
         model: on its final device; plain or in DistributedDataParallel. Changed in place.
         layers: names of its linear layers to prune; None takes `models.prunable_layers`.
         method: score by "PLATON", "Taylor" or "Magnitude".
-        total_steps: optimizer steps of the run.
         delta_t: steps in PLATON's window, and between mask events.
         beta1: decay of PLATON's importance, in (0, 1).
         beta2: decay of PLATON's uncertainty, in [0, 1).
-        initial_threshold: share that remains at first, in (0, 1].
-        final_threshold: share that remains at last, in (0, initial_threshold].
-        initial_warmup: initial phase without masks, in units of `warmup_steps`.
-        final_warmup: final phase with a mask at each step, in units of `warmup_steps`.
-        warmup_steps: optimizer steps in a unit.
-        steps_per_epoch: also mask after the last step of an epoch.
         layer_id: intrinsic dimension by layer name, to weight scores with; None weights none.
+        schedule: `total_steps`, `final_threshold`, `warmup_steps`, `initial_warmup`, `final_warmup`
+            and more of `CubicSchedule`.
 
     Raises:
-        UserError: an argument is out of range, `layer_id` is not of these layers, or the run would
-            not end at the final threshold.
+        UserError: an argument is out of range, a layer cannot be pruned, `layer_id` is not of these
+            layers, or the run would not end at the final threshold.
 
     Source: PLATON (Zhang et al., ICML 2022), and the ID weighting of Wang et al. (ICML 2024).
     Unlike the original code, all averages last for the whole run, and IDs go by layer name.
@@ -53,39 +52,22 @@ class Pruner:
         layers: Iterable[str] | None = None,
         method: str = "PLATON",
         *,
-        total_steps: int,
         delta_t: int = 10,
         beta1: float = 0.85,
         beta2: float = 0.95,
-        initial_threshold: float = 1.0,
-        final_threshold: float,
-        initial_warmup: int,
-        final_warmup: int,
-        warmup_steps: int,
-        steps_per_epoch: int | None = None,
         layer_id: dict[str, float] | None = None,
+        **schedule,
     ):
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
         self.method = method
-        model = getattr(model, "module", model)
-        if layers is None:
-            self.layers = prunable_layers(model)
-        else:
-            self.layers = {name: model.get_submodule(name) for name in layers}
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        self.layers, self.left_out = choose_layers(model, layers)
         if layer_id is not None:
-            check_layer_id(layer_id, self.layers)
-        self.schedule = CubicSchedule(
-            total_steps,
-            initial_threshold,
-            final_threshold,
-            initial_warmup,
-            final_warmup,
-            warmup_steps,
-            delta_t,
-            steps_per_epoch,
-            METHODS[method].first_scored(delta_t),
-        )
+            check_profile(layer_id, self.layers, self.left_out)
+        first_scored = METHODS[method].first_scored(delta_t)
+        self.schedule = CubicSchedule(delta_t=delta_t, first_scored=first_scored, **schedule)
         self.parameters = {
             f"{layer}.{kind}": parameter
             for layer, module in self.layers.items()
@@ -95,9 +77,14 @@ class Pruner:
         self.score = METHODS[method](self.parameters, layer_id, delta_t, beta1, beta2)
         self.tied = 0  # scores equal to the threshold of the last mask event
         self._found: tuple[int, tuple[float, int]] | None = None  # rank, threshold of these scores
+        self._order = _Order(self.parameters.values())
+        if self.left_out:
+            warnings.warn(tied(self.left_out), stacklevel=2)
 
     def step(self, global_step: int) -> tuple[float, float | None]:
         """Updates the scores and, where the schedule says so, masks the parameters in place.
+
+        After the last step a warning says if the share of zeros is not the one asked for.
 
         Args:
             global_step: from 1. The optimizer has stepped; the gradients are still in place.
@@ -107,20 +94,31 @@ class Pruner:
             were zeroed, None where none were to be.
 
         Raises:
-            ValueError: a gradient is missing; names the parameter.
+            UserError: a gradient is missing, all are zero, or the optimizer has not stepped.
             NonFiniteScores: a score is NaN.
             RuntimeError: the masks of the processes differ.
         """
+        if global_step < 1:
+            raise UserError(f"global_step counts optimizer steps from 1, got {global_step}")
         if self.score.update_(global_step):
             self._found = None
         ratio = self.schedule.remaining_ratio(global_step)
         rank = int(self.numel * (1 - ratio))
-        if rank < 1 or not self.schedule.masks_at(global_step):
-            return ratio, None
-        threshold, self.tied = self.threshold(rank)
-        mask_(self.score, threshold)
-        if self.schedule.in_cubic_phase(global_step):
-            self.check_masks_equal()
+        threshold = None
+        if rank >= 1 and self.schedule.masks_at(global_step):
+            self._order.check()
+            threshold, self.tied = self.threshold(rank)
+            if self.tied == self.numel and global_step >= self.schedule.first_scored:
+                raise UserError(
+                    f"nothing can be pruned: all scores are {threshold:g}, because gradients or "
+                    "weights are zero. Call the pruner after backward() and before zero_grad()"
+                )
+            mask_(self.score, threshold)
+            if self.schedule.in_cubic_phase(global_step):
+                self.check_masks_equal()
+        if global_step == self.schedule.total_steps and (note := self.note()):
+            warnings.warn(note, stacklevel=2)
+        self._order.stepped()
         return ratio, threshold
 
     def threshold(self, rank: int) -> tuple[float, int]:
@@ -132,21 +130,22 @@ class Pruner:
             NonFiniteScores: a score is NaN.
         """
         if self._found is None or self._found[0] != rank:
-            found = kth_smallest(self.score, self.numel, rank)
+            found = kth_smallest(self.score, rank)
             if math.isnan(found[0]):
+                pieces = ((n, s) for n in self.parameters for _, s in self.score.scores(n))
+                broken = next(name for name, score in pieces if score.isnan().any())
                 raise NonFiniteScores(
-                    f"the scores of {self.score.first_nan()} are not numbers: its weights or "
-                    "gradients became infinite or NaN. Resume from an earlier checkpoint with a "
-                    "lower learning rate (--init_lr)"
+                    f"the scores of {broken} are not numbers: its weights or gradients "
+                    "became infinite or NaN. Resume from an earlier checkpoint with a lower "
+                    "learning rate"
                 )
             self._found = rank, found
         return self._found[1]
 
     def check_masks_equal(self) -> None:
-        """Stops all processes if their masks differ; in one process there is nothing to do.
+        """Stops all processes if their masks differ; `step` calls it in the cubic phase.
 
-        `step` calls it after every mask of the cubic phase. Call it before each checkpoint too, on
-        all processes.
+        Call it before each checkpoint too, on all processes.
 
         Raises:
             RuntimeError: on all processes; names the first parameter that differs.
@@ -154,8 +153,14 @@ class Pruner:
         check_masks_equal(self.parameters)
 
     def report(self) -> dict:
-        """The zeros of the layers, as `sparsity_report` gives them."""
-        return sparsity_report(self.layers)
+        """The zeros of the layers, as `sparsity_report` gives them, and which were left out."""
+        return sparsity_report(self.layers) | {"left_out": list(self.left_out)}
+
+    def note(self) -> str | None:
+        """What to say if the share of zeros is not the final one (`off_target`)."""
+        zeros = self.numel - int(sum(p.count_nonzero() for p in self.parameters.values()))
+        counts = {"prunable": self.numel, "pruned": zeros}
+        return off_target(counts, self.schedule.final_threshold, self.tied)
 
     def state_dict(self) -> dict:
         """All that the rest of the run depends on; the averages are not copied."""
@@ -169,8 +174,8 @@ class Pruner:
         """
         if state["method"] != self.method:
             raise UserError(
-                f"the state is of pruner {state['method']}, this is {self.method}: "
-                "resume with the --pruner_name that began the run"
+                f"the state is of method {state['method']}, this is {self.method}: "
+                "resume with the method that began the run"
             )
         for kind, own in self.score.state.items():
             saved = state["score"][kind]
@@ -185,24 +190,35 @@ class Pruner:
         self._found = None
 
 
-def check_layer_id(layer_id: dict[str, float], layers: dict[str, nn.Linear]) -> None:
-    """Checks that an ID profile is of these layers.
+class _Order:
+    """Refuses a pruner that steps before the optimizer, which then revives what was zeroed.
 
-    Raises:
-        UserError: names layers that are missing, unknown, or whose ID is not positive.
+    In that order a parameter changes between the pruner's step and the next backward(), and not
+    between backward() and the pruner's step. The smallest one is watched, to the first check.
     """
-    problems = {
-        "missing": [name for name in layers if name not in layer_id],
-        "unknown": [name for name in layer_id if name not in layers],
-        "not positive": [name for name, dimension in layer_id.items() if not dimension > 0],
-    }
-    found = [
-        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-        for what, names in problems.items()
-        if names
-    ]
-    if found:
-        raise UserError(
-            f"the ID profile does not fit the model ({'; '.join(found)}). Measure one with "
-            "ComputeID.py and the same config"
-        )
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        trained = (p for p in parameters if p.requires_grad)
+        self.watched = min(trained, key=Tensor.numel, default=None)
+        self.after_step = self.at_backward = None
+        if self.watched is not None:
+            self.hook = self.watched.register_post_accumulate_grad_hook(self._saw_backward)
+
+    def _saw_backward(self, parameter: nn.Parameter) -> None:
+        self.at_backward = parameter.detach().clone()
+
+    def stepped(self) -> None:
+        if self.watched is not None:
+            self.after_step = self.watched.detach().clone()
+
+    def check(self) -> None:
+        if self.watched is None or self.after_step is None or self.at_backward is None:
+            return
+        changed_before = not torch.equal(self.after_step, self.at_backward)
+        if changed_before and torch.equal(self.at_backward, self.watched):
+            raise UserError(
+                "the optimizer has not stepped since backward(): call pruner.step after "
+                "optimizer.step() and before zero_grad(), else the optimizer revives what is zeroed"
+            )
+        self.hook.remove()
+        self.watched = None

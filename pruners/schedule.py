@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from utils import UserError
 
-LONGER = "train longer (--max_steps, --max_epoch)"
+LONGER = "take more steps (total_steps)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CubicSchedule:
-    """The share of the prunable parameters that remains after each optimizer step.
+    """The share of the prunable parameters that remains after each optimizer step, from 1.
 
-    Steps count from 1 to `total_steps`. Up to `initial_warmup * warmup_steps` nothing is masked.
+    Up to `initial_warmup * warmup_steps` nothing is masked.
     During the last `final_warmup * warmup_steps` steps the share is final and every step masks.
     Between them the share falls as a cubic, at first steeply.
 
@@ -29,14 +29,13 @@ class CubicSchedule:
 
     Raises:
         UserError: an argument is out of its range, or the run would not end at `final_threshold`.
-            The message names the trainers' flags.
 
     The ramp is that of Zhu and Gupta (arXiv 1710.01878), equation 1, with the phases of PLATON
     (Zhang et al., ICML 2022).
     """
 
     total_steps: int
-    initial_threshold: float
+    initial_threshold: float = 1.0
     final_threshold: float
     initial_warmup: int
     final_warmup: int
@@ -50,18 +49,13 @@ class CubicSchedule:
         if not 0 < self.final_threshold <= self.initial_threshold <= 1:
             raise UserError(
                 "thresholds are fractions that remain, 0 < final <= initial <= 1; got "
-                f"--final_threshold {self.final_threshold} "
-                f"--initial_threshold {self.initial_threshold}"
+                f"final_threshold {self.final_threshold}, "
+                f"initial_threshold {self.initial_threshold}"
             )
-        least = {
-            "--initial_warmup": (self.initial_warmup, 0),
-            "--final_warmup": (self.final_warmup, 0),
-            "--warmup_steps": (self.warmup_steps, 0),
-            "--deltaT": (self.delta_t, 1),
-        }
-        for flag, (value, bound) in least.items():
-            if value < bound:
-                raise UserError(f"{flag} must be at least {bound}, got {value}")
+        least = {"initial_warmup": 0, "final_warmup": 0, "warmup_steps": 0, "delta_t": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"{name} must be at least {bound}, got {getattr(self, name)}")
         if self.final_threshold < 1:
             self._check_reaches_the_end()
 
@@ -72,20 +66,20 @@ class CubicSchedule:
                 f"the pruning schedule is longer than the run: ({self.initial_warmup} initial + "
                 f"{self.final_warmup} final) x {self.warmup_steps} warm-up steps = {warmups}, but "
                 f"the run has {self.total_steps} steps, and some must lie between for the share "
-                f"that remains to fall: lower --warmup_steps or {LONGER}"
+                f"that remains to fall: lower warmup_steps or {LONGER}"
             )
         if self.total_steps < self.first_scored:
             raise UserError(
                 f"nothing would be pruned: all scores are zero until step {self.first_scored}, "
-                f"where the first window of --deltaT {self.delta_t} steps ends, but the run has "
-                f"{self.total_steps} steps: lower --deltaT or {LONGER}"
+                f"where the first window of delta_t {self.delta_t} steps ends, but the run has "
+                f"{self.total_steps} steps: lower delta_t or {LONGER}"
             )
         if not self.masks_at(self.total_steps):
             raise UserError(
-                f"the run would end above --final_threshold {self.final_threshold}: without a "
+                f"the run would end above final_threshold {self.final_threshold}: without a "
                 f"final phase, its last step {self.total_steps} masks only if it is a multiple of "
-                f"--deltaT {self.delta_t} or ends an epoch: choose --final_warmup and "
-                "--warmup_steps of at least 1, or such a number of --max_steps"
+                f"delta_t {self.delta_t} or ends an epoch: choose final_warmup and warmup_steps of "
+                "at least 1, or such a number of total_steps"
             )
 
     @property

@@ -1,8 +1,9 @@
 """The equations: how important each prunable parameter is.
 
-The functions are the equations of PLATON, Taylor, magnitude and the ID weighting, on tensors of
-any device and type, computed in float32. The classes say which tensors a method puts into them and
-when. On a CPU, loops in kernels.py compute `average_` and `fold_`.
+The functions are those of PLATON, Taylor, magnitude and the ID weighting, on tensors of any device
+and type, computed in float32. The classes say which tensors a method puts into them and when.
+
+Memory traffic bounds them. So they take pieces of large tensors, short enough for a CPU's cache.
 """
 
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pruners import kernels
 from utils import UserError
+
+PIECE_ON_CPU = 9 << 15  # elements: few enough to stay in the cache and to share among threads
+PIECE_ON_ACCELERATOR = 9 << 18  # elements: BLIP base's largest matrix, for each call costs a launch
 
 
 def sensitivity(p: Tensor, grad: Tensor) -> Tensor:
@@ -41,16 +44,11 @@ def fold_(
     ipt.copy_(sensitivity(p, grad))
 
 
-def scores(a: Tensor, b: Tensor, dimension: float) -> Tensor:
-    """S = |a * b| * ID.
-
-    PLATON    a, b = avg, unc
-    Taylor    a, b = p, grad
-    magnitude a, b = p, 1
-
-    The factor ID is the intrinsic dimension of the parameter's layer, or 1 without ID weighting.
-    """
-    return (a.float() * b.float()).abs_().mul_(dimension)
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts contiguous tensors of one shape into short stretches; yields flat views of each."""
+    flat = [tensor.detach().view(-1) for tensor in tensors]
+    length = PIECE_ON_CPU if flat[0].device.type == "cpu" else PIECE_ON_ACCELERATOR
+    return zip(*(tensor.split(length) for tensor in flat), strict=True)
 
 
 class Score:
@@ -58,91 +56,68 @@ class Score:
 
     Args:
         parameters: by name `<layer>.weight` or `<layer>.bias`.
-        layer_id: intrinsic dimension by layer name (Wang et al., ICML 2024); None weighs all
-            layers alike.
-        delta_t: steps in PLATON's window.
-        beta1: decay of PLATON's `avg`, in (0, 1).
-        beta2: decay of PLATON's `unc`, in [0, 1).
+        layer_id: intrinsic dimension by layer name; None weighs all layers alike.
+        delta_t: steps in PLATON's window; beta1, beta2: decays of its `avg` and `unc`.
     """
 
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
-        layer_id: dict[str, float] | None,
-        delta_t: int,
-        beta1: float,
-        beta2: float,
+        layer_id: dict[str, float] | None = None,
+        delta_t: int = 10,
+        beta1: float = 0.85,
+        beta2: float = 0.95,
     ):
         self.parameters = parameters
         self.layer_id = layer_id
         self.delta_t, self.beta1, self.beta2 = delta_t, beta1, beta2
         self.state: dict[str, dict[str, Tensor]] = {}  # averages, by parameter name
 
+    def scores(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """S = |a * b| * ID of a parameter; yields each piece of it and the piece's scores.
+
+        PLATON    a, b = avg, unc
+        Taylor    a, b = p, grad
+        magnitude a, b = p, 1
+        """
+        for p, a, b in pieces(self.parameters[name], *self.factors(name)):
+            yield p, (a.float() * b.float()).abs_().mul_(self.id_of(name))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces and scores of all parameters."""
+        for name in self.parameters:
+            yield from self.scores(name)
+
+    def id_of(self, name: str) -> float:
+        """The intrinsic dimension of a parameter's layer, or 1 without ID weighting."""
+        return 1.0 if self.layer_id is None else self.layer_id[name.rpartition(".")[0]]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """The tensors a and b of a parameter."""
+        raise NotImplementedError
+
+    def update_(self, step: int) -> bool:
+        """Takes in the gradients of an optimizer step, from 1; returns whether scores may change.
+
+        Raises:
+            UserError: a gradient is missing.
+        """
+        return True
+
     @staticmethod
     def first_scored(delta_t: int) -> int:
         """The first step at whose end scores are not all zero."""
         return 1
 
-    def update_(self, step: int) -> bool:
-        """Takes in the gradients of an optimizer step, in place.
-
-        Args:
-            step: global step, from 1; the optimizer has stepped, the gradients are in place.
-
-        Returns:
-            Whether scores may have changed.
-        """
-        return True
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """The tensors a and b of a parameter's `scores`."""
-        raise NotImplementedError
-
     def with_gradient(self, name: str) -> tuple[Tensor, Tensor]:
-        """A parameter and its gradient.
-
-        Raises:
-            ValueError: there is no gradient.
-        """
+        """A parameter and its gradient."""
         parameter = self.parameters[name]
         if parameter.grad is None:
-            raise ValueError(
+            raise UserError(
                 f"{name} has no gradient: call the pruner after backward() and before "
                 "zero_grad(), and leave out layers that take no part in the loss"
             )
         return parameter, parameter.grad
-
-    def pieces_of(self, name: str, stride: int = 1) -> Iterator[tuple]:
-        """Cuts a parameter into pieces (see kernels.py).
-
-        Args:
-            name: of the parameter.
-            stride: takes every stride-th element.
-
-        Yields:
-            The parameter p, both factors of its scores, and the factor ID.
-        """
-        dimension = 1.0 if self.layer_id is None else self.layer_id[name.rpartition(".")[0]]
-        for piece in kernels.cut(self.parameters[name], *self.factors(name), stride=stride):
-            yield *piece, dimension
-
-    def pieces(self, stride: int = 1) -> Iterator[tuple]:
-        """The pieces of all parameters, as `pieces_of` gives them."""
-        for name in self.parameters:
-            yield from self.pieces_of(name, stride)
-
-    def stream(self, stride: int = 1) -> Iterator[Tensor]:
-        """The scores of all parameters, piece by piece."""
-        for _, *arguments in self.pieces(stride):
-            yield scores(*arguments)
-
-    def first_nan(self) -> str | None:
-        """Name of the first parameter that has a score that is NaN."""
-        for name in self.parameters:
-            for _, *arguments in self.pieces_of(name):
-                if scores(*arguments).isnan().any():
-                    return name
-        return None
 
 
 class Magnitude(Score):
@@ -157,9 +132,11 @@ class Magnitude(Score):
 class Taylor(Score):
     """The sensitivity |p * grad| of this step."""
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """The parameter and its gradient."""
-        return self.with_gradient(name)
+    factors = Score.with_gradient
+
+    def update_(self, step: int) -> bool:
+        """Checks that there are gradients."""
+        return all(self.with_gradient(name) for name in self.parameters)
 
 
 class Platon(Score):
@@ -169,34 +146,20 @@ class Platon(Score):
     folds it into the averages `avg` and `unc`. Between folds the scores stand still. Zhang et al.,
     ICML 2022 (arXiv 2206.12562), section 3.
 
-    Args:
-        parameters: as in Score.
-        layer_id: as in Score.
-        delta_t: as in Score.
-        beta1: as in Score.
-        beta2: as in Score.
-
     Raises:
         UserError: a decay is out of its range.
     """
 
-    def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        layer_id: dict[str, float] | None,
-        delta_t: int,
-        beta1: float,
-        beta2: float,
-    ):
-        super().__init__(parameters, layer_id, delta_t, beta1, beta2)
-        if not 0 < beta1 < 1:  # with 0, avg is ipt at each fold
+    def __init__(self, parameters: dict[str, nn.Parameter], *arguments, **named):
+        super().__init__(parameters, *arguments, **named)
+        if not 0 < self.beta1 < 1:  # with 0, avg is ipt at each fold
             raise UserError(
-                f"beta1 is the decay of an average: choose 0 < --beta1 < 1, got {beta1}. With 0 "
+                f"beta1 is the decay of an average: choose 0 < beta1 < 1, got {self.beta1}. With 0 "
                 "there is no uncertainty, and all scores are zero"
             )
-        if not 0 <= beta2 < 1:
+        if not 0 <= self.beta2 < 1:
             raise UserError(
-                f"beta2 is the decay of an average: choose 0 <= --beta2 < 1, got {beta2}"
+                f"beta2 is the decay of an average: choose 0 <= beta2 < 1, got {self.beta2}"
             )
         self.state = {
             kind: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
@@ -209,21 +172,18 @@ class Platon(Score):
         return max(delta_t, 2)  # with delta_t 1, step 1 folds the window before the first step
 
     def update_(self, step: int) -> bool:
-        """Averages this step's sensitivity into its window; a window's first folds the last one."""
+        """Averages this step's sensitivity; the first step of a window folds the window before."""
         position = step % self.delta_t
-        folds = position == 0
-        kinds = ("ipt", "avg", "unc") if folds else ("ipt",)
-        scalars = (self.beta1, self.beta2) if folds else (position,)
-        pieces = []
+        ipt, avg, unc = (self.state[kind] for kind in ("ipt", "avg", "unc"))
         for name in self.parameters:
-            averages = [self.state[kind][name] for kind in kinds]
-            for piece in kernels.cut(*averages, *self.with_gradient(name)):
-                pieces.append((*piece, *scalars))
-        if folds:
-            kernels.on_pieces(fold_, kernels.fold_loop, pieces)
-        else:
-            kernels.on_pieces(average_, kernels.average_loop, pieces)
-        return folds
+            p, grad = self.with_gradient(name)
+            if position == 0:
+                for piece in pieces(ipt[name], avg[name], unc[name], p, grad):
+                    fold_(*piece, self.beta1, self.beta2)
+            else:
+                for piece in pieces(ipt[name], p, grad):
+                    average_(*piece, position)
+        return position == 0
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Importance and uncertainty."""

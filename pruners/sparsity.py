@@ -5,16 +5,18 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from models.layers import modality
+from models.layers import TOWERS, modality
 
 UNTOLD = 1e-3  # a difference from the asked-for share that is not worth a sentence
 
 
-def sparsity_report(layers: dict[str, nn.Linear]) -> dict:
+def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None = None) -> dict:
     """Counts the zeros of layers, weights and biases, in one pass.
 
     Args:
         layers: by name, as `models.prunable_layers` gives them.
+        kinds: modality by layer name; None knows the layers of our models, "vision" and "language",
+            and calls those of any other model "other".
 
     Returns:
         `overall`, `by_modality` and `by_layer`: shares of zeros, in [0, 1]; `pruned`: zeros among
@@ -28,7 +30,8 @@ def sparsity_report(layers: dict[str, nn.Linear]) -> dict:
     zeros = {name: numel[name] - count for name, count in zip(layers, nonzero, strict=True)}
     members = defaultdict(list)
     for name in layers:
-        members[modality(name)].append(name)
+        known = modality(name) if name.startswith(TOWERS) else "other"
+        members[known if kinds is None else kinds[name]].append(name)
 
     def share(names) -> float:
         return sum(zeros[n] for n in names) / sum(numel[n] for n in names)
@@ -37,7 +40,7 @@ def sparsity_report(layers: dict[str, nn.Linear]) -> dict:
     return {
         "overall": share(layers),
         "by_modality": {kind: share(names) for kind, names in members.items()},
-        "vision_share_of_pruned": sum(zeros[n] for n in members["vision"]) / max(pruned, 1),
+        "vision_share_of_pruned": sum(zeros[n] for n in members.get("vision", ())) / max(pruned, 1),
         "pruned": pruned,
         "prunable": sum(numel.values()),
         "by_layer": {name: share([name]) for name in layers},

@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pruners import kernels
-
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 OF_USERS = {"annotation", "datasets", "output", "ID"}  # what the README lays into a checkout
@@ -48,13 +46,6 @@ def float64(monkeypatch):
     train_in_float64(monkeypatch)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(params=["loops", "equations"])
-def kernel_form(request, monkeypatch):
-    """Runs a test with compiled loops, and with the equations' tensor lines that GPUs get."""
-    if request.param == "equations":
-        monkeypatch.setattr(kernels, "all_float32_on_cpu", lambda pieces: False)
 
 
 @pytest.fixture(scope="session")

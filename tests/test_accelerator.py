@@ -54,8 +54,6 @@ def device(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    if (kernels := sys.modules.get("pruners.kernels")) is not None:
-        monkeypatch.setattr(kernels, "all_float32_on_cpu", lambda pieces: False)
     with attached(monkeypatch), sdpa_kernel(SDPBackend.MATH):
         DEVICE.has_float64 = False  # as Apple's GPUs
         twonn.has_float64.cache_clear()

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
-from pruners import NonFiniteScores, Pruner, kernels, off_target, sparsity_report
+from pruners import NonFiniteScores, Pruner, off_target, score, sparsity_report
 from utils import UserError
 
 GOLDEN_RUN = dict(
@@ -68,7 +69,7 @@ class GoldenRun:
 
 
 @pytest.fixture(params=GOLDENS)
-def golden_run(golden_dir, request, kernel_form):
+def golden_run(golden_dir, request):
     return GoldenRun(golden_dir, request.param)
 
 
@@ -114,7 +115,7 @@ def pruner_of(shapes, final_threshold=0.25, layer_id=None, method="Magnitude", *
 
 
 def test_zeroes_the_exact_number_across_pieces():
-    pruner = pruner_of({"a.0.wide": (3, kernels.PIECE_ON_CPU - 1), "b.0.small": (5, 7)})
+    pruner = pruner_of({"a.0.wide": (3, score.PIECE_ON_CPU - 1), "b.0.small": (5, 7)})
     ratio, threshold = pruner.step(1)
     scores = torch.cat([p.detach().abs().view(-1) for p in pruner.parameters.values()])
     assert ratio == 0.25
@@ -158,13 +159,15 @@ def test_each_layers_bias_is_pruned_by_its_own_score():
 
 @pytest.mark.parametrize("method", ["PLATON", "Taylor"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_a_number_names_its_parameter(method, value, kernel_form):
+def test_not_a_number_names_its_parameter(method, value):
     pruner = pruner_of({"a.0.x": (2, 4), "a.1.y": (2, 4)}, method=method)
     for parameter in pruner.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     bias = pruner.parameters["a.1.y.bias"]
     bias.grad[1], bias.data[1] = value, 0.0  # infinity times zero
-    with pytest.raises(NonFiniteScores, match=r"a\.1\.y\.bias are not numbers.*--init_lr"):
+    with pytest.raises(
+        NonFiniteScores, match=r"a\.1\.y\.bias are not numbers.*lower learning rate"
+    ):
         for step in range(1, 4):
             pruner.step(step)
     assert issubclass(NonFiniteScores, FloatingPointError)
@@ -217,10 +220,10 @@ def test_profile_of_other_layers_is_an_error(layer_id, message):
     "arguments, message",
     [
         ({"method": "OBD"}, "PLATON, Taylor, Magnitude"),
-        ({"beta1": 0.0}, "0 < --beta1 < 1, got 0.0.*all scores are zero"),
-        ({"beta1": 1.0}, "0 < --beta1 < 1, got 1.0"),
-        ({"beta2": 2.0}, "0 <= --beta2 < 1, got 2.0"),
-        ({"delta_t": 5}, "nothing would be pruned.* zero until step 5.*has 4 steps.*--deltaT"),
+        ({"beta1": 0.0}, "0 < beta1 < 1, got 0.0.*all scores are zero"),
+        ({"beta1": 1.0}, "0 < beta1 < 1, got 1.0"),
+        ({"beta2": 2.0}, "0 <= beta2 < 1, got 2.0"),
+        ({"delta_t": 5}, "nothing would be pruned.* zero until step 5.*has 4 steps.*lower delta_t"),
         ({"total_steps": 1, "final_warmup": 0}, "zero until step 2.*has 1 steps"),
         ({"final_warmup": 4}, "longer than the run"),
     ],
@@ -261,7 +264,7 @@ def test_state_of_another_run_is_an_error():
     other = pruner_of({"a.0.z": (2, 4)}, method="PLATON")
     with pytest.raises(UserError, match=r"a\.0\.[xz]"):
         pruner.load_state_dict(other.state_dict())
-    with pytest.raises(UserError, match="pruner PLATON, this is Magnitude"):
+    with pytest.raises(UserError, match="method PLATON, this is Magnitude"):
         pruner_of({"a.0.x": (2, 4)}).load_state_dict(pruner.state_dict())
 
 
@@ -288,7 +291,7 @@ def test_report_counts_zeros_by_layer_and_modality():
     assert json.loads(json.dumps(report)) == report
 
 
-def test_tied_scores_are_counted_and_told(kernel_form):
+def test_tied_scores_are_counted_and_told():
     """30 of 60 weights share one magnitude, which is the threshold for any share above a half."""
     pruner = pruner_of({"a.0.x": (6, 9)}, 0.2)
     values = torch.cat([torch.linspace(0.1, 0.4, 30), torch.full((30,), 0.5)])
@@ -326,3 +329,134 @@ def test_tied_scores_are_counted_and_told(kernel_form):
 def test_a_run_that_misses_its_target_says_so(pruned, tied, told):
     sentence = off_target({"prunable": 100_000, "pruned": pruned}, 0.2, tied)
     assert sentence is None if told is None else told in sentence
+
+
+# --- layers, and loops that would prune nothing ---------------------------------------------------
+
+RUN = dict(total_steps=12, initial_warmup=0, final_warmup=1, warmup_steps=2, delta_t=2)
+RUN |= dict(final_threshold=0.2)
+
+
+def foreign() -> nn.Sequential:
+    """Layers "0" and "2" around a ReLU, and a block "3" of a norm and a linear layer "3.1"."""
+    block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 4))
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), block)
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        (None, r"nothing to prune.*no transformer blocks.*layers=\[...\]"),
+        ([], "nothing to prune: no layer is named"),
+        ([""], r"'' is no linear layer \(Sequential\)"),
+        (["0", "3"], r"'3' is no linear layer \(Sequential\)"),
+        (["0", "1"], r"'1' is no linear layer \(ReLU\)"),
+        (["0", "3.0"], r"'3.0' is no linear layer \(LayerNorm\)"),
+        (["0", "7", "x"], "'7' is not a layer of the model, 'x' is not"),
+        ("blocks.*", r"'blocks.\*' is not a layer"),
+        (list("56789"), "and 2 more"),
+    ],
+)
+def test_layers_that_cannot_be_pruned_are_refused(layers, message):
+    with pytest.raises(UserError, match=message):
+        Pruner(foreign(), layers, **RUN)
+
+
+@pytest.mark.parametrize(
+    "reparametrize, weight",
+    [
+        (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original0"),
+        (nn.utils.parametrizations.spectral_norm, "parametrizations.weight.original"),
+        (nn.utils.weight_norm, "weight_g"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "weight_orig"),
+    ],
+)
+def test_computed_weights_are_refused_by_name(reparametrize, weight):
+    model = foreign()
+    reparametrize(model[2])
+    with pytest.raises(UserError, match=f"'2' computes its weight from .*{weight}"):
+        Pruner(model, ["0", "2"], **RUN)
+
+
+@pytest.mark.parametrize("method", ["PLATON", "Taylor", "Magnitude"])
+def test_tied_weights_are_left_out_and_said(method):
+    """A language model whose head has the weights of its word embeddings."""
+    model = nn.ModuleDict({"wte": nn.Embedding(50, 8), "c_fc": nn.Linear(8, 8)})
+    model["lm_head"] = nn.Linear(8, 50, bias=False)
+    model["lm_head"].weight = model["wte"].weight
+    ids = {"c_fc": 3.0, "lm_head": 2.0}
+    with pytest.warns(UserWarning, match=r"left out: lm_head \(with wte\)"):
+        pruner = Pruner(model, ids, method, layer_id=ids, **RUN)
+    train(model, pruner, lambda: model["lm_head"](model["c_fc"](model["wte"](torch.arange(50)))))
+    assert model["wte"].weight.all()
+    assert int((model["c_fc"].weight == 0).sum()) > 45
+    assert pruner.report()["left_out"] == ["lm_head"]
+    with pytest.raises(UserError, match=r"nothing to prune.*lm_head \(with wte\)"):
+        Pruner(model, ["lm_head"], **RUN)
+
+
+def train(model, pruner, forward, order="backward optimizer pruner zero", steps=12, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **options)
+    for step in range(1, steps + 1):
+        actions = {
+            "backward": lambda: (forward() - 1).square().mean().backward(),
+            "optimizer": optimizer.step,
+            "pruner": lambda: pruner.step(step),  # noqa: B023
+            "zero": lambda: optimizer.zero_grad(set_to_none=False),
+        }
+        for action in order.split():
+            actions[action]()
+
+
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+@pytest.mark.parametrize("method", ["PLATON", "Taylor", "Magnitude"])
+def test_pruning_before_the_optimizer_is_refused(method, kind):
+    model, x = foreign(), torch.randn(32, 8)
+    pruner = Pruner(model, ["0", "2"], method, **RUN)
+    with pytest.raises(UserError, match="after optimizer.step.. and before zero_grad"):
+        train(model, pruner, lambda: model(x), "zero backward pruner optimizer", **kind)
+
+
+@pytest.mark.parametrize("method", ["PLATON", "Taylor"])
+@pytest.mark.parametrize("order", ["backward optimizer zero pruner", "pruner backward optimizer"])
+def test_gradients_that_are_zero_or_missing_are_refused(method, order):
+    model, x = foreign(), torch.randn(32, 8)
+    pruner = Pruner(model, ["0", "2"], method, **RUN)
+    with pytest.raises(UserError, match="after backward.. and before"):
+        train(model, pruner, lambda: model(x), order)
+
+
+@pytest.mark.parametrize(
+    "order", ["backward optimizer pruner zero", "zero backward optimizer pruner"]
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_loops_in_order_are_accepted_and_prune(order, parts, recwarn):
+    model, x = foreign(), torch.randn(32, 8)
+    pruner = Pruner(model, ["0", "2"], **RUN)
+    order = order.replace("backward", "backward " * parts)
+    train(model, pruner, lambda: model(x), order, fused=True)
+    assert pruner.report()["pruned"] == int(0.8 * pruner.numel) - 1
+    assert pruner.note() is None and not recwarn.list
+
+
+def test_the_last_step_warns_of_a_sparsity_that_was_not_reached():
+    pruner = pruner_of({"a.0.x": (6, 9)}, 0.2)
+    for parameter in pruner.parameters.values():
+        parameter.data = (
+            torch.linspace(0.1, 0.6, parameter.numel()).view_as(parameter).round(decimals=1)
+        )
+    for step in range(1, 4):
+        pruner.step(step)
+    with pytest.warns(UserWarning, match="asked for 0.2 remaining, but 0.3 remain"):
+        pruner.step(4)
+    with pytest.raises(UserError, match="from 1, got 0"):
+        pruner.step(0)
+
+
+def test_modalities_of_foreign_layers():
+    layers = {"blocks.0.attn.qkv": nn.Linear(2, 2), "head": nn.Linear(2, 2)}
+    nn.init.zeros_(layers["head"].weight)
+    report = sparsity_report(layers)
+    assert report["by_modality"] == {"other": 4 / 12} and report["vision_share_of_pruned"] == 0
+    kinds = {"blocks.0.attn.qkv": "vision", "head": "language"}
+    assert sparsity_report(layers, kinds)["by_modality"] == {"vision": 0, "language": 4 / 6}

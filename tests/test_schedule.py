@@ -54,23 +54,23 @@ def test_without_warmups_the_whole_run_is_the_ramp():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"final_threshold": 0.0}, "fractions that remain.*--final_threshold 0.0"),
-        ({"final_threshold": 80.0}, "fractions that remain.*--final_threshold 80.0"),
-        ({"final_threshold": float("nan")}, "fractions that remain.*--final_threshold nan"),
-        ({"initial_threshold": 1.5}, "fractions that remain.*--initial_threshold 1.5"),
-        ({"initial_threshold": 0.1}, "final <= initial.*--initial_threshold 0.1"),
-        ({"delta_t": 0}, "--deltaT must be at least 1, got 0"),
-        ({"initial_warmup": -1}, "--initial_warmup must be at least 0, got -1"),
-        ({"final_warmup": -1}, "--final_warmup must be at least 0, got -1"),
-        ({"warmup_steps": -1}, "--warmup_steps must be at least 0, got -1"),
+        ({"final_threshold": 0.0}, "fractions that remain.*final_threshold 0.0"),
+        ({"final_threshold": 80.0}, "fractions that remain.*final_threshold 80.0"),
+        ({"final_threshold": float("nan")}, "fractions that remain.*final_threshold nan"),
+        ({"initial_threshold": 1.5}, "fractions that remain.*initial_threshold 1.5"),
+        ({"initial_threshold": 0.1}, "final <= initial.*initial_threshold 0.1"),
+        ({"delta_t": 0}, "delta_t must be at least 1, got 0"),
+        ({"initial_warmup": -1}, "initial_warmup must be at least 0, got -1"),
+        ({"final_warmup": -1}, "final_warmup must be at least 0, got -1"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         (
             {"warmup_steps": 20},
             r"longer than the run: \(2 initial \+ 3 final\) x 20 warm-up steps = 100, but the run "
-            "has 100 steps.*lower --warmup_steps or train longer",
+            "has 100 steps.*lower warmup_steps or take more steps",
         ),
-        ({"first_scored": 101}, "all scores are zero until step 101.*lower --deltaT"),
-        ({"final_warmup": 0, "delta_t": 30}, "above --final_threshold 0.2.*step 100.*--deltaT 30"),
-        ({"final_warmup": 0, "delta_t": 30, "steps_per_epoch": 40}, "above --final_threshold 0.2"),
+        ({"first_scored": 101}, "all scores are zero until step 101.*lower delta_t"),
+        ({"final_warmup": 0, "delta_t": 30}, "above final_threshold 0.2.*step 100.*delta_t 30"),
+        ({"final_warmup": 0, "delta_t": 30, "steps_per_epoch": 40}, "above final_threshold 0.2"),
     ],
 )
 def test_bad_schedules_are_errors(changes, message):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pruners import kernels, score
+from pruners import score
 from pruners.score import METHODS, Platon
 
 PIECE = 1000
@@ -31,7 +31,6 @@ def test_equations_on_numbers_worked_out_by_hand():
     assert avg.tolist() == [2.0, 3.0]  # 0.5 * 1 + 0.5 * 3, 0.5 * 1 + 0.5 * 5
     assert unc.tolist() == [6.25, 3.5]  # 0.75 * 8 + 0.25 * |3 - 2|, 0.75 * 4 + 0.25 * |5 - 3|
     assert ipt.tolist() == [6.0, 2.0]
-    assert score.scores(avg, -unc, 10.0).tolist() == [125.0, 105.0]
 
 
 def platon_by_definition(sensitivities: list, delta_t: int, beta1: float, beta2: float) -> tuple:
@@ -64,7 +63,7 @@ def test_platon_averages_follow_the_definition(sensitivities, delta_t, beta1, be
         weight.grad.fill_(2 * sensitivity)
         assert platon.update_(step) == (step % delta_t == 0)
     expected = platon_by_definition(sensitivities, delta_t, beta1, beta2)
-    # 30 steps of at most 10 roundings (both forms, see test_kernels), each of a value up to 100
+    # 30 steps of at most 10 roundings in both forms, each of a value up to 100
     bound = 30 * 10 * 100 * 2.0**-24
     for kind, value in zip(("ipt", "avg", "unc"), expected, strict=True):
         state = platon.state[kind]["layer0.weight"]
@@ -72,28 +71,36 @@ def test_platon_averages_follow_the_definition(sensitivities, delta_t, beta1, be
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("stride", "count"), [(1, 6), (101, 5)])
-def test_pieces_hold_every_score_once(method, weighted, stride, count, monkeypatch):
-    monkeypatch.setattr(kernels, "PIECE_ON_CPU", PIECE)
+@pytest.mark.parametrize("ids", [None, {f"layer{i}": i + 1.5 for i in range(len(SHAPES))}])
+def test_scores_are_abs_a_b_times_id_in_pieces(method, ids, monkeypatch):
+    monkeypatch.setattr(score, "PIECE_ON_CPU", PIECE)
     named = parameters(*SHAPES)
-    ids = {f"layer{i}": i + 1.5 for i in range(len(SHAPES))} if weighted else None
-    scores = METHODS[method](named, ids, 1, 0.85, 0.95)
-    if method == "PLATON":
-        scores.update_(1)
-        scores.update_(2)
-        one_by_one = [scores.state["avg"][name] * scores.state["unc"][name] for name in named]
-        assert all(bool((s > 0).any()) for s in one_by_one)
-    else:
-        factors = [p if method == "Magnitude" else p * p.grad for p in named.values()]
-        one_by_one = [factor.detach().abs() for factor in factors]
-    if weighted:
-        one_by_one = [s * dimension for s, dimension in zip(one_by_one, ids.values(), strict=True)]
-    pieces = list(scores.stream(stride))
-    assert len(pieces) == count
-    assert max(map(len, pieces)) <= PIECE
-    expected = torch.cat([s.view(-1)[::stride] for s in one_by_one])
-    assert torch.equal(torch.cat(pieces), expected)
+    scores = METHODS[method](named, ids, delta_t=1)
+    scores.update_(1)
+    scores.update_(2)
+    for i, (name, p) in enumerate(named.items()):
+        if method == "PLATON":
+            expected = scores.state["avg"][name] * scores.state["unc"][name]
+            assert (expected > 0).any()
+        else:
+            expected = (p if method == "Magnitude" else p * p.grad).detach().abs()
+        expected = expected * (1 if ids is None else i + 1.5)
+        found = list(scores.scores(name))
+        assert max(len(s) for _, s in found) <= PIECE
+        assert torch.equal(torch.cat([s for _, s in found]), expected.view(-1))
+        assert torch.equal(torch.cat([piece for piece, _ in found]), p.detach().view(-1))
+    assert sum(len(s) for _, s in scores) == sum(p.numel() for p in named.values())
+
+
+def test_pieces_are_views_and_longer_on_an_accelerator():
+    zeros = torch.zeros(2, score.PIECE_ON_CPU + 5)
+    parts = list(score.pieces(zeros, torch.ones_like(zeros)))
+    assert [len(part) for part, _ in parts] == [score.PIECE_ON_CPU] * 2 + [10]
+    for part, ones in parts:
+        part.add_(ones)
+    assert zeros.all()
+    (whole,) = score.pieces(torch.empty(2, score.PIECE_ON_CPU + 5, device="meta"))
+    assert whole[0].shape == (zeros.numel(),)
 
 
 def test_parameters_of_lower_precision_have_float32_scores():

@@ -1,0 +1,98 @@
+"""Which layers are pruned: linear ones whose weights are parameters of their own."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from models.layers import prunable_layers
+from utils import UserError
+
+
+def choose_layers(
+    model: nn.Module, names: Iterable[str] | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to prune, by name.
+
+    Args:
+        model: any.
+        names: linear layers (`nn.Linear`, transformers' `Conv1D`) among its `named_modules`; None
+            takes `models.prunable_layers`, which knows BLIP and CLIP.
+
+    Returns:
+        The layers, and those that are left out because another module has the same weight, a word
+        embedding for instance: by name, with the other module's name.
+
+    Raises:
+        UserError: there is no layer, or one is unknown, not linear, or has no weight of its own.
+    """
+    if names is None and not (names := prunable_layers(model)):
+        raise UserError(
+            "nothing to prune: the model has no transformer blocks of BLIP or CLIP. Name the "
+            "linear layers to prune (layers=[...])"
+        )
+    names = [names] if isinstance(names, str) else list(names)
+    modules = dict(model.named_modules())
+    refused = [f"{n!r} {why}" for n in names if (why := _why_refused(modules.get(n)))]
+    if refused:
+        raise UserError(f"cannot prune these layers: {_first(refused)}")
+    owners: dict[int, list[str]] = {}  # of a parameter
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    left_out = {}
+    for name in names:
+        others = [owner for owner in owners[id(modules[name].weight)] if owner != name]
+        left_out |= {name: others[0]} if others else {}
+    layers = {name: modules[name] for name in names if name not in left_out}
+    if not layers:
+        raise UserError(f"nothing to prune: {tied(left_out) or 'no layer is named'}")
+    return layers, left_out
+
+
+def tied(left_out: dict[str, str]) -> str:
+    """A clause that names the layers that `choose_layers` left out."""
+    pairs = ", ".join(f"{name} (with {other})" for name, other in left_out.items())
+    return f"layers that share their weights are left out: {pairs}" if left_out else ""
+
+
+def _why_refused(module: nn.Module | None) -> str | None:
+    if module is None:
+        return "is not a layer of the model"
+    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        return f"is no linear layer ({type(module).__name__})"
+    own = {name for name, _ in module.named_parameters()}
+    if not {"weight"} <= own <= {"weight", "bias"}:
+        parts = ", ".join(sorted(own - {"weight", "bias"}))
+        return (
+            f"computes its weight from {parts or 'no parameter'}: remove the parametrization "
+            "first (torch.nn.utils.parametrize.remove_parametrizations, "
+            "torch.nn.utils.prune.remove), or merge the adapter"
+        )
+    if not module.weight.is_floating_point():
+        return f"has a weight of {module.weight.dtype}: prune before quantising"
+    return None
+
+
+def check_profile(
+    profile: dict[str, float], layers: Iterable[str], left_out: Iterable[str] = ()
+) -> None:
+    """Checks that a profile, by layer name, is of these layers; it may have those left out, too.
+
+    Raises:
+        UserError: names layers that are missing, unknown, or whose ID is not positive.
+    """
+    problems = {
+        "missing": [name for name in layers if name not in profile],
+        "unknown": [name for name in profile if name not in layers and name not in left_out],
+        "not positive": [name for name, dimension in profile.items() if not dimension > 0],
+    }
+    found = "; ".join(f"{what}: {_first(names)}" for what, names in problems.items() if names)
+    if found:
+        raise UserError(
+            f"the ID profile does not fit the model ({found}). Measure one with ComputeID.py and "
+            "the same config"
+        )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
