@@ -121,8 +121,9 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                 ]
             )
             progress.bad_images += int(skipped)
-            if hasattr(state.model, "on_step"):  # its loss depends on how far the run is
-                state.model.on_step(progress.epoch + progress.step_in_epoch / steps)
+            if hasattr(state.model, "on_step"):
+                with run.autocast():
+                    state.model.on_step(progress.epoch + progress.step_in_epoch / steps, parts)
             take_step(run, state, parts, [n * run.process.world_size / all_terms for n in terms])
             save_now = progress.step_in_epoch == steps or stops or due
             if save_now or log:

@@ -25,7 +25,6 @@ from engine.processes import (
 )
 from models.checkpoint import load_checkpoint, load_trained
 from models.layers import prunable_layers
-from models.text import truncated
 from models.weight_files import fetch
 from pruners.sparsity import sparsity_report
 from reports.runs import CHECKPOINTS
@@ -98,8 +97,11 @@ class Task:
         held_out: names of the two held-out splits; the first validates.
         build_model: config -> model with random weights. `model.prepare(*inputs)` turns a batch of
             the training set into the arguments of `model(...)`, which returns the mean loss, and
-            counts the terms of that mean. Optional: `model.on_step(epochs)` is told before each
-            step how many epochs are done, `model.check_batch(samples)` the global batch at first.
+            counts the terms of that mean; `model.count_cut(texts)` counts the texts that are longer
+            than `model.max_tokens`. Optional: `model.on_step(epochs, parts)`, called before the
+            forward passes of an optimizer step, with the epochs that are done (whole and in part)
+            and the arguments of those passes on this process; `model.check_batch(samples)`, called
+            once before training, with the samples of a step in all processes.
         images: names of the model's image inputs, for profiling.
         evaluate: (run, model, held-out set, its name) -> report with "scores" (name to value), on
             the main process at least; all processes call it.
@@ -257,15 +259,14 @@ def take_folder(folder: Path) -> None:
 
 def say_truncated(run: Run, model: nn.Module, dataset: Dataset) -> None:
     """Says how many training texts the model cuts; of very many, a share is estimated."""
-    limit = getattr(model, "max_tokens", None)  # None: as many as there are positions
-    if limit is None or not run.process.is_main:
+    if not run.process.is_main:
         return
     indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
-    cut = truncated(model.tokenizer, [dataset.text(index) for index in indices], limit)
+    cut = model.count_cut([dataset.text(index) for index in indices])
     if cut:
         run.say(
             f"{cut} of {len(indices)} training texts {'looked at ' * (len(indices) < len(dataset))}"
-            f"are longer than max_tokens {limit} and are cut"
+            f"are longer than max_tokens {model.max_tokens} and are cut"
         )
 
 

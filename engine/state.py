@@ -83,7 +83,7 @@ def build_state(run: Run, model: nn.Module, dataset: Dataset) -> TrainState:
     args, config, process = run.args, run.config, run.process
     plan = plan_steps(args, len(dataset), run.samples_per_step, config["max_epoch"])
     if hasattr(model, "check_batch"):  # a queue takes whole batches
-        model.check_batch(config["batch_size"] * process.world_size)
+        model.check_batch(run.samples_per_step)
     pruner = build_pruner(run, model, plan) if args.final_threshold < 1 else None
     if process.is_main:
         averages = 3 * pruner.numel if pruner and args.pruner_name == "PLATON" else 0
