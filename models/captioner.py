@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 from models.checkpoint import blip_name
-from models.generation import LENGTH_NORMALIZATIONS, generate_ids
+from models.generation import generate_ids
 from models.stages import Stage, text_stages, vision_stages
 from models.text import (
     MAX_TOKENS,
@@ -46,11 +46,6 @@ class Captioner(nn.Module):
         self.max_tokens = config.get("max_tokens", MAX_TOKENS)
         check_max_tokens(self.max_tokens, self.prompt_length + 2, text.max_position_embeddings)
         self.length_normalization = config.get("length_normalization", "total")
-        if self.length_normalization not in LENGTH_NORMALIZATIONS:
-            raise UserError(
-                f"length_normalization: {self.length_normalization!r} is none of "
-                f"{', '.join(LENGTH_NORMALIZATIONS)}"
-            )
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Images (B, 3, S, S) to token embeddings (B, L, D)."""

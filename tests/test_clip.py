@@ -121,10 +121,9 @@ def test_momentum_copy_follows_and_takes_the_final_text_norm_whole(model):
             parameter.add_(torch.rand_like(parameter))
     model(*batch())
     for name, parameter in model.named_parameters():
-        expected = 0.995 * before[name] + 0.005 * parameter
-        if name.startswith("ln_final."):
-            expected = parameter
-        torch.testing.assert_close(model.momentum_copy.get_buffer(name), expected.detach())
+        kept = 0.0 if name.startswith("ln_final.") else 0.995
+        expected = kept * before[name] + (1 - kept) * parameter.detach()
+        torch.testing.assert_close(model.momentum_copy.get_buffer(name), expected)
 
 
 def test_queues_are_filled_in_turn_with_the_models_own_features(model):
@@ -299,12 +298,9 @@ def test_position_embedding_of_another_image_size_is_resampled(tmp_path):
     assert report.resampled == ["visual.positional_embedding"]
     embedding = large.visual.positional_embedding.detach()
     assert torch.equal(embedding[0], torch.full((128,), 7.0))
-    grid = embedding[1:].view(6, 6, 128)
-    torch.testing.assert_close(grid, grid[:, :1, :1].expand(6, 6, 128))
     # row 1 of 6 lies at 0.5 of 4: cubic weights -3/32, 19/32, 19/32, -3/32 of rows 0, 0, 1, 2
-    torch.testing.assert_close(grid[1, 0, 0].item(), 13 / 32, atol=1e-6, rtol=0)
-    copy = large.momentum_copy.visual.positional_embedding
-    assert torch.equal(copy, embedding)
+    torch.testing.assert_close(embedding[7], torch.full((128,), 13 / 32), atol=1e-6, rtol=0)
+    assert torch.equal(large.momentum_copy.visual.positional_embedding, embedding)
 
 
 @pytest.mark.parametrize(
@@ -431,20 +427,6 @@ def test_scene_tokens_end_with_the_highest_id(scenes_tokenizer):
     assert ids[0].tolist() == short + [0] * 10
     assert ids[1].tolist() == [size, *[words.index("ring")] * 14, size + 1]
     assert model.count_cut([*captions, " ".join(["ring"] * 14), " ".join(["ring"] * 15)]) == 2
-
-
-def test_text_after_the_end_token_changes_nothing(model):
-    _, texts, _ = batch()
-    texts[0, 5:] = torch.tensor([159, *[0] * 10])
-    changed = texts.clone()
-    changed[0, 6:] = 3
-    earlier = texts.clone()
-    earlier[0, 2] = 151
-    with torch.no_grad():
-        features, same, other = map(model.eval().encode_text, (texts, changed, earlier))
-    torch.testing.assert_close(same, features)
-    assert not torch.allclose(other[0], features[0])
-    torch.testing.assert_close(other[1:], features[1:])
 
 
 # --- configs
