@@ -13,25 +13,16 @@ import torch
 NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
-def compiled_operators_load() -> bool:
-    """Whether torchvision's compiled operators can be loaded beside this torch."""
-    package = Path(importlib.util.find_spec("torchvision").origin).parent
-    for library in package.glob("_C*.so"):
-        try:
-            torch.ops.load_library(str(library))
-        except OSError:
-            return False
-    return hasattr(torch.ops.torchvision, "nms")
-
-
 def declare_missing_operators() -> bool:
-    """Declares the operators that torchvision's import needs, where the compiled ones are absent.
-
-    Returns:
-        Whether they were declared; False where the compiled operators work.
-    """
-    if compiled_operators_load():
-        return False
+    """Declares the two operators where the compiled ones do not load; whether it did."""
+    package = Path(importlib.util.find_spec("torchvision").origin).parent
+    try:
+        for library in package.glob("_C*.so"):
+            torch.ops.load_library(str(library))
+        if hasattr(torch.ops.torchvision, "nms"):
+            return False
+    except OSError:
+        pass
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", NMS_SCHEMA)
     return True

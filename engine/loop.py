@@ -108,8 +108,9 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                     process.is_main and checkpoint_is_due(run.flags.checkpoint_steps, state),
                 ]
             )
-            if hasattr(state.model, "on_step"):  # its loss depends on how far the run is
-                state.model.on_step(progress.epoch + progress.step_in_epoch / steps)
+            if hasattr(state.model, "on_step"):
+                with torch.autocast(process.device.type, torch.bfloat16, enabled=run.bf16):
+                    state.model.on_step(progress.epoch + progress.step_in_epoch / steps, parts)
             try:
                 train_step(run, state, parts, partial(shares, terms, agreed))
             except NonFiniteScores:

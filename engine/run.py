@@ -19,7 +19,6 @@ from engine.processes import (
     seed_everything,
 )
 from models.checkpoint import load_checkpoint, load_trained
-from models.text import truncated
 from models.weight_files import fetch
 from reports.runs import CHECKPOINTS
 from utils import UserError
@@ -140,13 +139,11 @@ def find_weights(run: Run) -> Path | None:
 
 def say_truncated(model: nn.Module, dataset: Dataset) -> None:
     """Prints how many training texts the model cuts; of very many, a sample is counted."""
-    limit = getattr(model, "max_tokens", None)  # None: as many as there are positions
     indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
-    texts = [] if limit is None else [dataset.text(index) for index in indices]
-    if cut := truncated(model.tokenizer, texts, limit):
+    if cut := model.count_cut([dataset.text(index) for index in indices]):
         sample = "looked at " if len(indices) < len(dataset) else ""
         print(
-            f"{cut} of {len(indices)} training texts {sample}are longer than max_tokens {limit} "
-            "and are cut",
+            f"{cut} of {len(indices)} training texts {sample}are longer than max_tokens "
+            f"{model.max_tokens} and are cut",
             flush=True,
         )

@@ -81,7 +81,7 @@ def build_state(
     flags, config, process = run.flags, run.config, run.process
     plan = plan_steps(flags, len(dataset), run.samples_per_step, config["max_epoch"])
     if hasattr(model, "check_batch"):  # a queue takes whole batches
-        model.check_batch(config["batch_size"] * process.world_size)
+        model.check_batch(run.samples_per_step)
     pruner = build_pruner(flags, model, plan, layer_id) if flags.final_threshold < 1 else None
     if process.is_main:
         averages = 3 * pruner.numel if pruner and flags.pruner_name == "PLATON" else 0

@@ -3,68 +3,72 @@
 import compat  # noqa: F401
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
-from models.generation import LENGTH_NORMALIZATIONS, generate_ids
+from models.checkpoint import blip_name
+from models.generation import generate_ids
 from models.stages import Stage, text_stages, vision_stages
-from models.text import MAX_TOKENS, check_max_tokens, load_tokenizer, text_config, tokenize
-from models.vit import VisionEncoder, build_vision_encoder
+from models.text import (
+    MAX_TOKENS,
+    check_max_tokens,
+    count_cut,
+    load_tokenizer,
+    text_config,
+    tokenize,
+)
+from models.vit import build_vision_encoder
 from utils import UserError
 
 IGNORED_LABEL = -100
 
 
 class Captioner(nn.Module):
-    """Image captioning (Li et al., BLIP, ICML 2022).
+    """Image captioning (Li et al., BLIP, ICML 2022), with the official checkpoints' names."""
 
-    Parameter names are those of the official checkpoints.
-    """
+    official_name = staticmethod(blip_name)
 
-    def __init__(
-        self,
-        visual_encoder: VisionEncoder,
-        text_decoder: BlipTextLMHeadModel,
-        tokenizer,
-        prompt: str = "a picture of ",
-        length_normalization: str = "total",
-        max_tokens: int = MAX_TOKENS,
-    ):
-        """Puts the parts together; `build_captioner` makes them from a config."""
+    def __init__(self, config: dict):
+        """Makes random weights; see `build_captioner`."""
         super().__init__()
-        if length_normalization not in LENGTH_NORMALIZATIONS:
-            raise UserError(
-                f"length_normalization: {length_normalization!r} is none of "
-                f"{', '.join(LENGTH_NORMALIZATIONS)}"
-            )
-        self.visual_encoder = visual_encoder
-        self.text_decoder = text_decoder
-        self.tokenizer = tokenizer
-        self.prompt = prompt
-        self.prompt_length = len(tokenizer(prompt).input_ids) - 1  # [SEP] is no part of it
-        self.length_normalization = length_normalization
-        self.max_tokens = max_tokens
+        self.tokenizer = load_tokenizer(config["tokenizer"])
+        self.visual_encoder = build_vision_encoder(config)
+        text = text_config(config["med_config"], self.visual_encoder.embed_dim, self.tokenizer)
+        self.text_decoder = BlipTextLMHeadModel(text)
+        self.prompt = config.get("prompt", "a picture of ")
+        self.prompt_length = len(self.tokenizer(self.prompt).input_ids) - 1  # [SEP] is no part
+        for key in ("min_length", "max_length"):
+            if key in config and config[key] <= self.prompt_length:
+                raise UserError(
+                    f"{key} {config[key]} must be above the length of the prompt, which it counts: "
+                    f"{self.prompt_length} tokens"
+                )
+        self.max_tokens = config.get("max_tokens", MAX_TOKENS)
+        check_max_tokens(self.max_tokens, self.prompt_length + 2, text.max_position_embeddings)
+        self.length_normalization = config.get("length_normalization", "total")
 
-    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, image: Tensor) -> Tensor:
         """Images (B, 3, S, S) to token embeddings (B, L, D)."""
         return self.visual_encoder(image)
 
-    def tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask, both (B, L), of captions that begin with the prompt."""
-        return tokenize(self.tokenizer, captions, "[DEC]", max_tokens=self.max_tokens)
+        return tokenize(self.tokenizer, captions, "[DEC]", self.max_tokens)
 
-    def prepare(
-        self, image: torch.Tensor, captions: list[str]
-    ) -> tuple[tuple[torch.Tensor, ...], int]:
-        """Tokenizes a batch once, for `loss` and for the weight of its loss.
+    def count_cut(self, captions: list[str]) -> int:
+        """Number of captions that `max_tokens` cuts."""
+        return count_cut(self.tokenizer, captions, self.max_tokens)
+
+    def prepare(self, image: Tensor, captions: list[str]) -> tuple[tuple[Tensor, ...], int]:
+        """The tensors of `forward`, and the number of predicted tokens.
 
         Args:
             image: (B, 3, S, S), normalised; handed on.
             captions: B captions that begin with the prompt; its tokens are not predicted.
 
         Returns:
-            The tensors of `loss` (the new ones on the CPU), and the number of predicted tokens,
-            over which that loss is a mean.
+            The image, input ids, attention mask and labels, each (B, L) on the CPU; and over how
+            many tokens the loss is a mean.
         """
         input_ids, attention_mask = self.tokenize(captions)
         labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
@@ -72,46 +76,22 @@ class Captioner(nn.Module):
         terms = int((labels != IGNORED_LABEL).sum())
         return (image, input_ids, attention_mask, labels), terms
 
-    def forward(self, *inputs) -> torch.Tensor:
-        """The loss of a batch: label-smoothed cross-entropy of the next token.
-
-        Args:
-            *inputs: `image, captions` as `prepare` takes them; or the tensors that it returns, on
-                the model's device. Data parallelism reaches the loss through this method alone.
-
-        Returns:
-            Scalar: the mean over all predicted tokens of the batch.
-        """
-        if len(inputs) == 2:
-            inputs, _ = self.prepare(*inputs)
-        image, *text = inputs
-        return self.loss(image, *(tensor.to(image.device) for tensor in text))
-
-    def loss(
-        self,
-        image: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> torch.Tensor:
-        """The loss of `forward` from tensors.
+    def forward(self, image: Tensor, *text) -> Tensor:
+        """The loss of a batch: label-smoothed cross-entropy, a mean over all predicted tokens.
 
         Args:
             image: (B, 3, S, S), normalised.
-            input_ids: (B, L), [DEC] first.
-            attention_mask: (B, L), 0 at padding.
-            labels: (B, L) ids, or IGNORED_LABEL where the token is not predicted.
+            *text: B captions that begin with the prompt, or what `prepare` makes of them.
         """
+        if len(text) == 1:
+            (_, *text), _ = self.prepare(image, *text)
+        input_ids, attention_mask, labels = (tensor.to(image.device) for tensor in text)
         return self.text_loss(self.encode_image(image), input_ids, attention_mask, labels)
 
     def text_loss(
-        self,
-        image_embeds: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> torch.Tensor:
-        """The loss of `loss` from image tokens (B, L, D)."""
+        self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The loss of `forward` from image tokens (B, L, D)."""
         return self.text_decoder(
             input_ids,
             attention_mask=attention_mask,
@@ -129,30 +109,21 @@ class Captioner(nn.Module):
     @torch.no_grad()
     def generate_ids(
         self,
-        image: torch.Tensor,
-        prompt_ids: torch.Tensor,
+        image: Tensor,
+        prompt_ids: Tensor,
         num_beams: int = 3,
         max_length: int = 20,
         min_length: int = 5,
-    ) -> torch.Tensor:
-        """Token ids of the best caption of each image.
+    ) -> Tensor:
+        """Ids (B, <= max_length) of the best captions of images (B, 3, S, S), padded.
 
-        Args:
-            image: (B, 3, S, S), normalised.
-            prompt_ids: (B, P), the same for all images, [DEC] first.
-            num_beams: 1 is greedy.
-            max_length: in tokens, prompt included.
-            min_length: in tokens, prompt included; no end token before.
-
-        Returns:
-            (B, <= max_length) ids with prompt and end token, padded with the pad id.
+        They begin with the prompt (B, P), [DEC] first, which both lengths count; without an end
+        token they were cut. See `models.generation.generate_ids`.
         """
         lengths = dict(num_beams=num_beams, max_length=max_length, min_length=min_length)
         return self._generate_ids(self.encode_image(image), prompt_ids, **lengths)
 
-    def _generate_ids(
-        self, image_embeds: torch.Tensor, prompt_ids: torch.Tensor, **lengths: int
-    ) -> torch.Tensor:
+    def _generate_ids(self, image_embeds: Tensor, prompt_ids: Tensor, **lengths: int) -> Tensor:
         return generate_ids(
             self.text_decoder,
             image_embeds,
@@ -163,16 +134,15 @@ class Captioner(nn.Module):
             length_normalization=self.length_normalization,
         )
 
-    @torch.no_grad()
     def generate(
-        self, image: torch.Tensor, num_beams: int = 3, max_length: int = 20, min_length: int = 5
+        self, image: Tensor, num_beams: int = 3, max_length: int = 20, min_length: int = 5
     ) -> list[str]:
         """Captions of images (B, 3, S, S), without the prompt. Lengths as in `generate_ids`."""
         lengths = dict(num_beams=num_beams, max_length=max_length, min_length=min_length)
         return self.caption(self.encode_image(image), **lengths)
 
     @torch.no_grad()
-    def caption(self, image_embeds: torch.Tensor, **lengths: int) -> list[str]:
+    def caption(self, image_embeds: Tensor, **lengths: int) -> list[str]:
         """The captions of `generate` from image tokens (B, L, D)."""
         prompt_ids = self.tokenize([self.prompt])[0][:, : self.prompt_length]
         prompt_ids = prompt_ids.to(image_embeds.device).expand(len(image_embeds), -1)
@@ -189,32 +159,11 @@ def build_captioner(config: dict) -> Captioner:
     """Builds a captioner with random weights.
 
     Args:
-        config: `vit`, `image_size`, `med_config`, `tokenizer`; `prompt`, `length_normalization`,
-            `max_tokens`, `vit_grad_ckpt` and `vit_ckpt_layer` if they are not the defaults.
+        config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `prompt`,
+            `length_normalization`, `max_tokens`, `vit_grad_ckpt` and `vit_ckpt_layer`; `min_length`
+            and `max_length` are checked.
 
     Raises:
-        UserError: a value that is none of the possible ones, or a tokenizer that cannot be read.
+        UserError: a value that cannot be, or a tokenizer that cannot be read.
     """
-    tokenizer = load_tokenizer(config["tokenizer"])
-    visual_encoder = build_vision_encoder(config)
-    text = text_config(config["med_config"], visual_encoder.embed_dim, tokenizer)
-    chosen = ("prompt", "length_normalization", "max_tokens")
-    options = {key: config[key] for key in chosen if key in config}
-    model = Captioner(visual_encoder, BlipTextLMHeadModel(text), tokenizer, **options)
-    check_lengths(config, model.prompt_length)
-    check_max_tokens(model.max_tokens, model.prompt_length + 2, text.max_position_embeddings)
-    return model
-
-
-def check_lengths(config: dict, prompt_length: int) -> None:
-    """Checks that a caption has room after the prompt.
-
-    Raises:
-        UserError: min_length or max_length of the config leave none.
-    """
-    for key in ("min_length", "max_length"):
-        if key in config and config[key] <= prompt_length:
-            raise UserError(
-                f"{key} {config[key]} must be above the length of the prompt, which it counts: "
-                f"{prompt_length} tokens"
-            )
+    return Captioner(config)

@@ -2,15 +2,13 @@
 
 1. Official BLIP `.pth`: {"model": weights, ...}.
 2. The paper's pruned files: {"model_state_dict": {"module.": weights}, ...}.
-3. Hugging Face's BlipForConditionalGeneration folders (safetensors).
+3. Hugging Face's BlipForConditionalGeneration and CLIPModel folders (safetensors).
 4. This project's own: `pruned.safetensors`, or the {"model": weights, ...} of a resume file.
 5. Its compressed files (`models.compressed`).
-
-Weights go from the file into the model tensor by tensor: there is no second copy of all.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import compat  # noqa: F401
@@ -19,20 +17,20 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from models.weight_files import Entry, fetch, open_weights
-from sparse.linear import SparseLinear
+from models.layers import is_sparse
+from models.weight_files import Packed, fetch, open_weights
 from utils import UserError
 
-POSITION_EMBEDDING = "visual_encoder.pos_embed"
-CLIP_POSITION_EMBEDDING = "visual.positional_embedding"
-SIZE_KEYS = "`vit` or `med_config`"  # of BLIP's configs
+Weights = dict[str, Tensor | Packed]
+POSITION_EMBEDDINGS = ("visual_encoder.pos_embed", "visual.positional_embedding")  # BLIP's, CLIP's
+SIZE_KEYS = "`vit` or `med_config`"  # of BLIP's configs; a model may have its own
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")  # DDP, torch.compile, Lightning
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not eight bits to scale
 
 # Our and Hugging Face's names of BLIP's vision parameters; text parameters have one name.
-_VISION, _HF_VISION = "visual_encoder.", "vision_model."
 _HUGGING_FACE = [
     ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
-    (POSITION_EMBEDDING, "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
     ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
     ("visual_encoder.norm.", "vision_model.post_layernorm."),
     ("visual_encoder.blocks.", "vision_model.encoder.layers."),
@@ -45,7 +43,7 @@ _HUGGING_FACE = [
 
 @dataclass
 class LoadReport:
-    """What became of a checkpoint's entries."""
+    """What became of a checkpoint's tensors, and which parameters kept their initial values."""
 
     path: str
     loaded: list[str] = field(default_factory=list)
@@ -57,89 +55,72 @@ class LoadReport:
     def __str__(self) -> str:
         """A line for the log; names where they are few."""
         parts = [f"{self.path}: {len(self.loaded)} loaded"]
-        for what in ("ignored", "resampled", "initialised"):
-            names = getattr(self, what)
+        labels = ("ignored", "resampled", "newly initialised")
+        for label, names in zip(
+            labels, (self.ignored, self.resampled, self.initialised), strict=True
+        ):
             if names:
                 listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-                label = "newly initialised" if what == "initialised" else what
                 parts.append(f"{len(names)} {label} ({listed})")
-        parts += [f"prefix {prefix!r} removed" for prefix in self.prefixes]
-        return "; ".join(parts)
+        return "; ".join(parts + [f"prefix {prefix!r} removed" for prefix in self.prefixes])
 
 
+@torch.no_grad()
 def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
     """Loads weights in place; every parameter must be set.
 
-    Position embeddings of another image size are resampled bicubically. A model may offer
-    `adapt_state_dict(entries) -> (entries, may_be_missing)` to take weights of a relative; the
-    parameters it names as possibly missing keep their initial values and are reported. Its
-    `size_keys` name the config's keys for its sizes, where they are not BLIP's.
+    Position embeddings of another image size are resampled bicubically. Tensors are copied one by
+    one from the mapped file, after all names, types and shapes were checked.
 
     Args:
-        model: not wrapped in DistributedDataParallel.
+        model: not wrapped in DistributedDataParallel. `official_name(name)` turns another library's
+            name of a parameter into its own; `adapt_weights(weights)`, if it has it, gives them as
+            it takes them, and the names that may be missing and keep their initial values;
+            `weights_loaded()`, if it has it, is called at the end.
         path_or_url: a file, a folder with safetensors, or an address, see `fetch`. No process waits
             for another here.
 
     Raises:
-        UserError: the file cannot be read, a shape differs, or a parameter stays unset (the model
-            is as before); or a weight is not finite, quantised or packed (the model is partly
-            loaded).
+        UserError: the file cannot be read, a tensor is quantised or packed, a shape differs, or a
+            parameter stays unset (the model is as before); or a weight is not finite (the model is
+            partly loaded).
     """
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
+    if is_sparse(model):
         raise ValueError("the model is sparse already: load weights before `sparsify_`")
     report = LoadReport(str(path_or_url))
-    entries = _official_names(open_weights(fetch(path_or_url)), report)
+    weights = _renamed(open_weights(fetch(path_or_url)), model.official_name, report)
     may_be_missing: set[str] = set()
-    if hasattr(model, "adapt_state_dict"):
-        entries, may_be_missing = model.adapt_state_dict(entries)
-    targets = model.state_dict()
-    report.ignored = [name for name in entries if name not in targets]
-    report.loaded = [name for name in entries if name in targets]
-    size_keys = getattr(model, "size_keys", SIZE_KEYS)
+    if hasattr(model, "adapt_weights"):
+        weights, may_be_missing = model.adapt_weights(weights)
+    targets = dict(model.named_parameters(remove_duplicate=False))
+    _check(report, weights, targets, may_be_missing, getattr(model, "size_keys", SIZE_KEYS))
     for name in report.loaded:
-        _check_shape(report, name, entries[name].shape, tuple(targets[name].shape), size_keys)
-    _check_complete(report, targets, may_be_missing, size_keys)
-    for name in report.loaded:
-        target = value = targets[name]
+        value, target = weights.pop(name), targets[name]
+        if isinstance(value, Packed):
+            value = value.dense()
         if name in report.resampled:
-            value = torch.empty(entries[name].shape)
-        entries[name].read(value)
-        if not _all_finite(value):
+            value = resample_position_embedding(value.float(), target)
+        target.copy_(value)
+        # inf and nan are inherited by a sum; float32's is fast, but may overflow by itself
+        if not (target.sum().isfinite() or target.sum(dtype=torch.float64).isfinite()):
             raise UserError(
                 f"{path_or_url}: {name} holds values that are not finite (inf or nan): the file is "
                 "damaged, or its training diverged; take another checkpoint"
             )
-        if name in report.resampled:
-            target.copy_(resample_position_embedding(value, target))
+    if hasattr(model, "weights_loaded"):
+        model.weights_loaded()
     return report
 
 
-def _official_names(entries: dict[str, Entry], report: LoadReport) -> dict[str, Entry]:
-    """The same entries under the official names; prefixes that fell off go to the report."""
-    renamed = {}
-    for name, entry in entries.items():
-        official = _PREFIXES.sub("", name)
-        prefix = name.removesuffix(official)
-        if prefix and prefix not in report.prefixes:
-            report.prefixes.append(prefix)
-        if official.startswith(_HF_VISION):
-            for ours, theirs in _HUGGING_FACE:
-                official = official.replace(theirs, ours)
-        if official in renamed:
-            raise UserError(
-                f"{report.path} holds {official} twice, with and without a prefix or under two "
-                "names: save the weights of one model alone"
-            )
-        renamed[official] = entry
-    return renamed
-
-
-def hugging_face_name(name: str) -> str:
-    """Hugging Face's name of a captioner's parameter."""
-    if name.startswith(_VISION):
-        for ours, theirs in _HUGGING_FACE:
-            name = name.replace(ours, theirs)
-    return name
+def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:
+    """As `load_checkpoint`, but a parameter that keeps its initial values is a mistake, too."""
+    report = load_checkpoint(model, path_or_url)
+    if report.initialised:
+        raise UserError(
+            f"{path_or_url} is a start for training, not trained weights: it lacks "
+            f"{', '.join(report.initialised)}"
+        )
+    return report
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -151,61 +132,68 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter.detach()
 
 
-def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:
-    """As `load_checkpoint`, but weights that are only a start for training are a mistake.
-
-    Raises:
-        UserError: as `load_checkpoint`, or a parameter keeps its initial values.
-    """
-    report = load_checkpoint(model, path_or_url)
-    if report.initialised:
-        raise UserError(
-            f"{path_or_url} is a start for training, not trained weights: it lacks "
-            f"{', '.join(report.initialised)}"
-        )
-    return report
+def blip_name(name: str) -> str:
+    """The official name of a BLIP parameter that may have Hugging Face's."""
+    if name.startswith("vision_model."):
+        for ours, theirs in _HUGGING_FACE:
+            name = name.replace(theirs, ours)
+    return name
 
 
-def _check_shape(
-    report: LoadReport, name: str, shape: tuple, wanted: tuple, size_keys: str
+def hugging_face_name(name: str) -> str:
+    """Hugging Face's name of a captioner's parameter."""
+    if name.startswith("visual_encoder."):
+        for ours, theirs in _HUGGING_FACE:
+            name = name.replace(ours, theirs)
+    return name
+
+
+def _renamed(weights: Weights, official_name: Callable[[str], str], report: LoadReport) -> Weights:
+    """The same weights under the official names; prefixes that fell off go to the report."""
+    renamed = {}
+    for name, value in weights.items():
+        bare = _PREFIXES.sub("", name)
+        prefix = name.removesuffix(bare)
+        if prefix and prefix not in report.prefixes:
+            report.prefixes.append(prefix)
+        official = official_name(bare)
+        if official in renamed:
+            raise UserError(
+                f"{report.path} holds {official} twice, with and without a prefix or under two "
+                "names: save the weights of one model alone"
+            )
+        renamed[official] = value
+    return renamed
+
+
+def _check(
+    report: LoadReport,
+    weights: Weights,
+    targets: dict[str, Tensor],
+    may_be_missing: set[str],
+    size_keys: str,
 ) -> None:
-    """Shapes must be equal, but for position embeddings, which are resampled.
-
-    Raises:
-        UserError: they are not.
-    """
-    if shape == wanted:
-        return
-    if not _can_be_resampled(name, shape, wanted):
-        raise UserError(
-            f"{report.path}: {name} has shape {shape}, the model's is {wanted}; does the config's "
-            f"{size_keys} fit it?"
-        )
-    report.resampled.append(name)
-
-
-def _all_finite(value: Tensor) -> bool:
-    """Whether a tensor holds no inf or nan, which its sum would inherit."""
-    # float32's sum is 30 times as fast, but finite values may add up beyond its limit
-    return bool(value.sum().isfinite()) or bool(value.sum(dtype=torch.float64).isfinite())
-
-
-def _can_be_resampled(name: str, shape: tuple, wanted: tuple) -> bool:
-    """Whether these are position embeddings (..., 1 + g^2, D) that differ in the grid alone."""
-    if not name.endswith((POSITION_EMBEDDING, CLIP_POSITION_EMBEDDING)) or len(shape) < 2:
-        return False
-    same_but_for_tokens = (*shape[:-2], *shape[-1:]) == (*wanted[:-2], *wanted[-1:])
-    return same_but_for_tokens and round((shape[-2] - 1) ** 0.5) ** 2 == shape[-2] - 1
-
-
-def _check_complete(
-    report: LoadReport, targets: dict[str, Tensor], may_be_missing: set, size_keys: str
-) -> None:
-    """Every parameter must be loaded, share its memory with one that is, or be allowed to miss.
-
-    Raises:
-        UserError: with the names of those that are not.
-    """
+    """Fills the report. Raises a UserError if a tensor does not fit or a parameter stays unset."""
+    hint = f"does the config's {size_keys} fit it?"
+    for name, value in weights.items():
+        if name not in targets:
+            report.ignored.append(name)
+            continue
+        report.loaded.append(name)
+        stored = value.values if isinstance(value, Packed) else value
+        if stored.dtype not in _DTYPES or stored.layout != torch.strided or stored.is_meta:
+            kind = "of device meta" if stored.is_meta else f"{stored.dtype}, {stored.layout}"
+            raise UserError(
+                f"{report.path}: {name} is {kind}, but weights must be dense, and float32, float16 "
+                "or bfloat16: save them before they are quantised or packed"
+            )
+        shape, wanted = tuple(value.shape), tuple(targets[name].shape)
+        if shape != wanted and not _can_be_resampled(name, shape, wanted):
+            raise UserError(
+                f"{report.path}: {name} has shape {shape}, the model's is {wanted}; {hint}"
+            )
+        if shape != wanted:
+            report.resampled.append(name)
     loaded = {targets[name].data_ptr() for name in report.loaded}  # of tied ones a file has one
     unset = [name for name, target in targets.items() if target.data_ptr() not in loaded]
     report.initialised = [name for name in unset if name in may_be_missing]
@@ -213,25 +201,21 @@ def _check_complete(
     if names:
         raise UserError(
             f"{report.path} leaves {len(names)} of the model's {len(targets)} parameters unset, "
-            f"among them {names[:5]}; is it a checkpoint of this model, and does the config's "
-            f"{size_keys} fit it?"
+            f"among them {names[:5]}; is it a checkpoint of this model, and {hint}"
         )
 
 
-def resample_position_embedding(value: Tensor, target: Tensor) -> Tensor:
-    """Position embeddings (..., 1 + g^2, D) of one grid to another's; the class token's is kept.
+def _can_be_resampled(name: str, shape: tuple, wanted: tuple) -> bool:
+    """Whether these are position embeddings (..., 1 + g^2, D) that differ in the grid alone."""
+    if name not in POSITION_EMBEDDINGS or len(shape) < 2:
+        return False
+    same_but_for_tokens = (*shape[:-2], *shape[-1:]) == (*wanted[:-2], *wanted[-1:])
+    return same_but_for_tokens and round((shape[-2] - 1) ** 0.5) ** 2 == shape[-2] - 1
 
-    Args:
-        value: of the first grid, one embedding.
-        target: of the other grid; only its shape counts.
-    """
-    grids = [round((t.shape[-2] - 1) ** 0.5) for t in (target, value)]
-    resampled = resample_abs_pos_embed(
-        value.view(1, *value.shape[-2:]),
-        new_size=[grids[0]] * 2,
-        old_size=[grids[1]] * 2,
-        num_prefix_tokens=1,
-        interpolation="bicubic",
-        antialias=False,
-    )
+
+def resample_position_embedding(value: Tensor, target: Tensor) -> Tensor:
+    """Position embeddings (..., 1 + g^2, D) on a target's grid; the class token's is kept."""
+    grid = round((target.shape[-2] - 1) ** 0.5)
+    value = value.view(1, *value.shape[-2:])
+    resampled = resample_abs_pos_embed(value, [grid] * 2, interpolation="bicubic", antialias=False)
     return resampled.view(target.shape)

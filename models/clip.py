@@ -4,8 +4,8 @@ Sources: Radford et al., CLIP, ICML 2021 (the model); Li et al., ALBEF, NeurIPS 
 (momentum copy, queues, soft targets), as UPop (Shi et al., ICML 2023) applies them to CLIP.
 """
 
-import re
 from copy import deepcopy
+from typing import NamedTuple
 
 import compat  # noqa: F401
 
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from open_clip import CLIP, SimpleTokenizer
 from torch import Tensor, nn
 
-from models.checkpoint import CLIP_POSITION_EMBEDDING
+from models.checkpoint import Weights
+from models.sizes import check_image_size, check_sizes, choose_sizes
 from models.stages import Stage, resblock_stages
 from models.text import load_tokenizer, tokenize
-from models.weight_files import Entry
 from utils import UserError
 
 SIZES = {
@@ -39,183 +39,184 @@ OPENAI_TOKENIZER = "clip"  # the config's name for the vocabulary that CLIP was 
 MAX_LOGIT_SCALE = 4.6052  # log 100
 NO_IMAGE = -100  # id of a queue's columns that no batch has filled; datasets count from 0
 
-# Hugging Face's names of CLIP's parameters. Where BLIP has them, too, `models.checkpoint` has given
-# them BLIP's own names before.
-_HUGGING_FACE = [
-    (
-        r"^vision_model\.embeddings\.class_embedding$|^visual_encoder\.cls_token$",
-        "visual.class_embedding",
-    ),
-    (
-        r"^vision_model\.embeddings\.patch_embedding|^visual_encoder\.patch_embed\.proj",
-        "visual.conv1",
-    ),
-    (
-        r"^vision_model\.embeddings\.position_embedding\.weight$|^visual_encoder\.pos_embed\.weight$",
-        CLIP_POSITION_EMBEDDING,
-    ),
-    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),
-    (r"^vision_model\.post_layernorm|^visual_encoder\.norm", "visual.ln_post"),
-    (r"^visual_projection\.weight$", "visual.proj"),
-    (r"^vision_model\.encoder\.layers|^visual_encoder\.blocks", "visual.transformer.resblocks"),
-    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
-    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^text_model\.final_layer_norm", "ln_final"),
-    (r"^text_projection\.weight$", "text_projection"),
-    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
-    # inside a block
-    (r"(?<=\d)\.(layer_)?norm(?=[12]\.)", ".ln_"),
-    (r"(?<=\d)\.self_attn\.", ".attn."),
-    (r"(?<=\d)\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"(?<=\d)\.mlp\.fc2\.", ".mlp.c_proj."),
-]
+# Hugging Face's names of CLIP's parameters, and OpenAI's
+_HUGGING_FACE = {
+    "vision_model.": "visual.",
+    "text_model.": "",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.": "",  # the class's and the tokens'
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".self_attn.": ".attn.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+_TRANSPOSED = {
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+}
 
 
 class WordPieces:
     """BERT's tokenizer in CLIP's manner: the end token has the highest id, padding is 0."""
 
     def __init__(self, name: str):
-        """Args: name: of the tokenizer, see `models.text.load_tokenizer`."""
+        """Loads a tokenizer by `models.text.load_tokenizer`."""
         self.tokenizer = load_tokenizer(name)
         self.vocab_size = len(self.tokenizer)
 
     def __call__(self, texts: list[str], context_length: int) -> Tensor:
         """Ids (B, context_length): [DEC], the words, [ENC], padding; longer texts are cut."""
-        ids, mask = tokenize(
-            self.tokenizer, texts, "[DEC]", padding="max_length", max_tokens=context_length
-        )
+        ids, mask = tokenize(self.tokenizer, texts, "[DEC]", context_length, padding="max_length")
         end = self.tokenizer.convert_tokens_to_ids("[ENC]")
         assert end == self.vocab_size - 1
         return ids.masked_fill(ids == self.tokenizer.sep_token_id, end) * mask
+
+
+class StepKeys(NamedTuple):
+    """What the pairs of an optimizer step are compared with, N of them in all processes.
+
+    The K = N + Q keys are the momentum features of these pairs, then the queue.
+    """
+
+    slow: list[tuple[Tensor, Tensor]]  # momentum features (B, D) of the parts still to come
+    seen: list[Tensor]  # the model's own features (B, 2 * D) of the parts that were
+    images: Tensor  # (D, K)
+    texts: Tensor  # (D, K)
+    ids: Tensor  # (K,) of their images
 
 
 class ClipRetrieval(CLIP):
     """CLIP, trained to give an image and its captions similar features.
 
     Parameter names are OpenAI's. What training needs besides is in buffers, so that checkpoints
-    hold it while optimizer, pruner and data parallelism see the parameters alone:
-
-    Attributes:
-        momentum_copy: a CLIP whose weights follow the parameters slowly.
-        image_queue: (D, Q) normalised image features of the last batches, a column each.
-        text_queue: (D, Q) features of their captions.
-        id_queue: (Q,) int64, their image ids; NO_IMAGE where the column is still random.
-        queue_pointer: () int64, the column that the next batch begins to replace.
+    hold it while optimizer, pruner and data parallelism see the parameters alone.
     """
 
     size_keys = "`clip`"  # of the config
 
-    def __init__(
-        self,
-        sizes: dict[str, int],
-        image_size: int,
-        tokenizer=None,
-        queue_size: int = 57600,
-        momentum: float = 0.995,
-        alpha: float = 0.4,
-    ):
-        """Puts the parts together; `build_clip` makes them from a config."""
-        super().__init__(**_open_clip_arguments(sizes, image_size))
-        self.momentum_copy = as_buffers(deepcopy(self))
-        self.tokenizer, self.momentum, self.alpha = tokenizer, momentum, alpha
-        self.queue_size = queue_size
-        self.ramp = 1.0  # of alpha, see `on_step`
-        columns = sizes["embed_dim"], queue_size
+    def __init__(self, config: dict):
+        """Makes random weights and queues; see `build_clip`."""
+        sizes = choose_sizes("clip", config["clip"], SIZES)
+        heads = {"vision_width": "vision_heads", "text_width": "text_heads"}
+        check_sizes("clip", sizes, (), heads)
+        check_image_size(config["image_size"], sizes["patch_size"])
+        tokenizer = choose_tokenizer(config.get("tokenizer"), sizes["vocab_size"])
+        vision = {
+            "image_size": config["image_size"],
+            "patch_size": sizes["patch_size"],
+            "width": sizes["vision_width"],
+            "layers": sizes["vision_layers"],
+            "head_width": sizes["vision_width"] // sizes["vision_heads"],
+        }
+        text = {key: sizes[key] for key in ("context_length", "vocab_size")}
+        text |= {key: sizes[f"text_{key}"] for key in ("width", "heads", "layers")}
+        super().__init__(sizes["embed_dim"], vision, text, quick_gelu=True)
+        self.momentum_copy = as_buffers(deepcopy(self))  # its weights follow slowly
+        self.tokenizer, self.max_tokens = tokenizer, self.context_length
+        self.momentum, self.alpha = config.get("momentum", 0.995), config.get("alpha", 0.4)
+        self.queue_size = config.get("queue_size", 57600)
+        self.ramp = 1.0  # of alpha
+        self.step_keys: StepKeys | None = None  # of an optimizer step that has begun
+        columns = sizes["embed_dim"], self.queue_size  # (D, Q): features of the last pairs
         self.register_buffer("image_queue", F.normalize(torch.randn(columns), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(columns), dim=0))
-        self.register_buffer("id_queue", torch.full((queue_size,), NO_IMAGE))
-        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("id_queue", torch.full(columns[1:], NO_IMAGE))  # of their images
+        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))  # the oldest
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids, and a mask up to the end token, both (B, context_length) on the CPU.
-
-        The end token has the highest id.
-        """
-        assert self.tokenizer is not None, "the config names no tokenizer"
-        ids = self.tokenizer(texts, context_length=self.context_length)
+        """Ids, and a mask up to the end token, both (B, context_length); it has the highest id."""
+        if self.tokenizer is None:
+            raise UserError("tokenizer: the config names none that fits the vocabulary of `clip`")
+        ids = self.tokenizer(texts, self.context_length)
         ends = ids.argmax(dim=1, keepdim=True)
         return ids, (torch.arange(ids.shape[1]) <= ends).long()
+
+    def count_cut(self, texts: list[str]) -> int:
+        """Number of texts that `max_tokens` cuts."""
+        return int((self.tokenizer(texts, self.max_tokens + 1)[:, -1] != 0).sum())
 
     def prepare(
         self, image: Tensor, captions: list[str], image_ids: Tensor
     ) -> tuple[tuple[Tensor, ...], int]:
-        """Tokenizes a batch once.
+        """The tensors of `forward`, and the number of pairs, over which its loss is a mean.
 
         Args:
             image: (B, 3, S, S), normalised; handed on.
             captions: B captions.
             image_ids: (B,) int64, equal for captions of the same image; handed on.
-
-        Returns:
-            The tensors of `forward`, and the number of pairs, over which its loss is a mean.
         """
         return (image, self.tokenize(captions)[0], image_ids), len(captions)
 
     def stages(self) -> list[Stage]:
         """The two towers over "image" and "input_ids" (B, context_length), for profiling."""
+
+        def embed_text(ids: Tensor) -> Tensor:
+            return self.token_embedding(ids) + self.positional_embedding
+
         return [
             Stage("tokens: patch embedding", self.visual._embeds, ("image",), "tokens"),
             *resblock_stages(self.visual.transformer, "tokens"),
             Stage("tokens: norm", self.visual.ln_post, ("tokens",), "tokens"),
-            Stage("text: embedding", self._embed_text, ("input_ids",), "text"),
+            Stage("text: embedding", embed_text, ("input_ids",), "text"),
             *resblock_stages(self.transformer, "text", self.attn_mask),
             Stage("text: norm", self.ln_final, ("text",), "text"),
         ]
-
-    def _embed_text(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.positional_embedding
-
-    def on_step(self, epochs: float) -> None:
-        """Ramps alpha from 0 over the first epoch.
-
-        Args:
-            epochs: how many are done before the step that comes, whole and in part.
-        """
-        self.ramp = min(1.0, epochs)
-
-    def forward(self, image: Tensor, ids: Tensor, image_ids: Tensor) -> Tensor:
-        """The loss of a batch: `contrastive_loss` with the alpha of this step."""
-        return self.contrastive_loss(image, ids, image_ids, self.alpha * self.ramp)
 
     def logits_from_ids(self, image: Tensor, ids: Tensor) -> Tensor:
         """Similarities (B, B) of images (B, 3, S, S) and token ids (B, context_length), scaled."""
         images, texts = _normalised_features(self, image, ids)
         return self.logit_scale.exp() * images @ texts.T
 
-    def contrastive_loss(
-        self, image: Tensor, ids: Tensor, image_ids: Tensor, alpha: float
-    ) -> Tensor:
-        """ALBEF's contrastive loss; moves the momentum copy and the queues one step.
+    @torch.no_grad()
+    def on_step(self, epochs: float, parts: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Begins an optimizer step: moves the momentum copy, and takes its features of all parts.
 
-        As UPop, and unlike ALBEF, it queues the features of the model itself, not those of the
-        momentum copy. Unlike UPop it takes as keys the momentum features of all processes, so that
-        the mean of the processes' losses does not depend on how a batch is spread over them.
+        So the loss does not depend on how the pairs of a step are spread over parts and processes.
+        Without it, a call of `forward` is a step of one part.
+
+        Args:
+            epochs: done before the step, whole and in part; alpha ramps from 0 over the first.
+            parts: arguments of the calls of `forward` that follow in this process.
+        """
+        self.ramp = min(1.0, epochs)
+        image_ids = gather(torch.cat([part[2] for part in parts]))
+        self.check_batch(len(image_ids))
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self._move_momentum_copy(self.momentum)
+        slow = [_normalised_features(self.momentum_copy, *part[:2]) for part in parts]
+        images, texts = gather(torch.cat([torch.cat(pair, 1) for pair in slow])).chunk(2, dim=1)
+        self.step_keys = StepKeys(
+            slow=slow,
+            seen=[],
+            images=torch.cat([images.T, self.image_queue], dim=1),
+            texts=torch.cat([texts.T, self.text_queue], dim=1),
+            ids=torch.cat([image_ids, self.id_queue]),
+        )
+
+    def forward(self, image: Tensor, ids: Tensor, image_ids: Tensor) -> Tensor:
+        """ALBEF's contrastive loss, a mean over B pairs; the last part of a step fills the queues.
+
+        As in UPop, and unlike ALBEF, the queues hold features of the model itself and not of the
+        momentum copy. Unlike in UPop, the keys are momentum features of all processes.
 
         Args:
             image: (B, 3, S, S), normalised.
             ids: (B, context_length) token ids, padded with 0; the end token has the highest.
             image_ids: (B,) int64, at least 0; equal for captions of the same image.
-            alpha: weight of the momentum copy's similarities in the targets, in [0, 1].
-
-        Returns:
-            Scalar: the mean over the B pairs of this process.
-
-        Raises:
-            UserError: as `check_batch`.
         """
-        self.check_batch(len(image) * (dist.get_world_size() if dist.is_initialized() else 1))
-        with torch.no_grad():
-            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-            self._move_momentum_copy()
-            slow_images, slow_texts = _normalised_features(self.momentum_copy, image, ids)
+        if self.step_keys is None:
+            self.on_step(self.ramp, [(image, ids, image_ids)])
+        keys, alpha = self.step_keys, self.alpha * self.ramp
+        slow_images, slow_texts = keys.slow.pop(0)
         images, texts = _normalised_features(self, image, ids)
-        features = torch.cat([slow_images, slow_texts, images, texts], dim=1).detach()
-        all_slow_images, all_slow_texts, *all_online = gather(features).chunk(4, dim=1)
-        all_image_ids = gather(image_ids)
-        same = image_ids[:, None] == torch.cat([all_image_ids, self.id_queue])  # (B, W * B + Q)
+        same = image_ids[:, None] == keys.ids  # (B, K)
         hard = same / same.sum(dim=1, keepdim=True)
-        image_keys = torch.cat([all_slow_images.T, self.image_queue], dim=1)  # (D, W * B + Q)
-        text_keys = torch.cat([all_slow_texts.T, self.text_queue], dim=1)
 
         def cross_entropy(features: Tensor, slow_features: Tensor, keys: Tensor) -> Tensor:
             scale = self.logit_scale.exp()
@@ -223,95 +224,101 @@ class ClipRetrieval(CLIP):
             return F.cross_entropy(scale * features @ keys, alpha * soft + (1 - alpha) * hard)
 
         with torch.autocast(image.device.type, enabled=False):  # logits reach 100: not in bfloat16
-            loss = cross_entropy(images, slow_images, text_keys)
-            loss = (loss + cross_entropy(texts, slow_texts, image_keys)) / 2
-        self._enqueue(*all_online, all_image_ids)
+            loss = cross_entropy(images, slow_images, keys.texts)
+            loss = (loss + cross_entropy(texts, slow_texts, keys.images)) / 2
+        keys.seen.append(torch.cat([images, texts], dim=1).detach())
+        if not keys.slow:
+            self._enqueue(*gather(torch.cat(keys.seen)).chunk(2, dim=1), keys.ids)
+            self.step_keys = None
         return loss
 
-    def check_batch(self, global_batch: int) -> None:
-        """Checks that batches fill the queues evenly. Call it before the first step.
-
-        Args:
-            global_batch: pairs of one forward pass, over all processes.
-
-        Raises:
-            UserError: the queues' length is no multiple of it.
-        """
-        if self.queue_size % global_batch:
+    def check_batch(self, pairs: int) -> None:
+        """Checks that the pairs of an optimizer step, of all processes, fill the queues evenly."""
+        if self.queue_size % pairs:
             raise UserError(
-                f"queue_size {self.queue_size} is no multiple of the {global_batch} samples that "
-                "all processes see at once (batch_size x processes): change one of them"
+                f"queue_size {self.queue_size} is no multiple of the {pairs} samples of a step "
+                "(batch_size x processes x gradient_accumulation_steps): change one of them"
             )
 
     @torch.no_grad()
-    def _move_momentum_copy(self) -> None:
+    def _move_momentum_copy(self, momentum: float) -> None:
         """Moves m <- momentum * m + (1 - momentum) * p; the final text norm m <- p, as in UPop."""
         for name, parameter in self.named_parameters():
-            weight = 1.0 if name.startswith("ln_final.") else 1 - self.momentum
+            weight = 1.0 if name.startswith("ln_final.") else 1 - momentum
             self.momentum_copy.get_buffer(name).lerp_(parameter, weight)
 
     @torch.no_grad()
     def _enqueue(self, images: Tensor, texts: Tensor, image_ids: Tensor) -> None:
-        """Replaces the oldest columns by features (W * B, D) and their ids (W * B,)."""
-        count = len(image_ids)
-        columns = self.queue_pointer + torch.arange(count, device=image_ids.device)
+        """Replaces the oldest columns by features (N, D) and the first N of the ids."""
+        columns = self.queue_pointer + torch.arange(len(images), device=images.device)
         columns %= self.queue_size
         self.image_queue.index_copy_(1, columns, images.T)
         self.text_queue.index_copy_(1, columns, texts.T)
-        self.id_queue.index_copy_(0, columns, image_ids)
-        self.queue_pointer.copy_((self.queue_pointer + count) % self.queue_size)
+        self.id_queue.index_copy_(0, columns, image_ids[: len(images)])
+        self.queue_pointer.copy_((self.queue_pointer + len(images)) % self.queue_size)
 
-    def adapt_state_dict(self, entries: dict[str, Entry]) -> tuple[dict[str, Entry], set[str]]:
-        """Takes weights under OpenAI's or Hugging Face's names.
+    @staticmethod
+    def official_name(name: str) -> str:
+        """OpenAI's name of a parameter that may have Hugging Face's."""
+        if name.startswith(("vision_model.", "text_model.")):
+            for theirs, openai in _HUGGING_FACE.items():
+                name = name.replace(theirs, openai)
+        return name
 
-        Training starts anew from them: the momentum copy is set to them, and a checkpoint's own
-        momentum copy and queues are left out. (A resumed run restores them by `load_state_dict`.)
+    def adapt_weights(self, weights: Weights) -> tuple[Weights, set[str]]:
+        """Transposes Hugging Face's projections and joins its q, k, v. See `load_checkpoint`.
 
-        Returns:
-            Entries for the whole state dict, and no names that may be missing.
+        Training starts anew: a checkpoint's own momentum copy and queues are left out. (A resumed
+        run restores them by `load_state_dict`.)
         """
-        entries = _openai_names(entries)
-        own, parameters = self.state_dict(), dict(self.named_parameters())
-        start = {f"momentum_copy.{n}": entries[n] for n in parameters if n in entries}
-        unchanged = {
-            name: Entry(tuple(value.shape), lambda target: None)
-            for name, value in own.items()
-            if name not in parameters
-        }
-        return entries | unchanged | start, set()
+        buffers = {name for name, _ in self.named_buffers()}
+        weights = {name: value for name, value in weights.items() if name not in buffers}
+        for theirs, openai in _TRANSPOSED.items():
+            if theirs in weights:
+                weights[openai] = weights.pop(theirs).T
+        for name in [name for name in weights if ".attn.q_proj." in name]:
+            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+            if all(part in weights for part in parts):
+                joined = name.replace(".q_proj.", ".in_proj_")
+                weights[joined] = torch.cat([weights.pop(part) for part in parts])
+        return weights, set()
+
+    def weights_loaded(self) -> None:
+        """The momentum copy starts from the weights."""
+        self._move_momentum_copy(0.0)
 
 
 def build_clip(config: dict) -> ClipRetrieval:
     """Builds a CLIP with random weights.
 
     Args:
-        config: `clip` ("large" or a mapping with the keys of SIZES["large"]), `image_size` in
-            pixels; if they are not the defaults, `queue_size`, `momentum` (of the copy, a step),
-            `alpha` (weight of the soft targets) and `tokenizer`: "clip" for OpenAI's vocabulary,
-            else a name or folder of a BERT tokenizer. Without `tokenizer`, a model whose
-            vocabulary has not OpenAI's size takes token ids only.
+        config: `clip` ("large" or a mapping with its keys), `image_size` in pixels, and optionally
+            `queue_size` (57600), `momentum` of the copy (0.995 a step), `alpha`, the weight of the
+            soft targets (0.4), and `tokenizer`: "clip" for OpenAI's vocabulary, else a BERT
+            tokenizer's name or folder. Without it, a smaller model takes token ids only.
 
     Raises:
-        UserError: a value that is none of the possible ones, or a tokenizer that cannot be read.
+        UserError: a value that cannot be, or a tokenizer that cannot be read.
     """
-    sizes = _checked_sizes(config["clip"], config["image_size"])
-    name = config.get("tokenizer")
-    if name is None and sizes["vocab_size"] == SIZES["large"]["vocab_size"]:
-        name = OPENAI_TOKENIZER
-    tokenizer = None
-    if name is not None:
-        tokenizer = SimpleTokenizer() if name == OPENAI_TOKENIZER else WordPieces(name)
-        if tokenizer.vocab_size > sizes["vocab_size"]:
-            raise UserError(
-                f"clip: vocab_size {sizes['vocab_size']} is below the {tokenizer.vocab_size} "
-                f"tokens of tokenizer {name!r}"
-            )
-    options = {key: config[key] for key in ("queue_size", "momentum", "alpha") if key in config}
-    return ClipRetrieval(sizes, config["image_size"], tokenizer, **options)
+    return ClipRetrieval(config)
+
+
+def choose_tokenizer(name: str | None, vocab_size: int) -> SimpleTokenizer | WordPieces | None:
+    """The tokenizer that a config names for a model with so many words."""
+    if name is None and vocab_size != SIZES["large"]["vocab_size"]:
+        return None
+    openai = name in (None, OPENAI_TOKENIZER)
+    tokenizer = SimpleTokenizer() if openai else WordPieces(name)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"clip: vocab_size {vocab_size} is below the {tokenizer.vocab_size} tokens of "
+            f"tokenizer {name!r}"
+        )
+    return tokenizer
 
 
 def as_buffers(model: nn.Module) -> nn.Module:
-    """Turns all parameters into buffers of the same names, in place; returns the model."""
+    """The model, whose parameters become buffers of the same names, in place."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
@@ -329,87 +336,6 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def _normalised_features(model: CLIP, image: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors of images and texts, (B, D) each, in float32 at least."""
+    """Unit vectors of images and texts, (B, D) each, of the weights' type even under autocast."""
     features = model.encode_image(image), model.encode_text(ids)
-    exact = torch.promote_types(features[0].dtype, torch.float32)
-    return tuple(F.normalize(feature.to(exact), dim=-1) for feature in features)
-
-
-def _checked_sizes(clip: str | dict, image_size: int) -> dict[str, int]:
-    """The sizes that a config's `clip` means.
-
-    Raises:
-        UserError: an unknown name or key, a missing one, or sizes that do not fit each other.
-    """
-    if isinstance(clip, str):
-        if clip not in SIZES:
-            raise UserError(f"clip: {clip!r} is none of {sorted(SIZES)} and no mapping of sizes")
-        clip = SIZES[clip]
-    if set(clip) != set(SIZES["large"]):
-        raise UserError(f"clip: a mapping needs {sorted(SIZES['large'])}; got {sorted(clip)}")
-    for key, size in clip.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"clip: {key} must be a whole number of at least 1, got {size!r}")
-    for tower in ("vision", "text"):
-        width, heads = clip[f"{tower}_width"], clip[f"{tower}_heads"]
-        if width % heads:
-            raise UserError(f"clip: {tower}_width {width} is no multiple of {tower}_heads {heads}")
-    if image_size % clip["patch_size"]:
-        raise UserError(
-            f"image_size {image_size} is no multiple of patch_size {clip['patch_size']}"
-        )
-    return clip
-
-
-def _open_clip_arguments(sizes: dict[str, int], image_size: int) -> dict:
-    return {
-        "embed_dim": sizes["embed_dim"],
-        "vision_cfg": {
-            "image_size": image_size,
-            "patch_size": sizes["patch_size"],
-            "width": sizes["vision_width"],
-            "layers": sizes["vision_layers"],
-            "head_width": sizes["vision_width"] // sizes["vision_heads"],
-        },
-        "text_cfg": {
-            "context_length": sizes["context_length"],
-            "vocab_size": sizes["vocab_size"],
-            "width": sizes["text_width"],
-            "heads": sizes["text_heads"],
-            "layers": sizes["text_layers"],
-        },
-        "quick_gelu": True,
-    }
-
-
-def _openai_names(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Entries under OpenAI's names; Hugging Face's projections are transposed, q, k, v joined."""
-    renamed = {}
-    for name, entry in entries.items():
-        if name in ("visual_projection.weight", "text_projection.weight"):
-            entry = _transposed(entry)
-        for pattern, replacement in _HUGGING_FACE:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = entry
-    for name in [name for name in renamed if ".attn.q_proj." in name]:
-        parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if all(part in renamed for part in parts):
-            joined = name.replace(".q_proj.", ".in_proj_")
-            renamed[joined] = _joined([renamed.pop(part) for part in parts])
-    return renamed
-
-
-def _transposed(entry: Entry) -> Entry:
-    """An entry of a matrix as one of its transpose."""
-    return Entry(entry.shape[::-1], lambda target: entry.read(target.T))
-
-
-def _joined(entries: list[Entry]) -> Entry:
-    """Entries of equal shape as one, along the first dimension."""
-    first, *rest = entries[0].shape
-
-    def read(target: Tensor) -> None:
-        for entry, part in zip(entries, target.split(first), strict=True):
-            entry.read(part)
-
-    return Entry((first * len(entries), *rest), read)
+    return tuple(F.normalize(feature.to(model.logit_scale.dtype), dim=-1) for feature in features)

@@ -1,4 +1,4 @@
-"""Beam search over BLIP's text decoder, with the semantics that the published captions have.
+"""Beam search over BLIP's text decoder, by the rule of the published captions.
 
 The beams of an image are query positions of one sequence. An image has one cache of past tokens,
 in which a beam sees the entries of its own ancestors only: when beams fork or die, nothing but
@@ -33,13 +33,13 @@ def generate_ids(
     Args:
         decoder: in eval mode.
         image_embeds: (B, L, D) image tokens.
-        prompt_ids: (B, P) the tokens that every caption begins with.
+        prompt_ids: (B, P), the start of every caption.
         num_beams: 1 is greedy decoding.
         max_length: longest caption in tokens, prompt included; more than P.
         min_length: no end token before this length in tokens, prompt included.
         eos_id: end token.
         pad_id: fills the rows of shorter captions.
-        length_normalization: "total" or "generated", see `BeamSearch`.
+        length_normalization: of LENGTH_NORMALIZATIONS, see `BeamSearch`.
 
     Returns:
         (B, <= max_length) ids: prompt, caption, end token unless max_length cut it off, padding.
@@ -81,15 +81,7 @@ class BeamSearch:
     running beam over the length after it ("generated"). At max_length running beams finish too.
     """
 
-    def __init__(
-        self,
-        prompt_ids: Tensor,
-        num_beams: int,
-        max_length: int,
-        eos_id: int,
-        pad_id: int,
-        length_normalization: str,
-    ):
+    def __init__(self, prompt_ids, num_beams, max_length, eos_id, pad_id, length_normalization):
         """Starts each image with one beam, the prompt. Arguments as in `generate_ids`."""
         batch, self.prompt_length = prompt_ids.shape
         self.num_beams, self.max_length = num_beams, max_length
@@ -111,8 +103,7 @@ class BeamSearch:
             length: of the running beams in tokens.
 
         Returns:
-            For each new running beam, best first, the beam that it continues and its last token;
-            both (B, num_beams).
+            The parent beam and the last token of each new running beam, best first; (B, num_beams).
         """
         images = torch.arange(len(log_probs), device=log_probs.device)[:, None]
         sums = (self.sums[..., None] + log_probs).flatten(1)
@@ -138,11 +129,9 @@ class BeamSearch:
         return self.captions[:, : used.max() + 1]
 
     def _finish(self, scores: Tensor, tokens: Tensor) -> None:
-        """Adds hypotheses to the finished ones of images that are not done.
+        """Adds hypotheses (B, n, max_length) with scores (B, n) where an image is not done.
 
-        Args:
-            scores: (B, n), -inf for no hypothesis.
-            tokens: (B, at least n, max_length).
+        A score of -inf is no hypothesis.
         """
         scores = scores.masked_fill(self.done[:, None], -torch.inf)
         best, place = scores.max(dim=1, keepdim=True)
@@ -159,13 +148,7 @@ class CachedDecoder:
     """
 
     def __init__(self, decoder: BlipTextLMHeadModel, image_embeds: Tensor, capacity: int):
-        """Projects the images' keys and values and makes room for the tokens'.
-
-        Args:
-            decoder: in eval mode.
-            image_embeds: (B, L, D) image tokens.
-            capacity: most tokens that will be fed for an image.
-        """
+        """Projects keys and values of image tokens (B, L, D); makes room for `capacity` tokens."""
         self.decoder = decoder
         self.caches, self.image_caches = [], []  # keys and values of a layer, (B, heads, ., d)
         for layer in decoder.bert.encoder.layer:
@@ -178,15 +161,12 @@ class CachedDecoder:
         self.filled = 0
 
     def feed(self, ids: Tensor, position: Tensor, visible: Tensor) -> Tensor:
-        """Feeds Q tokens of each image.
+        """Hidden states (B, Q, width) of Q new tokens of each image.
 
         Args:
             ids: (B, Q) token ids.
-            position: (Q,), or (1,) for all of them, in the caption.
+            position: (Q,) in the caption, or (1,) for all of them.
             visible: (B, Q, S), whether a token sees a cache entry; the last Q are the new tokens.
-
-        Returns:
-            (B, Q, width) hidden states.
         """
         new = slice(self.filled, self.filled + ids.shape[1])
         self.filled = new.stop
@@ -208,7 +188,7 @@ class CachedDecoder:
         return x
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Of the next token, (B, Q, V) in float32, from hidden states (B, Q, width)."""
+        """Log-probabilities (B, Q, V) of the next token, float32, from hidden states (B, Q, W)."""
         head = self.decoder.cls.predictions
         hidden = head.transform.transform_act_fn(linear(head.transform.dense, hidden))
         return linear(head.decoder, head.transform.LayerNorm(hidden)).float().log_softmax(-1)

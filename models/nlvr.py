@@ -7,7 +7,6 @@ Source: Li et al., BLIP, ICML 2022, section 5.4 and figure 5.
 """
 
 import re
-from typing import TypeVar
 
 import compat  # noqa: F401
 
@@ -16,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
+from models.checkpoint import Weights, blip_name
 from models.stages import Stage, text_stages, vision_stages
-from models.text import check_max_tokens, load_tokenizer, text_config, tokenize
-from models.vit import VisionEncoder, build_vision_encoder
+from models.text import check_max_tokens, count_cut, load_tokenizer, text_config, tokenize
+from models.vit import build_vision_encoder
 
-T = TypeVar("T")
 FIRST_MERGED_LAYER = 6  # from here on a layer merges what it saw in the two images; before: mean
 _SINGLE_CROSS_ATTENTION = re.compile(r"(?<=\.crossattention\.)(self|output\.dense)(?=\.)")
 
@@ -38,12 +37,9 @@ class TwinCrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor], **_
     ) -> tuple[Tensor, None]:
-        """What the library's layer expects of its cross-attention: states, and no attention map.
+        """Text states (B, L, D) from such and two images (B, L_img, D_img); no attention map.
 
-        Args:
-            hidden_states: (B, L, D) text.
-            encoder_hidden_states: the two images, each (B, L_img, D_img).
-            **_: the mask and the cache of the library: images have no padding, encoders no cache.
+        The library also passes a mask and a cache: images have no padding, encoders no cache.
         """
         image0, image1 = encoder_hidden_states
         context0, _ = self.self0(hidden_states, encoder_hidden_states=image0)
@@ -86,69 +82,55 @@ class TwinTextEncoder(BlipTextModel):
 
 
 class NlvrClassifier(nn.Module):
-    """Decides whether a sentence holds for a pair of images.
+    """Judges a statement about a pair of images, with the official checkpoints' names."""
 
-    Parameter names are those of the official checkpoints.
-    """
+    official_name = staticmethod(blip_name)
 
-    def __init__(
-        self,
-        visual_encoder: VisionEncoder,
-        text_encoder: TwinTextEncoder,
-        tokenizer,
-        max_tokens: int,
-    ):
-        """Puts the parts together; `build_nlvr` makes them from a config."""
+    def __init__(self, config: dict):
+        """Makes random weights; see `build_nlvr`."""
         super().__init__()
-        self.max_tokens = max_tokens
-        self.visual_encoder = visual_encoder
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        width = text_encoder.config.hidden_size
+        self.tokenizer = load_tokenizer(config["tokenizer"])
+        # BLIP trains base with a drop path of 0.1 for NLVR2
+        self.visual_encoder = build_vision_encoder(config, 0.1 if config["vit"] == "base" else 0.0)
+        text = text_config(config["med_config"], self.visual_encoder.embed_dim, self.tokenizer)
+        self.text_encoder = TwinTextEncoder(text)
+        width, positions = text.hidden_size, text.max_position_embeddings
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self.max_tokens = config.get("max_tokens", positions)
+        check_max_tokens(self.max_tokens, 3, positions)
+
+    def tokenize(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask, both (B, L)."""
+        return tokenize(self.tokenizer, sentences, "[ENC]", self.max_tokens)
+
+    def count_cut(self, sentences: list[str]) -> int:
+        """Number of sentences that `max_tokens` cuts."""
+        return count_cut(self.tokenizer, sentences, self.max_tokens)
 
     def prepare(
         self, image0: Tensor, image1: Tensor, sentences: list[str], targets: Tensor
     ) -> tuple[tuple[Tensor, ...], int]:
-        """Tokenizes a batch once, for `loss` and for the weight of its loss.
+        """The tensors of `forward`, and the number of statements, over which the loss is a mean.
 
         Args:
             image0: (B, 3, S, S) left images, normalised; handed on, as all tensors.
             image1: (B, 3, S, S) right images.
-            sentences: B statements.
+            sentences: B statements, of which ids and attention mask are made, (B, L) on the CPU.
             targets: (B,) int64, 1 where the statement holds.
-
-        Returns:
-            The tensors of `loss` (the new ones on the CPU), and the number of statements, over
-            which that loss is a mean.
         """
         return (image0, image1, *self.tokenize(sentences), targets), len(sentences)
 
-    def forward(self, *inputs) -> Tensor:
-        """The loss of a batch: cross-entropy of the two classes.
+    def forward(self, image0: Tensor, image1: Tensor, *text) -> Tensor:
+        """The loss of a batch: cross-entropy of the two classes, a mean over the statements.
 
         Args:
-            *inputs: `image0, image1, sentences, targets` as `prepare` takes them; or the tensors
-                that it returns, on the model's device. Data parallelism reaches the loss through
-                this method alone.
-
-        Returns:
-            Scalar: the mean over the batch.
+            image0: (B, 3, S, S) left images, normalised.
+            image1: (B, 3, S, S) right images.
+            *text: sentences and targets, or what `prepare` makes of them.
         """
-        if len(inputs) == 4:
-            inputs, _ = self.prepare(*inputs)
-        image0, *others = inputs
-        return self.loss(image0, *(tensor.to(image0.device) for tensor in others))
-
-    def loss(
-        self,
-        image0: Tensor,
-        image1: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        targets: Tensor,
-    ) -> Tensor:
-        """The loss of `forward` from tensors; arguments as `logits_from_ids` and `prepare`."""
+        if len(text) == 2:
+            (_, _, *text), _ = self.prepare(image0, image1, *text)
+        input_ids, attention_mask, targets = (tensor.to(image0.device) for tensor in text)
         logits = self.logits_from_ids(image0, image1, input_ids, attention_mask)
         return F.cross_entropy(logits, targets)
 
@@ -157,27 +139,12 @@ class NlvrClassifier(nn.Module):
         text = (tensor.to(image0.device) for tensor in self.tokenize(sentences))
         return self.logits_from_ids(image0, image1, *text)
 
-    def tokenize(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask, both (B, L)."""
-        return tokenize(self.tokenizer, sentences, "[ENC]", max_tokens=self.max_tokens)
-
     def logits_from_ids(
         self, image0: Tensor, image1: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> Tensor:
-        """(B, 2) logits of "false" and "true" of token ids and their mask, both (B, L)."""
+        """(B, 2) logits of "false" and "true" from token ids and their mask, both (B, L)."""
         images = self.encode_images(image0, image1)
         return self.cls_head(self.encode_text(images, input_ids, attention_mask)[:, 0])
-
-    def stages(self) -> list[Stage]:
-        """The forward pass over "image0", "image1" and text, for profiling.
-
-        The vision layers' samples are the first images: their stages come first.
-        """
-        return [
-            *vision_stages(self.visual_encoder, "image0", "tokens0"),
-            *vision_stages(self.visual_encoder, "image1", "tokens1"),
-            *text_stages(self.text_encoder, images=("tokens0", "tokens1"), causal=False),
-        ]
 
     def encode_images(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor]:
         """Token embeddings, (B, L_img, D_img) each, of two batches (B, 3, S, S); one ViT call."""
@@ -188,7 +155,7 @@ class NlvrClassifier(nn.Module):
     ) -> Tensor:
         """Final text states (B, L, D), given the images' embeddings (B, L_img, D_img)."""
         # as the layers add it: of 0s and 1s the library asks first whether there is any padding,
-        # for which every step would wait for the GPU
+        # so that every step would wait for the GPU
         dtype = self.text_encoder.dtype
         added = torch.zeros_like(attention_mask, dtype=dtype)
         added.masked_fill_(attention_mask == 0, torch.finfo(dtype).min)
@@ -196,18 +163,19 @@ class NlvrClassifier(nn.Module):
             input_ids, attention_mask=added[:, None, None], encoder_hidden_states=images
         ).last_hidden_state
 
-    def adapt_state_dict(self, weights: dict[str, T]) -> tuple[dict[str, T], set[str]]:
-        """Takes the weights of a BLIP that sees one image; its cross-attention starts both twins.
+    def stages(self) -> list[Stage]:
+        """The forward pass over "image0" (the vision layers' samples), "image1" and text."""
+        return [
+            *vision_stages(self.visual_encoder, "image0", "tokens0"),
+            *vision_stages(self.visual_encoder, "image1", "tokens1"),
+            *text_stages(self.text_encoder, images=("tokens0", "tokens1"), causal=False),
+        ]
 
-        The text transformer is the checkpoint's `text_encoder` (BLIP base) or, where there is none,
-        its `text_decoder` (a captioner). What only an NLVR2 model has, may then be missing.
+    def adapt_weights(self, weights: Weights) -> tuple[Weights, set[str]]:
+        """Starts both twins from the cross-attention of a BLIP that sees one image.
 
-        Args:
-            weights: of any BLIP under the official names, or whatever stands for each.
-
-        Returns:
-            The weights under this model's names, and the names that may stay as initialised:
-            none for an NLVR2 checkpoint.
+        Its text transformer is `text_encoder` (BLIP base) or `text_decoder` (a captioner). What
+        only an NLVR2 model has may then be missing. See `load_checkpoint`.
         """
         if not any(name.startswith("text_encoder.") for name in weights):
             weights = {
@@ -231,17 +199,10 @@ def build_nlvr(config: dict) -> NlvrClassifier:
     """Builds an NLVR2 model with random weights.
 
     Args:
-        config: `vit`, `image_size`, `med_config`, `tokenizer`, and if wanted `max_tokens` (as the
-            original, no statement is cut unless it is longer than the positions), `vit_grad_ckpt`
-            and `vit_ckpt_layer`. BLIP trains base with a drop path of 0.1 for NLVR2.
+        config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `max_tokens` (default
+            as in the original: all positions), `vit_grad_ckpt` and `vit_ckpt_layer`.
 
     Raises:
-        UserError: a value that is none of the possible ones, or a tokenizer that cannot be read.
+        UserError: a value that cannot be, or a tokenizer that cannot be read.
     """
-    tokenizer = load_tokenizer(config["tokenizer"])
-    drop_path_rate = 0.1 if config["vit"] == "base" else 0.0
-    visual_encoder = build_vision_encoder(config, drop_path_rate)
-    text = text_config(config["med_config"], visual_encoder.embed_dim, tokenizer)
-    max_tokens = config.get("max_tokens", text.max_position_embeddings)
-    check_max_tokens(max_tokens, 3, text.max_position_embeddings)
-    return NlvrClassifier(visual_encoder, TwinTextEncoder(text), tokenizer, max_tokens)
+    return NlvrClassifier(config)

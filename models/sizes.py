@@ -1,33 +1,50 @@
-"""Checks of the sizes that a config gives for a transformer."""
-
-from collections.abc import Iterable
+"""Checks of the sizes that a config gives for a transformer, before a library meets them."""
 
 from utils import UserError
 
 
-def check_sizes(
-    key: str, sizes: dict, counts: Iterable[str], fractions: Iterable[str], width: str, heads: str
-) -> None:
-    """Checks values and relations, so that no library meets what it cannot build.
+def choose_sizes(key: str, sizes: str | dict, known: dict[str, dict], optional: str = "") -> dict:
+    """The sizes that a config names or gives under a key; known["large"] has all of them.
+
+    Raises:
+        UserError: an unknown name, missing or unknown sizes; only `optional` may be left out.
+    """
+    if isinstance(sizes, str):
+        if sizes not in known:
+            raise UserError(f"{key}: {sizes!r} is none of {sorted(known)} and no mapping of sizes")
+        sizes = known[sizes]
+    keys = set(known["large"])
+    if not keys - {optional} <= set(sizes) <= keys:
+        raise UserError(f"{key}: a mapping needs {sorted(keys)}; got {sorted(sizes)}")
+    return sizes
+
+
+def check_sizes(key: str, sizes: dict, fractions: tuple, heads: dict[str, str]) -> None:
+    """Checks whole numbers above 0, fractions in [0, 1), and widths that heads share.
 
     Args:
         key: of the config, for the message.
-        sizes: name to value; what is in none of the lists is left alone.
-        counts: names of whole numbers above 0.
-        fractions: names of numbers in [0, 1).
-        width: name of the width, which the heads share.
-        heads: name of the number of heads.
+        sizes: name to value.
+        fractions: names of the sizes that are fractions.
+        heads: name of a width to the name of the number of its heads.
 
     Raises:
-        UserError: naming key, name and value.
+        UserError: naming key, size and value.
     """
-    for name in counts:
-        value = sizes[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{key}: {name} is {value!r}, but must be a whole number above 0")
-    for name in fractions:
-        value = sizes[name]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+    for name, value in sizes.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in fractions and not (number and 0 <= value < 1):
             raise UserError(f"{key}: {name} is {value!r}, but must be a number in [0, 1)")
-    if sizes[width] % sizes[heads]:
-        raise UserError(f"{key}: {width} {sizes[width]} is no multiple of {heads} {sizes[heads]}")
+        if name not in fractions and not (number and isinstance(value, int) and value > 0):
+            raise UserError(f"{key}: {name} is {value!r}, but must be a whole number above 0")
+    for width, number in heads.items():
+        if sizes[width] % sizes[number]:
+            raise UserError(
+                f"{key}: {width} {sizes[width]} is no multiple of {number} {sizes[number]}"
+            )
+
+
+def check_image_size(image_size: int, patch_size: int) -> None:
+    """Checks that patches fill an image. Sizes are in pixels."""
+    if image_size < 1 or image_size % patch_size:
+        raise UserError(f"image_size: {image_size} is no multiple of patch_size {patch_size}")

@@ -1,6 +1,5 @@
 """The text transformer's configuration and tokenizer."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import BertTokenizer
 from transformers.activations import ACT2FN
 from transformers.models.blip.configuration_blip import BlipTextConfig
 
+from configs import read_med_config
 from models.sizes import check_sizes
 from models.weight_files import fetch
 from utils import UserError, mistaken_for
@@ -35,48 +35,34 @@ _BERT_BASE = {
     "attention_probs_dropout_prob": 0.1,
     "initializer_range": 0.02,
 }
-_COUNTS = [name for name, value in _BERT_BASE.items() if isinstance(value, int)]
-_FRACTIONS = [name for name, value in _BERT_BASE.items() if isinstance(value, float)]
+_FRACTIONS = tuple(name for name, value in _BERT_BASE.items() if isinstance(value, float))
 # BERT's fields that BLIP's text model fixes itself
-_FIXED = {
-    "architectures",
-    "model_type",
-    "type_vocab_size",
-    "encoder_width",
-    "add_cross_attention",
-    "pad_token_id",
-}
+_FIXED = set("architectures model_type type_vocab_size encoder_width".split())
+_FIXED |= {"add_cross_attention", "pad_token_id"}
 
 
 def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTextConfig:
     """The text transformer's configuration.
 
     Args:
-        med_config: path of a JSON file or a mapping, with BERT's field names; BERT base's values
-            stand in for what it leaves out.
+        med_config: path of a JSON file or a mapping, with BERT's field names; what it leaves out is
+            as in BERT base.
         encoder_width: width of the image embeddings that cross-attention reads.
         tokenizer: gives the special tokens' ids.
 
     Raises:
-        UserError: unreadable file, unknown field, a value that cannot be, or a vocabulary smaller
-            than the tokenizer's.
+        UserError: unreadable file, unknown field, or a value that cannot be.
     """
-    fields = med_config
-    if isinstance(med_config, str):
-        try:
-            fields = json.loads(Path(med_config).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"med_config: cannot read {med_config}: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"med_config: {med_config} must be a mapping of BERT's fields")
+    fields = read_med_config(med_config)
     unknown = sorted(set(fields) - set(_BERT_BASE) - _FIXED)
     if unknown:
         raise UserError(f"med_config: unknown fields {unknown}; known are {sorted(_BERT_BASE)}")
     sizes = {key: fields.get(key, default) for key, default in _BERT_BASE.items()}
-    check_sizes("med_config", sizes, _COUNTS, _FRACTIONS, "hidden_size", "num_attention_heads")
-    if str(sizes["hidden_act"]) not in ACT2FN:
+    activation = sizes.pop("hidden_act")
+    check_sizes("med_config", sizes, _FRACTIONS, {"hidden_size": "num_attention_heads"})
+    if str(activation) not in ACT2FN:
         known = ", ".join(sorted(ACT2FN))
-        raise UserError(f"med_config: hidden_act {sizes['hidden_act']!r} is none of {known}")
+        raise UserError(f"med_config: hidden_act {activation!r} is none of {known}")
     if len(tokenizer) > sizes["vocab_size"]:
         raise UserError(
             f"med_config: vocab_size {sizes['vocab_size']} is below the tokenizer's "
@@ -84,6 +70,7 @@ def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTe
         )
     return BlipTextConfig(
         **sizes,
+        hidden_act=activation,
         encoder_hidden_size=encoder_width,
         is_decoder=True,  # in the library's BLIP this is what gives a layer its cross-attention
         label_smoothing=LABEL_SMOOTHING,
@@ -98,8 +85,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
     """BERT's WordPiece tokenizer with BLIP's [DEC] (its `bos_token`) and [ENC].
 
     Args:
-        name: a local folder with `vocab.txt`, or a name on the model hub, whose `vocab.txt` is
-            taken from the hub's local cache, or else downloaded once.
+        name: a local folder with `vocab.txt`, or a name on the model hub.
 
     Raises:
         UserError: there is no vocabulary, or it lacks BERT's special tokens or the prompt's words.
@@ -129,7 +115,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
 
 
 def vocabulary_file(name: str) -> Path:
-    """Finds the `vocab.txt` of a tokenizer, see `load_tokenizer`.
+    """The `vocab.txt` of a local folder or of a name on the hub: in its cache, or downloaded once.
 
     Raises:
         UserError: it is not there, and cannot be downloaded in one attempt.
@@ -168,17 +154,17 @@ def tokenize(
     tokenizer: BertTokenizer,
     texts: list[str],
     first_token: str,
+    max_tokens: int,
     padding: str = "longest",
-    max_tokens: int = MAX_TOKENS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (B, L), padded to the longest text.
+    """Token ids and attention mask, both (B, L), of B texts, cut at `max_tokens`.
 
     Args:
-        tokenizer: from `load_tokenizer`.
+        tokenizer: BERT's, from `load_tokenizer`.
         texts: B texts.
         first_token: "[DEC]" or "[ENC]", which takes the place of [CLS].
-        padding: "longest", or "max_length" for `max_tokens` whatever the texts.
-        max_tokens: longer texts are cut.
+        max_tokens: length at which texts are cut.
+        padding: to the "longest" text, or to "max_length", which is `max_tokens`.
     """
     tokens = tokenizer(
         texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt"
@@ -187,23 +173,14 @@ def tokenize(
     return tokens.input_ids, tokens.attention_mask
 
 
-def truncated(tokenizer: BertTokenizer, texts: Sequence[str], max_tokens: int) -> int:
-    """How many texts are longer than `max_tokens`, so that `tokenize` cuts them."""
+def count_cut(tokenizer: BertTokenizer, texts: Sequence[str], max_tokens: int) -> int:
+    """Number of texts that are longer than `max_tokens`, so that `tokenize` cuts them."""
     batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # memory: 1 KB a token
     return sum(len(ids) > max_tokens for batch in batches for ids in tokenizer(batch).input_ids)
 
 
 def check_max_tokens(max_tokens: int, least: int, positions: int) -> None:
-    """Checks `max_tokens` of a config.
-
-    Args:
-        max_tokens: at which texts are cut.
-        least: length of a text with a single word, [SEP] included.
-        positions: of the text transformer.
-
-    Raises:
-        UserError: it is too small for any word, or beyond the positions.
-    """
+    """Checks that `max_tokens` leaves room for a word, and is not beyond the positions."""
     if not least <= max_tokens <= positions:
         raise UserError(
             f"max_tokens: {max_tokens} must be from {least} (one word) to {positions} (the text "

@@ -2,12 +2,11 @@
 
 import compat  # noqa: F401
 
-import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from models.sizes import check_sizes
-from utils import UserError
+from models.sizes import check_image_size, check_sizes, choose_sizes
 
 SIZES = {
     "tiny": {"patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4},
@@ -20,7 +19,6 @@ SIZES = {
         "drop_path_rate": 0.1,
     },
 }
-_SIZE_KEYS = {"patch_size", "embed_dim", "depth", "num_heads", "drop_path_rate"}
 
 
 class VisionEncoder(VisionTransformer):
@@ -28,11 +26,11 @@ class VisionEncoder(VisionTransformer):
 
     checkpointed_blocks = 0
 
-    def embed(self, image: torch.Tensor) -> torch.Tensor:
+    def embed(self, image: Tensor) -> Tensor:
         """Images (B, 3, S, S) to what the first block reads: (B, L, D), class token first."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(image))))
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """Images (B, 3, S, S) to token embeddings (B, 1 + (S / patch)^2, D), class token first."""
         x = self.embed(image)
         plain = len(self.blocks) - (self.checkpointed_blocks if self.training else 0)
@@ -46,30 +44,18 @@ def build_vision_encoder(config: dict, drop_path_rate: float = 0.0) -> VisionEnc
     """Builds the image encoder of a config.
 
     Args:
-        config: `vit` ("tiny", "base", "large" or a mapping with patch_size, embed_dim, depth,
-            num_heads and, if wanted, drop_path_rate), `image_size` in pixels, `vit_grad_ckpt`
-            and `vit_ckpt_layer` (how many of the last blocks are recomputed; 0 is all).
-        drop_path_rate: where the size does not name its own.
+        config: `vit` (a name or a mapping as in SIZES), `image_size` in pixels, and optionally
+            `vit_grad_ckpt` with `vit_ckpt_layer`, the number of the last blocks that are recomputed
+            (0 is all).
+        drop_path_rate: used where the size does not name its own.
 
     Raises:
-        UserError: unknown size or keys, a value that cannot be, or an image size that is no
-            multiple of the patch size.
+        UserError: a size that cannot be.
     """
-    vit = config["vit"]
-    if isinstance(vit, str):
-        if vit not in SIZES:
-            raise UserError(f"vit: {vit!r} is none of {sorted(SIZES)} and no mapping of sizes")
-        vit = SIZES[vit]
-    missing = _SIZE_KEYS - {"drop_path_rate"} - set(vit)
-    if missing or set(vit) - _SIZE_KEYS:
-        raise UserError(f"vit: a mapping needs {sorted(_SIZE_KEYS)}; got {sorted(vit)}")
+    vit = choose_sizes("vit", config["vit"], SIZES, optional="drop_path_rate")
     sizes = {"drop_path_rate": drop_path_rate, **vit}
-    counts = ("patch_size", "embed_dim", "depth", "num_heads")
-    check_sizes("vit", sizes, counts, ("drop_path_rate",), "embed_dim", "num_heads")
-    if config["image_size"] < 1 or config["image_size"] % vit["patch_size"]:
-        raise UserError(
-            f"image_size: {config['image_size']} is no multiple of patch_size {vit['patch_size']}"
-        )
+    check_sizes("vit", sizes, ("drop_path_rate",), {"embed_dim": "num_heads"})
+    check_image_size(config["image_size"], sizes["patch_size"])
     encoder = VisionEncoder(
         img_size=config["image_size"],
         num_classes=0,

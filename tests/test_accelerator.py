@@ -7,7 +7,6 @@ and runs of two processes go through the same lines with gloo.
 """
 
 import json
-import sys
 
 import pytest
 import torch

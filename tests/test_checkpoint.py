@@ -1,19 +1,25 @@
+"""Checkpoints of every format, and what is said of files that are none."""
+
 import json
 import pickle
 import re
-import threading
 from argparse import Namespace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from models import build_captioner, compressed, load_checkpoint, prunable_layers, weight_files
-from models.checkpoint import resample_position_embedding
+from models import (
+    build_captioner,
+    compressed,
+    load_checkpoint,
+    modality,
+    prunable_layers,
+    weight_files,
+)
+from models.checkpoint import load_trained
 from models.weight_files import fetch, open_weights
 from tests.conftest import read_golden
 from utils import UserError
@@ -30,6 +36,7 @@ def model(caption_tiny_config):
 
 
 POSITION_IDS = "text_decoder.bert.embeddings.position_ids"
+NORM = "visual_encoder.norm.weight"
 
 
 def assert_holds(model, weights):
@@ -66,23 +73,24 @@ def papers_pruned(weights, folder):
     return folder / "pruned"
 
 
+def old_torch(weights, folder):
+    torch.save(weights, folder / "old.pth", _use_new_zipfile_serialization=False)
+    return folder / "old.pth"
+
+
 def hugging_face(weights, folder):
-    renamed = {hugging_face_name(name): value for name, value in weights.items()}
+    """Two shards and their index, as transformers writes them; of tied weights only one."""
     tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
-    kept = {n: v for n, v in renamed.items() if n.removeprefix("text_decoder.") not in tied}
-    write_shards(kept, folder)
-    return folder
-
-
-def write_shards(weights, folder):
-    """Two shards and their index, as transformers writes them."""
-    names, weight_map = sorted(weights), {}
+    kept = {n: v for n, v in weights.items() if n.removeprefix("text_decoder.") not in tied}
+    kept = {hugging_face_name(name): value.contiguous() for name, value in kept.items()}
+    names, weight_map = sorted(kept), {}
     for i, part in enumerate((names[::2], names[1::2])):
         file = f"model-{i + 1:05}-of-00002.safetensors"
-        save_file({n: weights[n].contiguous() for n in part}, folder / file)
+        save_file({name: kept[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def ours(weights, folder):
@@ -96,7 +104,7 @@ def ours_compressed(weights, folder):
     return folder / "small.safetensors"
 
 
-FORMATS = [official, papers_pruned, hugging_face, ours, ours_compressed]
+FORMATS = [official, papers_pruned, old_torch, hugging_face, ours, ours_compressed]
 
 
 @pytest.mark.parametrize("write", FORMATS)
@@ -105,38 +113,35 @@ def test_every_format_loads(model, weights, tmp_path, write):
     assert_holds(model, weights)
     assert report.ignored == [POSITION_IDS]
     assert report.resampled == report.initialised == []
+    unique = {parameter.data_ptr() for parameter in model.parameters()}
+    assert len({model.get_parameter(name).data_ptr() for name in report.loaded}) == len(unique)
 
 
-@pytest.mark.parametrize("wrapper", [lambda w: w, lambda w: {"model": w}])
-def test_bare_and_wrapped_weights(model, weights, tmp_path, wrapper):
-    torch.save(wrapper(weights), tmp_path / "weights.pt")
-    load_checkpoint(model, tmp_path / "weights.pt")
-    assert_holds(model, weights)
+@pytest.mark.parametrize("part", [1, 1000, 1 << 25])
+def test_files_that_are_mapped_in_parts(monkeypatch, tmp_path, part):
+    """Tensors that lie across the borders of parts, empty ones, scalars, and all types."""
+    monkeypatch.setattr(weight_files, "_PART", part)
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    written = {f"{d}": torch.randint(0, 9, (3, 5000 + i)).to(d) for i, d in enumerate(dtypes)}
+    written |= {"none": torch.ones(0, 4), "scalar": torch.tensor(2.5)}
+    save_file(written, tmp_path / "m.safetensors")
+    read = open_weights(tmp_path / "m.safetensors")
+    assert set(read) == set(written)
+    for name, tensor in written.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
 
 
-def test_official_key_list_is_consumed(official_keys, golden_tokenizer, tmp_path):
-    shapes = official_keys("blip_caption_base")
-    weights = {n: torch.rand(s) for n, s in shapes.items() if n != POSITION_IDS}
-    for target, source in (
-        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ):
-        weights[f"text_decoder.{target}"] = weights[f"text_decoder.{source}"]  # tied
-    weights[POSITION_IDS] = torch.arange(512)[None]
-    torch.save({"model": weights}, tmp_path / "base.pth")
-    config = {
-        "vit": "base",
-        "image_size": 384,
-        "med_config": "configs/med_config.json",
-        "tokenizer": golden_tokenizer,
-    }
-    base = build_captioner(config)
-    report = load_checkpoint(base, tmp_path / "base.pth")
-    assert report.ignored == [POSITION_IDS]
-    assert sorted(report.loaded) == sorted(set(shapes) - {POSITION_IDS})
-    assert_holds(base, weights)
+def test_base_has_the_official_names_shapes_and_layers(official_keys, golden_tokenizer):
+    config = {"vit": "base", "image_size": 384, "med_config": "configs/med_config.json"}
+    with torch.device("meta"):
+        base = build_captioner(config | {"tokenizer": golden_tokenizer})
+    expected = official_keys("blip_caption_base")
+    del expected[POSITION_IDS]
+    assert {name: list(value.shape) for name, value in base.state_dict().items()} == expected
     layers = prunable_layers(base)
+    assert list(layers) == list(json.loads(Path("configs/id/blip_coco.json").read_text()))
     assert len(layers) == 168
+    assert sum(modality(name) == "vision" for name in layers) == 48
     assert sum(m.weight.numel() + m.bias.numel() for m in layers.values()) == 198_383_616
 
 
@@ -145,6 +150,7 @@ def test_position_embedding_of_another_grid(caption_tiny_config, weights, tmp_pa
     larger = build_captioner(caption_tiny_config | {"image_size": 64})
     report = load_checkpoint(larger, tmp_path / "m.safetensors")
     assert report.resampled == ["visual_encoder.pos_embed"]
+    assert "1 resampled (visual_encoder.pos_embed)" in str(report)
     old, new = weights["visual_encoder.pos_embed"], larger.visual_encoder.pos_embed
     assert new.shape == (1, 65, 48)
     torch.testing.assert_close(new[:, 0], old[:, 0])
@@ -153,24 +159,93 @@ def test_position_embedding_of_another_grid(caption_tiny_config, weights, tmp_pa
     torch.testing.assert_close(new[0, 1:].T.reshape(1, 48, 8, 8), expected)
 
 
-def test_resampling_keeps_a_constant():
-    constant = torch.full((1, 17, 3), 2.5)
-    resampled = resample_position_embedding(constant, torch.zeros(1, 37, 3))
-    torch.testing.assert_close(resampled, torch.full((1, 37, 3), 2.5))
+def test_half_precision_is_read_into_float32(model, weights, tmp_path):
+    weights[NORM].fill_(torch.finfo(torch.float16).max)
+    save_file({n: v.half() for n, v in weights.items()}, tmp_path / "half.safetensors")
+    load_checkpoint(model, tmp_path / "half.safetensors")
+    assert_holds(model, {n: v.half().float() for n, v in weights.items()})
 
 
-def test_unset_parameters_are_an_error(model, weights, tmp_path):
-    weights.pop("visual_encoder.norm.weight")
-    save_file(weights, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=r"1 of .* unset.*visual_encoder\.norm\.weight"):
-        load_checkpoint(model, tmp_path / "m.safetensors")
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.model."])
+def test_prefixes_of_wrappers_fall_off_and_are_reported(model, weights, tmp_path, prefix):
+    state = {prefix + name: value for name, value in weights.items()}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "wrapped.ckpt")
+    report = load_checkpoint(model, tmp_path / "wrapped.ckpt")
+    assert_holds(model, weights)
+    assert report.prefixes == [prefix]
+    assert f"; prefix '{prefix}' removed" in str(report)
 
 
-def test_other_shapes_are_an_error(model, weights, tmp_path):
-    weights["visual_encoder.norm.weight"] = torch.ones(7)
-    save_file(weights, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=r"visual_encoder\.norm\.weight has shape \(7,\)"):
-        load_checkpoint(model, tmp_path / "m.safetensors")
+@pytest.mark.parametrize("name", ["model.pth", "MODEL.SAFETENSORS", "blob"])
+def test_safetensors_are_known_by_their_content(weights, tmp_path, name):
+    save_file(weights, tmp_path / name)
+    assert set(open_weights(tmp_path / name)) == set(weights)
+
+
+# --- weights that do not fit ---------------------------------------------------------------------
+
+
+def without_a_tensor(weights):
+    del weights["text_decoder.cls.predictions.transform.dense.bias"]
+
+
+def twice(weights):
+    weights |= {f"module.{name}": torch.zeros_like(value) for name, value in weights.items()}
+
+
+def another(change):
+    def apply(weights):
+        weights[NORM] = change(weights[NORM])
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_tensor, r"leaves 1 of .* unset.*transform\.dense\.bias.*`med_config` fit it"),
+        (twice, r"holds text_decoder\.\S+ twice"),
+        (another(lambda w: w[:7]), rf"{NORM} has shape \(7,\), the model's is \(48,\); does the"),
+        (another(lambda w: w.to(torch.int8)), f"{NORM} is torch.int8, .*, but weights must be"),
+        (another(lambda w: w.to(torch.float8_e4m3fn)), f"{NORM} is torch.float8_e4m3fn,"),
+        (another(lambda w: w.to_sparse()), f"{NORM} is torch.float32, torch.sparse_coo,"),
+        (another(lambda w: w.to("meta")), f"{NORM} is of device meta,"),
+    ],
+)
+def test_weights_that_do_not_fit_leave_the_model_as_it_was(
+    model, weights, tmp_path, change, message
+):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    change(weights)
+    path = official(weights, tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}:? {message}"):
+        load_checkpoint(model, path)
+    assert_holds(model, before)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("write", [official, ours_compressed])
+def test_weights_that_are_not_finite_are_named(model, weights, tmp_path, write, value):
+    weights["visual_encoder.blocks.1.mlp.fc1.weight"][3, 5] = value
+    path = write(weights, tmp_path)
+    with pytest.raises(
+        UserError, match=rf"{path}: visual_encoder\.blocks\.1\.mlp\.fc1\.weight holds"
+    ):
+        load_checkpoint(model, path)
+
+
+def test_a_start_for_training_is_no_trained_model(model, weights, tmp_path, monkeypatch):
+    del weights[NORM]
+    monkeypatch.setattr(
+        type(model), "adapt_weights", lambda self, weights: (weights, {NORM}), raising=False
+    )
+    path = official(weights, tmp_path)
+    assert load_checkpoint(model, path).initialised == [NORM]
+    with pytest.raises(UserError, match=f"is a start for training, .* it lacks {NORM}"):
+        load_trained(model, path)
+
+
+# --- files that are no weights -------------------------------------------------------------------
 
 
 class Planted:
@@ -185,112 +260,61 @@ class Planted:
 
 def test_no_pickled_code_runs(tmp_path):
     torch.save({"model": {}, "payload": Planted(str(tmp_path / "ran"))}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match=r"bad\.pth.*pickled code"):
+    with pytest.raises(UserError, match=r"bad\.pth.*pickled code"):
         open_weights(tmp_path / "bad.pth")
-    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Planted(str(tmp_path / "ran"))))
-    with pytest.raises(ValueError, match=r"raw\.pth"):
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Planted(str(tmp_path / "ran")), 2))
+    with pytest.raises(UserError, match=r"raw\.pth"):
         open_weights(tmp_path / "raw.pth")
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all"])
-def test_unreadable_files_are_named(tmp_path, suffix, content):
-    (tmp_path / f"broken{suffix}").write_bytes(content)
-    with pytest.raises(ValueError, match="broken"):
-        open_weights(tmp_path / f"broken{suffix}")
-
-
-def test_a_pointer_of_git_lfs_is_told(tmp_path):
-    for name in ("model.safetensors", "model.pth"):
-        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
-        with pytest.raises(UserError, match=f"{name}: .*git lfs pull"):
-            open_weights(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["model.pth", "pytorch_model.bin", "MODEL.SAFETENSORS", "blob"])
-def test_safetensors_are_known_by_their_content(model, weights, tmp_path, name):
-    save_file(weights, tmp_path / name)
-    load_checkpoint(model, tmp_path / name)
-    assert_holds(model, weights)
-
-
 def cut_short(path):
+    save_file({"a": torch.ones(99)}, path)
+    path.write_bytes(path.read_bytes()[:-99])
+
+
+def cut_short_pickle(path):
     torch.save({"model": {"a": torch.ones(99)}}, path)
     path.write_bytes(path.read_bytes()[:-99])
 
 
-def whole_model(path):
-    torch.save(torch.nn.Linear(1, 1), path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"not a checkpoint at all", "neither safetensors nor"),
+        (b"{}", "neither safetensors nor"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
+        (b"<!DOCTYPE html>", "it is a page"),
+        (b"\x1f\x8b\x08 compressed", "it is an archive"),
+        (cut_short, "its end is missing"),
+        (cut_short_pickle, "its end is missing"),
+        ({"model": {}, "n": np.float64(1)}, "multiarray.scalar beside tensors"),
+        ({"args": Namespace(lr=1)}, "argparse.Namespace beside tensors"),
+        (torch.nn.Linear(1, 1), "Linear beside tensors.*content.state_dict()"),
+        (lambda path: torch.jit.script(torch.nn.Linear(1, 1)).save(str(path)), "TorchScript"),
+        ([torch.ones(1)], "holds no weights: expected a mapping"),
+        ({"ema": {"a": torch.ones(1)}}, "no mapping of names to tensors, but has ema:"),
+        ({0: torch.ones(1)}, "no mapping of names to tensors, but has 0:"),
+        ({}, "no mapping of names to tensors, but has nothing:"),
+    ],
+)
+def test_files_that_hold_no_weights_are_told_by_what_they_are(tmp_path, content, message):
+    path = tmp_path / "a.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif callable(content) and not isinstance(content, torch.nn.Module):
+        content(path)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=rf"a\.pth:? .*({message})"):
+        open_weights(path)
 
 
-def compiled(path):
-    torch.jit.script(torch.nn.Linear(1, 1)).save(str(path))
-
-
-UNREADABLE = [
-    (
-        "a.pth",
-        lambda path: torch.save({"model": {}, "n": np.float64(1)}, path),
-        "multiarray.scalar",
-    ),
-    ("a.pth", lambda path: torch.save({"args": Namespace(lr=1)}, path), "argparse.Namespace"),
-    ("a.pth", whole_model, "Linear beside tensors.*content.state_dict()"),
-    ("a.pth", cut_short, "its end is missing"),
-    ("a.safetensors", lambda path: torch.save({}, path), "rename it to .pth"),
-    ("a.pt", compiled, "TorchScript"),
-    ("a.pth", lambda path: path.write_text("{}"), "neither safetensors nor"),
-]
-
-
-@pytest.mark.parametrize("name, write, message", UNREADABLE)
-def test_other_files_are_told_by_what_they_are(tmp_path, name, write, message):
-    write(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: .*{message}"):
-        open_weights(tmp_path / name)
-
-
-OTHER_FORMS = {
-    "int8": lambda weight: weight.to(torch.int8),
-    "float8_e4m3fn": lambda weight: weight.to(torch.float8_e4m3fn),
-    "complex64": lambda weight: weight.to(torch.complex64),
-    "sparse_coo": lambda weight: weight.to_sparse(),
-    "meta": lambda weight: weight.to("meta"),
-}
-
-
-@pytest.mark.parametrize("form", OTHER_FORMS)
-def test_weights_are_never_taken_for_what_they_are_not(model, weights, tmp_path, form):
-    weights["visual_encoder.norm.weight"] = OTHER_FORMS[form](weights["visual_encoder.norm.weight"])
-    torch.save(weights, tmp_path / "m.pth")
-    with pytest.raises(
-        UserError, match=rf"m\.pth: visual_encoder\.norm\.weight is .*{form}.*, but"
-    ):
-        load_checkpoint(model, tmp_path / "m.pth")
-
-
-def test_integers_in_safetensors_are_no_weights(model, weights, tmp_path):
-    weights["visual_encoder.norm.weight"] = torch.ones(48, dtype=torch.int8)
-    save_file(weights, tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="visual_encoder.norm.weight is torch.int8"):
-        load_checkpoint(model, tmp_path / "m.safetensors")
-
-
-@pytest.mark.parametrize("content", [{"ema": {"a": torch.ones(1)}}, {0: torch.ones(1)}, {}])
-def test_a_file_without_named_tensors_says_what_it_has(tmp_path, content):
-    torch.save(content, tmp_path / "m.pth")
-    has = "".join(map(str, content)) or "nothing"
-    with pytest.raises(UserError, match=f"m.pth is no mapping of names to tensors, but has {has}:"):
-        open_weights(tmp_path / "m.pth")
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        fetch(tmp_path / "nowhere.pth")
-    with pytest.raises(UserError, match="blip-base: give a file.*https://huggingface.co/NAME/"):
-        fetch("Salesforce/blip-base")
-    with pytest.raises(UserError, match="no .*safetensors in the folder"):
-        open_weights(tmp_path)
+def test_what_torch_wrote_is_known_under_the_other_name(tmp_path):
+    torch.save({}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: .*rename it to \.pth"):
+        open_weights(tmp_path / "a.safetensors")
 
 
 # --- which files of a folder --------------------------------------------------------------------
@@ -300,93 +324,57 @@ def test_the_index_rules(model, weights, tmp_path):
     hugging_face(weights, tmp_path)
     old = {name: torch.zeros_like(value) for name, value in weights.items()}
     save_file(old, tmp_path / "model.safetensors")
-    save_file(old | {"stranger": torch.ones(1)}, tmp_path / "model-00003-of-00003.safetensors")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))
+    name = next(iter(open_weights(first)))
+    save_file(load_file(second) | {name: torch.full((7,), 7.0)}, second)
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         report = load_checkpoint(model, path)
         assert_holds(model, weights)
         assert report.ignored == [POSITION_IDS]
 
 
-def test_each_tensor_comes_from_the_file_that_the_index_says(model, weights, tmp_path):
-    write_shards(weights, tmp_path)
-    first, second = sorted(tmp_path.glob("*.safetensors"))
-    name = next(iter(open_weights(first)))
-    in_second = {name: torch.full_like(weights[name], 7.0)}
-    save_file(load_file(second) | in_second, second)
-    load_checkpoint(model, tmp_path)
-    assert_holds(model, weights)
+def keep(*names):
+    """Only files of these names stay; those that are not there are made."""
+
+    def apply(folder):
+        for file in folder.iterdir():
+            file.unlink()
+        for name in names:
+            (torch.save if name.endswith((".bin", ".pth")) else save_file)({}, folder / name)
+
+    return apply
 
 
-def without_index(folder):
-    (folder / "model.safetensors.index.json").unlink()
-
-
-def without_a_shard(folder):
-    (folder / "model-00002-of-00002.safetensors").unlink()
-
-
-def with_an_old_file(folder):
-    without_index(folder)
-    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
-
-
-def with_shards_of_another_model(folder):
-    without_index(folder)
-    save_file({"a": torch.ones(1)}, folder / "other-00001-of-00001.safetensors")
-
-
-def with_a_tensor_twice(folder):
-    without_index(folder)
-    first, second = sorted(folder.glob("*.safetensors"))
-    save_file(load_file(first), second)
-
-
-def with_two_whole_models(folder):
-    for file in list(folder.iterdir()):
-        file.unlink()
-    for name in ("model.safetensors", "model.fp16.safetensors"):
-        save_file({"a": torch.ones(1)}, folder / name)
-
-
-def with_an_index_that_is_wrong(folder):
+def wrong_index(folder):
     file = folder / "model.safetensors.index.json"
     index = json.loads(file.read_text())
     index["weight_map"]["a"] = "model-00001-of-00002.safetensors"
     file.write_text(json.dumps(index))
 
 
-def with_an_index_that_is_none(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weights": []}')
-
-
-def with_pickles_only(folder):
-    for file in list(folder.iterdir()):
-        file.unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-
-
-def with_another_format_only(folder):
-    for file in list(folder.iterdir()):
-        file.unlink()
-    torch.save({}, folder / "model_base.pth")
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_a_shard, r"model-00002-of-00002\.safetensors is missing, though .* names it"),
         (
-            lambda folder: (without_index(folder), without_a_shard(folder)),
-            r"model-00002-of-00002\.safetensors is missing, one of 2 shards",
+            lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
+            r"model-00002-of-00002\.safetensors is missing, though .* names it",
         ),
-        (with_an_old_file, "shards and other files of weights.*add the index"),
-        (with_shards_of_another_model, "shards and other files of weights.*add the index"),
-        (with_a_tensor_twice, r"both model-00001-of-00002\.safetensors and model-00002.*a tensor"),
-        (with_two_whole_models, r"model\.fp16\.safetensors, model\.safetensors.*the file itself"),
-        (with_an_index_that_is_wrong, r"model-00001-of-00002\.safetensors has no tensor a,"),
-        (with_an_index_that_is_none, r"index\.json is no index of safetensors"),
-        (with_pickles_only, r"pytorch_model\.bin, but .* only safetensors.*save_pretrained"),
-        (with_another_format_only, r"give one of its files itself: model_base\.pth"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").unlink(),
+            r"several files of weights \(model-00001\S+, model-00002\S+ and no .*index\.json",
+        ),
+        (wrong_index, r"model-00001-of-00002\.safetensors has no tensor a,"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weights": []}'),
+            r"index\.json is no index of safetensors",
+        ),
+        (keep("model.safetensors", "model.fp16.safetensors"), "several files.*the file itself"),
+        (
+            keep("pytorch_model.bin"),
+            r"pytorch_model\.bin, but .* only safetensors.*save_pretrained",
+        ),
+        (keep("model_base.pth"), r"give one of its files itself: model_base\.pth"),
+        (keep(), r"no \*\.safetensors in the folder \S+$"),
     ],
 )
 def test_folders_that_do_not_say_what_belongs_together(weights, tmp_path, spoil, message):
@@ -394,72 +382,6 @@ def test_folders_that_do_not_say_what_belongs_together(weights, tmp_path, spoil,
     spoil(tmp_path)
     with pytest.raises(UserError, match=message):
         open_weights(tmp_path)
-
-
-def test_shards_that_are_complete_need_no_index(model, weights, tmp_path):
-    hugging_face(weights, tmp_path)
-    without_index(tmp_path)
-    load_checkpoint(model, tmp_path)
-    assert_holds(model, weights)
-
-
-# --- names and values ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.model."]
-)
-def test_prefixes_of_wrappers_fall_off_and_are_reported(model, weights, tmp_path, prefix):
-    state = {prefix + name: value for name, value in weights.items()}
-    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "wrapped.ckpt")
-    report = load_checkpoint(model, tmp_path / "wrapped.ckpt")
-    assert_holds(model, weights)
-    assert report.prefixes == [prefix]
-    assert f"; prefix '{prefix}' removed" in str(report)
-
-
-def test_weights_of_two_models_in_a_file_are_an_error(model, weights, tmp_path):
-    averages = {f"module.{name}": torch.zeros_like(value) for name, value in weights.items()}
-    torch.save(weights | averages, tmp_path / "both.pth")
-    with pytest.raises(UserError, match=r"both\.pth holds text_decoder\.\S+ twice"):
-        load_checkpoint(model, tmp_path / "both.pth")
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("write", FORMATS)
-def test_weights_that_are_not_finite_are_named(model, weights, tmp_path, write, value):
-    weights["visual_encoder.blocks.1.mlp.fc1.weight"][3, 5] = value
-    path = write(weights, tmp_path)
-    message = rf"{re.escape(str(path))}: visual_encoder\.blocks\.1\.mlp\.fc1\.weight holds"
-    with pytest.raises(UserError, match=message):
-        load_checkpoint(model, path)
-
-
-def test_large_finite_weights_load(model, weights, tmp_path):
-    weights["visual_encoder.norm.weight"].fill_(torch.finfo(torch.float32).max)
-    load_checkpoint(model, official(weights, tmp_path))
-    assert_holds(model, weights)
-
-
-def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(model, weights, tmp_path):
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    weights.pop("text_decoder.cls.predictions.transform.dense.bias")
-    with pytest.raises(UserError, match="unset"):
-        load_checkpoint(model, official(weights, tmp_path))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_file_of_the_old_torch_format_loads(model, weights, tmp_path):
-    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    load_checkpoint(model, tmp_path / "old.pth")
-    assert_holds(model, weights)
-
-
-def test_half_precision_is_read_into_float32(model, weights, tmp_path):
-    save_file({n: v.half() for n, v in weights.items()}, tmp_path / "half.safetensors")
-    load_checkpoint(model, tmp_path / "half.safetensors")
-    assert_holds(model, {n: v.half().float() for n, v in weights.items()})
-    assert model.visual_encoder.norm.weight.dtype == torch.float32
 
 
 # --- addresses ----------------------------------------------------------------------------------
@@ -473,54 +395,34 @@ def hub(monkeypatch, tmp_path):
     return tmp_path / "hub" / "checkpoints"
 
 
-def test_addresses_are_downloaded_once(monkeypatch, hub, model, weights):
+def test_addresses_are_downloaded_once(monkeypatch, hub):
     fetched = []
 
     def download(url, path):
         fetched.append(url)
-        path.parent.mkdir(parents=True)
-        torch.save({"model": weights}, path)
-
-    monkeypatch.setattr(weight_files, "download", download)
-    # the processes of a run fetch one after the other; nothing here waits for another
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "barrier", lambda: pytest.fail("a barrier"))
-    for _ in range(2):
-        load_checkpoint(model, OFFICIAL)
-        assert_holds(model, weights)
-    assert fetched == [OFFICIAL]
-    assert (hub / "base.pth").exists()  # where BLIP's own code looks for it
-
-
-def test_files_of_one_name_from_two_addresses_are_two_files(monkeypatch, hub):
-    def download(url, path):
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(url)
 
     monkeypatch.setattr(weight_files, "download", download)
+    # two files of one name
     urls = [f"https://{host}.invalid/resolve/main/model.safetensors?x=1" for host in "ab"]
-    assert [fetch(url).read_text() for url in urls] == urls
+    for _ in range(2):
+        for url in (OFFICIAL, *urls):
+            assert fetch(url).read_text() == url
+    assert fetched == [OFFICIAL, *urls]
+    assert (hub / "base.pth").exists()  # where BLIP's own code looks for it
 
 
-def test_a_hub_folder_that_cannot_be_written(hub, tmp_path):
-    hub.parent.write_text("no folder")
-    (tmp_path / "model.pth").write_bytes(b"weights")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=tmp_path)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(UserError, match="cannot write .*model.pth: .*set TORCH_HOME to"):
-            fetch(f"http://127.0.0.1:{server.server_port}/model.pth")
-        server.shutdown()
-
-
-class Files(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-def test_failed_downloads_say_where_to_put_the_file(monkeypatch, hub):
+@pytest.mark.parametrize("error", [OSError("no route"), UserError("cannot write base.pth")])
+def test_what_cannot_be_fetched_is_named(monkeypatch, hub, tmp_path, error):
     def download(url, path):
-        raise OSError("no route to host")
+        raise error
 
     monkeypatch.setattr(weight_files, "download", download)
-    with pytest.raises(UserError, match=r"hub/checkpoints/base\.pth.*--pretrained"):
+    message = rf"\({error}\).*hub/checkpoints/base\.pth \(set TORCH_HOME.*--pretrained"
+    with pytest.raises(UserError, match=message):
         fetch(OFFICIAL)
+    with pytest.raises(UserError, match="no checkpoint .*nowhere.pth"):
+        fetch(tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="blip-base: give a file.*https://huggingface.co/NAME/"):
+        fetch("Salesforce/blip-base")

@@ -129,7 +129,7 @@ def test_hugging_face_opens_the_folder(captioner, tmp_path):
         ).logits
         output = theirs(image, ids, attention_mask=mask, labels=labels)
     torch.testing.assert_close(output.logits, ours, atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.loss, model.loss(image, ids, mask, labels))
+    torch.testing.assert_close(output.loss, model(image, ids, mask, labels))
 
     text = processor(text=["a picture of"] * 3, return_tensors="pt")
     greedy = theirs.generate(

@@ -87,8 +87,8 @@ def plain_beam_search(decoder, embeds, num_beams, max_length, min_length) -> lis
     return max(finished, key=lambda f: f[0])[1]
 
 
-@pytest.mark.parametrize("num_beams", [1, 2, 3, 5])
-@pytest.mark.parametrize("eos_bias", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("num_beams", [1, 3, 5])
+@pytest.mark.parametrize("eos_bias", [0.0, 3.0])
 def test_equals_a_plain_search_of_one_image_at_a_time(num_beams, eos_bias):
     for seed in range(2):
         decoder, embeds = random_decoder(seed, eos_bias), images(4)
@@ -96,7 +96,7 @@ def test_equals_a_plain_search_of_one_image_at_a_time(num_beams, eos_bias):
         assert captions(decoder, embeds, num_beams) == expected
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_generated_rule_equals_the_library(seed):
     decoder, embeds = random_decoder(seed, eos_bias=1.0), images(4)
     ids = decoder.generate(
@@ -112,34 +112,6 @@ def test_generated_rule_equals_the_library(seed):
     assert captions(decoder, embeds, rule="generated") == expected
 
 
-def test_the_generated_rule_prefers_longer_captions():
-    totals, generated = 0, 0
-    for seed in range(8):
-        decoder, embeds = random_decoder(seed, eos_bias=1.0), images(4)
-        totals += sum(map(len, captions(decoder, embeds)))
-        generated += sum(map(len, captions(decoder, embeds, rule="generated")))
-    assert generated > totals
-
-
-def test_one_beam_takes_the_likeliest_token_at_each_step():
-    decoder, embeds = random_decoder(0), images(3)
-    for image, row in zip(
-        embeds, captions(decoder, embeds, num_beams=1, min_length=0), strict=True
-    ):
-        likeliest = next_log_probs(decoder, image, row)[0].argmax(-1).tolist()
-        assert row[len(PROMPT) :] == likeliest[len(PROMPT) - 1 : -1]
-
-
-def test_many_beams_find_the_likeliest_pair_of_tokens():
-    decoder, embeds = random_decoder(3), images(1)
-    ids = captions(decoder, embeds, num_beams=VOCABULARY // 2, max_length=5, min_length=5)[0]
-    first = next_log_probs(decoder, embeds[0], PROMPT)[0, -1]
-    second = next_log_probs(decoder, embeds[0], *([*PROMPT, t] for t in range(VOCABULARY)))[:, -1]
-    pairs = first[:, None] + second
-    pairs[EOS], pairs[:, EOS] = -torch.inf, -torch.inf
-    assert ids[3:] == list(divmod(pairs.argmax().item(), VOCABULARY))
-
-
 def test_a_caption_does_not_depend_on_its_batch():
     decoder, embeds = random_decoder(1, eos_bias=1.0), images(5)
     together = captions(decoder, embeds)
@@ -148,17 +120,12 @@ def test_a_caption_does_not_depend_on_its_batch():
     assert together[::-1] == captions(decoder, embeds.flip(0))
 
 
-@pytest.mark.parametrize("min_length", [5, 9])
-def test_no_caption_ends_before_the_minimum(min_length):
-    rows = captions(random_decoder(0, eos_bias=50.0), images(3), min_length=min_length)
-    assert [len(row) for row in rows] == [min_length + 1] * 3
-
-
-@pytest.mark.parametrize("max_length", [4, 10])
-def test_captions_that_never_end_are_cut_at_the_maximum(max_length):
-    rows = captions(random_decoder(0, eos_bias=-50.0), images(2), max_length=max_length)
-    assert [len(row) for row in rows] == [max_length] * 2
-    assert all(EOS not in row for row in rows)
+def test_the_end_token_waits_for_the_minimum_and_the_maximum_cuts():
+    rows = captions(random_decoder(0, eos_bias=50.0), images(3), min_length=9)
+    assert [len(row) for row in rows] == [9 + 1] * 3
+    for most in (4, 10):
+        rows = captions(random_decoder(0, eos_bias=-50.0), images(2), max_length=most)
+        assert [len(row) for row in rows] == [most] * 2 and EOS not in sum(rows, [])
 
 
 def test_image_keys_and_values_are_projected_once_and_shared_by_beams():
@@ -200,14 +167,10 @@ def test_cached_decoder_equals_the_library():
     torch.testing.assert_close(log_probs[real], expected[real], atol=1e-5, rtol=0)
 
 
-def test_linear_is_the_layer():
+def test_captions_under_bfloat16_autocast():
     layer, x = torch.nn.Linear(48, 20), torch.randn(2, 3, 48)
     with torch.no_grad():
         torch.testing.assert_close(linear(layer, x), layer(x))
-
-
-def test_captions_under_bfloat16_autocast():
-    layer, x = torch.nn.Linear(48, 20), torch.randn(2, 3, 48)
     decoder, embeds = random_decoder(0, eos_bias=50.0), images(3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear(layer, x), layer(x))
