@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import select
 import sys
 import tempfile
 import urllib.request
@@ -80,6 +81,11 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
             raise UserError(f"cannot write {path}: {cause.strerror}") from error
         raise
+
+
+def user_path(text: str) -> Path:
+    """A flag that is a path, for argparse: shells leave the `~` of `--flag=~/x` to us."""
+    return Path(os.path.expanduser(text))
 
 
 def mistaken_for(path: str | Path) -> str:
@@ -154,6 +160,14 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             stream.reconfigure(errors="backslashreplace")  # no name that is printed ends a run
     try:
         main(args)
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):
+            raise
+        # the reader of our output, `head`, say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # what a shell reports of SIGPIPE
     except (UserError, RuntimeError) as error:
         sentence = str(error)
         if not isinstance(error, UserError):

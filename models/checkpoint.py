@@ -19,8 +19,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from models.layers import is_sparse
 from models.weight_files import Entry, fetch, open_weights
-from sparse.linear import SparseLinear
 from utils import UserError
 
 POSITION_EMBEDDING = "visual_encoder.pos_embed"
@@ -85,7 +85,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
             is as before); or a weight is not finite, quantised or packed (the model is partly
             loaded).
     """
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
+    if is_sparse(model):
         raise ValueError("the model is sparse already: load weights before `sparsify_`")
     report = LoadReport(str(path_or_url))
     entries = _official_names(open_weights(fetch(path_or_url)), report)

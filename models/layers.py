@@ -2,8 +2,6 @@
 
 from torch import nn
 
-from sparse.linear import SparseLinear
-
 # Where the transformer blocks of our models are. Their linear layers are pruned; embeddings, norms,
 # patch_embed and heads stay whole.
 TOWERS = (
@@ -29,13 +27,18 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
         Layer name to module: 168 for BLIP base captioning, 222 for NLVR2, 108 for CLIP large.
     """
     model = getattr(model, "module", model)
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
+    if is_sparse(model):
         raise ValueError("a sparsified model has no prunable layers: list them before `sparsify_`")
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(TOWERS)
     }
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether `sparsify_` made any of a model's layers a `sparse.SparseLinear`."""
+    return any(type(module).__name__ == "SparseLinear" for module in model.modules())
 
 
 def modality(layer_name: str) -> str:
