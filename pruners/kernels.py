@@ -10,13 +10,15 @@ views, followed by the scalars of the equation.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from sparse.compiling import thread_pool
+thread_pool = lru_cache(ThreadPoolExecutor)  # started once: that takes longer than a piece
 
 PIECE_ON_CPU = 9 << 15  # elements: few enough to stay in the cache and to share among threads
 PIECE_ON_ACCELERATOR = 9 << 18  # elements: BLIP base's largest matrix, for each call costs a launch
