@@ -161,12 +161,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     try:
         main(args)
     except BrokenPipeError:
-        output = select.poll()
-        output.register(sys.stdout.fileno(), 0)
-        if not output.poll(0):
+        if not _reader_left():
             raise
-        # the reader of our output, `head`, say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # what a shell reports of SIGPIPE
     except (UserError, RuntimeError) as error:
         sentence = str(error)
@@ -187,3 +183,13 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         dist = sys.modules.get("torch.distributed")  # where it is not imported, none was joined
         if dist is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _reader_left() -> bool:
+    """Whether `head`, say, has closed the pipe of standard output, which then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
