@@ -10,6 +10,7 @@ shapes only.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps
 
 from configs import load_config
 from data.images import find_pictures, to_rgb
-from utils import UserError, launch
+from utils import UserError, launch, user_path
 
 ROOT = Path(__file__).parent
 EMBEDDED = ROOT / "configs" / "caption_demo.yaml"
@@ -26,6 +27,45 @@ EMBEDDED_FILES = {
     "tokenizer": str(ROOT / "pretrained" / "tokenizer"),
     "med_config": str(ROOT / "configs" / "med_config_tiny.json"),
 }
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, path = parser.add_argument, os.path.expanduser
+    add("pictures", nargs="+", type=user_path, metavar="PICTURE", help="files, or folders of them")
+    add("--config", type=path, help="experiment's YAML file (default: the embedded model)")
+    add("--pruned", type=path, help="weights, or a run's folder (default: the config's pretrained)")
+    add("--sparse", action="store_true", help="products with the nonzeros alone, on the CPU")
+    add("--json", action="store_true", help="one JSON object a line")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Captions picture by picture; one that cannot be read is reported, and the others go on."""
+    pictures = find_pictures(args.pictures)
+    config = read_model_config(args)
+    there = [path for path in pictures if path.exists()]
+    for path in pictures:
+        if path not in there:
+            show(args, path, "error", "there is no such file")
+    if there:
+        from engine.captioning import load_captioner
+
+        caption = load_captioner(config, args.sparse, tell)
+    unread = len(pictures) - len(there)
+    for path in there:
+        try:
+            image = open_upright(path)
+        except Exception as error:  # whatever it is, it is this file's fault
+            unread += 1
+            show(args, path, "error", str(error) or type(error).__name__)
+            continue
+        show(args, path, "caption", caption(image))
+    if unread:
+        raise UserError(f"{unread} of {len(pictures)} pictures could not be read")
 
 
 def read_model_config(args: argparse.Namespace) -> dict:
@@ -44,30 +84,6 @@ def read_model_config(args: argparse.Namespace) -> dict:
         config = load_config(str(EMBEDDED), EMBEDDED_FILES, task="caption")
         tell("with the small embedded model, which knows scenes of coloured shapes only")
     return config
-
-
-def load_model(args: argparse.Namespace, config: dict):
-    """The captioner in eval mode on its device."""
-    import torch
-
-    from models.captioner import build_captioner
-    from models.checkpoint import load_trained
-    from sparse.linear import sparsify_
-
-    model = build_captioner(config).eval()
-    report = load_trained(model, config["pretrained"])
-    if args.config:
-        tell(str(report))
-    if args.sparse:
-        tell(str(sparsify_(model)))
-    elif torch.cuda.is_available():
-        model.cuda()
-    return model
-
-
-def tell(message: str) -> None:
-    """Prints beside the captions, which alone go to standard output."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def open_upright(path: Path) -> Image.Image:
@@ -90,43 +106,9 @@ def show(args: argparse.Namespace, path: Path, what: str, text: str) -> None:
         tell(f"{path}: cannot be read: {text}")
 
 
-def main(args: argparse.Namespace) -> None:
-    """Captions picture by picture; one that cannot be read is reported, and the others go on."""
-    pictures = find_pictures(args.pictures)
-    config = read_model_config(args)
-    # here and above, so that a mistake does not wait for what takes seconds to import
-    from data.transforms import build_transform
-
-    model = load_model(args, config)
-    transform = build_transform(config["image_size"], augment=False)
-    lengths = config["num_beams"], config["max_length"], config["min_length"]
-    device, unread = model.visual_encoder.cls_token.device, 0
-    for path in pictures:
-        try:
-            image = open_upright(path)
-        except Exception as error:  # whatever it is, it is this file's fault
-            unread += 1
-            show(args, path, "error", str(error) or type(error).__name__)
-            continue
-        (caption,) = model.generate(transform(image)[None].to(device), *lengths)
-        show(args, path, "caption", caption)
-    if unread:
-        raise UserError(f"{unread} of {len(pictures)} pictures could not be read")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "pictures", nargs="+", type=Path, metavar="PICTURE", help="files, or folders of them"
-    )
-    parser.add_argument("--config", help="YAML file of the model's experiment")
-    parser.add_argument("--pruned", help="weights, or the folder of a run; else the config's")
-    parser.add_argument("--sparse", action="store_true", help="skip the zeros (on the CPU)")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    return parser.parse_args(argv)
+def tell(message: str) -> None:
+    """Prints beside the captions, which alone go to standard output."""
+    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

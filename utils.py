@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import re
+import select
 import sys
 import tempfile
 import traceback
@@ -78,6 +79,11 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
             raise UserError(f"cannot write {path}: {cause.strerror}") from error
         raise
+
+
+def user_path(text: str) -> Path:
+    """A flag that is a path, for argparse: shells leave the `~` of `--flag=~/x` to us."""
+    return Path(os.path.expanduser(text))
 
 
 def mistaken_for(path: str | Path) -> str:
@@ -156,6 +162,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     try:
         main(args)
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            error = SystemExit(141)  # what a shell reports of SIGPIPE
         sentence = _mistake(error)
         if sentence:
             rank = os.environ.get("RANK") or "0"
@@ -164,9 +172,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
             error = SystemExit(2)
         if _process_group():
             _leave(error)
-        if sentence:
-            raise error from None
-        raise
+        raise error from (None if isinstance(error, SystemExit) else error.__cause__)
     if dist := _process_group():
         dist.destroy_process_group()
 
@@ -202,3 +208,13 @@ def _process_group():
     """torch.distributed where this process has joined others; None where it has not."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_initialized() else None
+
+
+def _reader_left() -> bool:
+    """Whether `head`, say, has closed the pipe of standard output, which then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

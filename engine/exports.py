@@ -1,38 +1,50 @@
-"""Models in the files of others, and what rounding their weights does to the scores of a split."""
+"""Models in the files of others, and the report of what a model costs."""
 
 import argparse
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from engine.processes import Process
-from engine.run import Run
 from engine.tasks import TASKS
 from models import compressed
-from models.checkpoint import stored_tensors
+from models.checkpoint import load_trained, stored_tensors
 from models.huggingface import write_folder
+from reports import costs
 from utils import UserError
 
 
-@contextmanager
-def written_whole(out: Path) -> Iterator[None]:
-    """Turns a failure to write into a sentence. What is written must appear under its name whole.
+def export(args: argparse.Namespace, config: dict) -> None:
+    """What `export.py` does with flags that fit together.
 
     Raises:
-        UserError: the disk is full, say; nothing is there.
+        UserError: the weights cannot be read or rounded, or the disk is full; nothing is written.
     """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out} ({error}): make room, or choose --out") from error
+    model = TASKS[config["task"]].build_model(config).eval()
+    print(load_trained(model, args.pruned))
+    if args.to:
+        weights = rounded(model, getattr(torch, args.dtype))
+        try:
+            if args.to == "compressed":
+                compressed.write(args.out, weights)
+            else:
+                write_huggingface(model, config, args.out, weights)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write {args.out} ({error}): make room, or choose --out"
+            ) from error
+        reader = f"--pruned {args.out}"
+        if args.to == "huggingface":
+            reader += f", or BlipForConditionalGeneration.from_pretrained('{args.out}')"
+        files = [file for file in (args.out, *args.out.rglob("*")) if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        print(f"{args.out}: {size / 1e6:.1f} MB; read it with {reader}")
+    if args.report:
+        show(costs.report(model, config))
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -42,66 +54,46 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
         UserError: one has values beyond the range of `dtype`.
     """
     for name, tensor in stored_tensors(model):
-        converted = tensor.to(dtype) + 0.0  # of zeros, which pruners may leave negative, one kind
+        converted = tensor.to(dtype) + 0.0  # pruners may leave negative zeros
         if not converted.isfinite().all():
             raise UserError(f"--dtype: {name} has values beyond float16's range; take bfloat16")
         yield name, converted
 
 
-def write_compressed(model: nn.Module, out: Path, dtype: torch.dtype) -> None:
-    """Writes the compressed file."""
-    with written_whole(out):
-        compressed.write(out, rounded(model, dtype))
-
-
-def write_huggingface(model: nn.Module, config: dict, out: Path, dtype: torch.dtype) -> None:
-    """Writes the folder, under another name until it is whole."""
-    with written_whole(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-        unfinished.mkdir()
-        try:
-            write_folder(model, config, unfinished, dict(rounded(model, dtype)))
-            unfinished.rename(out)
-        except BaseException:
-            shutil.rmtree(unfinished)
-            raise
-
-
-def held_out_set(config: dict, split: str) -> Dataset:
-    """A held-out split, whose files are there.
-
-    Raises:
-        UserError: they are not, or there is no such split.
-    """
-    task = TASKS[config["task"]]
-    if split not in task.held_out:
-        raise UserError(f"--split {split}: this config's are {' and '.join(task.held_out)}")
-    dataset = dict(zip(task.held_out, task.build_datasets(config, 0)[1:], strict=True))[split]
-    dataset.check()
-    return dataset
-
-
-def scores(model: nn.Module, config: dict, dataset: Dataset, split: str) -> dict[str, float]:
-    """The scores of a held-out split, which is evaluated as a trainer validates."""
-    task = TASKS[config["task"]]
-    flags = argparse.Namespace(seed=0, amp="off", evaluate=False, spice=False)
-    process = Process(rank=0, world_size=1, device=torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(flags, task, config, process, Path(folder), id_profile="")
-        return task.evaluate(run, model, dataset, split)["scores"]
-
-
-def show_rounding(
-    model: nn.Module, config: dict, dtype: torch.dtype, dataset: Dataset, split: str
+def write_huggingface(
+    model: nn.Module, config: dict, out: Path, weights: Iterator[tuple[str, Tensor]]
 ) -> None:
-    """Prints what rounding does to the scores of a split; the model is rounded after it."""
-    before = scores(model, config, dataset, split)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in rounded(model, dtype):
-            parameters[name].copy_(tensor)
-    kind = str(dtype).removeprefix("torch.")
-    for name, after in scores(model, config, dataset, split).items():
-        change = after - before[name]
-        print(f"{split} {name}: float32 {before[name]:.4f}, {kind} {after:.4f}, {change:+.4f}")
+    """Writes the folder, under another name until it is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        write_folder(model, config, unfinished, dict(weights))
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+
+
+def show(found: dict) -> None:
+    """Prints a report for people."""
+    lines = {what: shares(found[what]) for what in ("parameters", "nonzeros")}
+    lines |= {
+        f"multiply-adds, {what}": shares(counts) for what, counts in found["multiply_adds"].items()
+    }
+    lines |= {form: f"{count / 1e6:.1f} MB" for form, count in found["bytes"].items()}
+    for form in ("dense", "sparse"):
+        memory = found[form]["resident_bytes"]
+        resident = f", {memory / 1e6:.0f} MB resident" if memory else ""
+        lines[f"{form}, here"] = f"{found[form]['milliseconds']:.0f} ms a sample{resident}"
+    for what, value in lines.items():
+        print(f"{what:24} {value}")
+    print(found["sparse_layers"])
+
+
+def shares(counts: dict[str, int]) -> str:
+    """For instance "224.0 M (vision 86.1, language 137.9)"."""
+    total = sum(counts.values())
+    unit, letter = (1e9, "G") if total >= 1e9 else (1e6, "M")
+    parts = ", ".join(f"{kind} {count / unit:.1f}" for kind, count in counts.items())
+    return f"{total / unit:.1f} {letter} ({parts})"

@@ -13,7 +13,6 @@ All others are stored as they are.
 import json
 import math
 from collections.abc import Iterable
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,62 +20,56 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sparse.compiling import thread_pool
 from utils import UserError, atomic_write
 
 FORMAT, VERSION = "bitmask", "1"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size to integer
 _ENTRIES = 200  # bytes that a compressed tensor adds to the header, about
-_WORD = 64  # elements whose bits are looked at together
-_LEAST, _CHUNK = 1 << 6, 1 << 12  # words of a bitmask that a thread expands together
+_CHUNK = 1 << 18  # elements that are unpacked together, a multiple of 8: they stay in the cache
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The elements in row-major order as integers: NumPy knows no bfloat16, and -0.0 is kept."""
+    return tensor.detach().cpu().contiguous().view(-1).view(_BITS[tensor.element_size()])
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """The bitmask (ceil(n / 8),) and the stored elements of a tensor of n elements.
 
-    What is stored is decided by bits: a negative zero is, so that `unpack` gives the same bits.
+    All whose bits are not zero are stored, so that reading gives the same bits.
     """
-    flat = tensor.detach().cpu().contiguous().flatten()
-    stored = flat.view(_BITS[flat.element_size()]) != 0
-    return torch.from_numpy(np.packbits(stored.numpy(), bitorder="little")), flat[stored]
+    bits = _bits(tensor)
+    stored = bits != 0
+    mask = torch.from_numpy(np.packbits(stored.numpy(), bitorder="little"))
+    return mask, bits[stored].view(tensor.dtype)
 
 
-def unpack(bitmask: Tensor, values: Tensor, target: Tensor) -> None:
-    """Writes the tensor that `pack` took apart into `target`.
-
-    Args:
-        bitmask: uint8, of as many bits as `target` has elements, rounded up to bytes.
-        values: the stored elements.
-        target: changed in place; contiguous, on the CPU, of the values' type.
+def unpack_into(target: Tensor, bitmask: Tensor, values: Tensor) -> None:
+    """Writes the tensor that `pack` took apart into `target`, of its shape but any type and device.
 
     Raises:
         ValueError: the bitmask does not have as many bits as there are values, or has some beyond
             the last element.
     """
-    from models.bit_loop import expand  # Numba takes half a second to import
-
-    # NumPy knows no bfloat16, but bits of any kind can be put in place
-    source = values.view(_BITS[values.element_size()]).numpy()
-    flat = target.view(-1).view(_BITS[values.element_size()]).numpy()
-    packed = bitmask.numpy()
-    if len(flat) % 8 and packed[-1] >> len(flat) % 8:
-        raise ValueError(f"the bitmask has bits beyond the last of {len(flat)} elements")
-    words = np.zeros(-(-len(flat) // _WORD), np.uint64)
-    words.view(np.uint8)[: len(packed)] = packed
-    threads = torch.get_num_threads()
-    size = min(_CHUNK, max(_LEAST, -(-len(words) // threads)))
-    starts = range(0, len(words), size)
-    counts = [int(np.bitwise_count(words[start : start + size]).sum()) for start in starts]
-    if sum(counts) != len(source):
-        raise ValueError(f"{len(source)} values do not fit the bitmask's {sum(counts)}")
-
-    def expand_chunk(start: int, first: int) -> None:
-        elements = slice(start * _WORD, (start + size) * _WORD)
-        expand(words[start : start + size], source, first, flat[elements])
-
-    spread = thread_pool(threads).map if len(starts) > 1 else map
-    for _ in spread(expand_chunk, starts, accumulate(counts, initial=0)):
-        pass  # raises here what was raised there
+    source, packed, n = _bits(values).numpy(), bitmask.numpy(), target.numel()
+    if n % 8 and packed[-1] >> n % 8:
+        raise ValueError(f"the bitmask has bits beyond the last of {n} elements")
+    stored = int(np.bitwise_count(packed).sum())
+    if stored != len(source):
+        raise ValueError(f"{len(source)} values do not fit the bitmask's {stored}")
+    fits = target.device.type == "cpu" and target.is_contiguous()
+    direct = fits and target.dtype == values.dtype
+    dense = target.detach() if direct else torch.empty(target.shape, dtype=values.dtype)
+    flat, first = _bits(dense).numpy(), 0
+    for start in range(0, n, _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        bits = np.unpackbits(packed[start // 8 :], count=len(chunk), bitorder="little")
+        places = np.flatnonzero(bits.view(bool))
+        chunk[:] = 0
+        chunk[places] = source[first : first + len(places)]
+        first += len(places)
+    if not direct:
+        target.copy_(dense)
 
 
 def packed_bytes(elements: int, stored: int, size: int) -> float:
@@ -86,20 +79,14 @@ def packed_bytes(elements: int, stored: int, size: int) -> float:
 
 def gains(tensor: Tensor) -> bool:
     """Whether a tensor takes less of a file as a bitmask and values."""
-    elements, size = tensor.numel(), tensor.element_size()
     if not tensor.is_floating_point():
         return False
-    stored = int(tensor.detach().contiguous().view(-1).view(_BITS[size]).count_nonzero())
-    return packed_bytes(elements, stored, size) < elements * size
+    elements, size = tensor.numel(), tensor.element_size()
+    return packed_bytes(elements, int(_bits(tensor).count_nonzero()), size) < elements * size
 
 
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes a compressed file, atomically.
-
-    Args:
-        path: of the file.
-        tensors: names and tensors, one at a time, so that they need not exist all at once.
-    """
+    """Writes a compressed file, atomically; `tensors` need not exist all at once."""
     stored, shapes = {}, {}
     for name, tensor in tensors:
         if gains(tensor):
@@ -122,23 +109,20 @@ def parts(name: str) -> tuple[str, str]:
     return f"{name}.bitmask", f"{name}.values"
 
 
-def shapes(
-    path: Path, metadata: dict[str, str], stored: dict[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the compressed tensors of a file.
+Shapes = dict[str, tuple[int, ...]]  # by tensor name
 
-    Args:
-        path: of the file.
-        metadata: its metadata.
-        stored: names and shapes of what safetensors finds in it.
+
+def shapes(path: Path, metadata: dict[str, str], stored: Shapes) -> Shapes:
+    """The compressed tensors of a file, of which `stored` is what safetensors finds in it.
 
     Raises:
         UserError: the file is of another version, or its parts do not belong together.
     """
-    if metadata.get("format_version") != VERSION:
+    version = metadata.get("format_version")
+    if version != VERSION:
         raise UserError(
-            f"{path} is a compressed file of version {metadata.get('format_version')!r}, this "
-            f"program reads {VERSION!r}: export it again"
+            f"{path} is a compressed file of version {version!r}, this program reads {VERSION!r}: "
+            "export it again"
         )
     try:
         found = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
@@ -149,13 +133,3 @@ def shapes(
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the compressed file {path} is damaged: {error!r}") from error
     return found
-
-
-def unpack_into(target: Tensor, bitmask: Tensor, values: Tensor) -> None:
-    """As `unpack`, but `target` may be of any type, on any device."""
-    fits = target.device.type == "cpu" and target.is_contiguous()
-    direct = fits and target.dtype == values.dtype
-    dense = target if direct else torch.empty(target.shape, dtype=values.dtype)
-    unpack(bitmask, values, dense)
-    if not direct:
-        target.copy_(dense)

@@ -37,7 +37,7 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def is_sparse(model: nn.Module) -> bool:
-    """Whether `sparsify_` has replaced layers; known by name, for its import compiles loops."""
+    """Whether `sparsify_` made any of a model's layers a `sparse.SparseLinear`."""
     return any(type(module).__name__ == "SparseLinear" for module in model.modules())
 
 

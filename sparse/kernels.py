@@ -18,26 +18,16 @@ from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparse.compiling import kept_on_disk
-from sparse.product import (
-    BIAS,
-    BYTES,
-    COLUMNS,
-    NEXT_TASK,
-    NEXT_THREAD,
-    OFFSETS,
-    PANEL,
-    ROWS,
-    SCRATCH,
-    SCRATCH_BYTES,
-    STARTS,
-    TASK_COUNT,
-    TASKS,
-    VALUES,
-    X,
-    Y,
-)
+from sparse.matrix import PANEL
 
+# Places in a kernel's arguments. The threads count up the first two. `TASKS` is the address of
+# (n, 4) int64: first token, tokens, first row, end of rows; `SCRATCH` of the first thread's bytes,
+# which the other threads' follow; `X` of (tokens, columns) float32; `Y` of (tokens, rows) float32;
+# `BIAS` of (rows,) float32; the last three of a `SparseMatrix`.
+NEXT_TASK, NEXT_THREAD, TASKS, TASK_COUNT, SCRATCH, SCRATCH_BYTES = range(6)
+X, COLUMNS, Y, ROWS, BIAS, STARTS, OFFSETS, VALUES = range(6, 14)
+
+BYTES = 4  # of a float32
 LANES = 16  # elements of a vector
 BLOCK = 8  # side of the blocks that are transposed in registers
 CHAINS = 4  # sums that are independent: a multiply-add takes about four cycles to finish
@@ -193,46 +183,26 @@ def _transpose(typing_context, side, source, source_stride, rows, target, target
     return signature, codegen
 
 
-def _reader(ir_type, numba_type):
-    """An intrinsic that reads element `index` of an array at an address."""
+@intrinsic
+def _pointer(typing_context, address, dtype):
+    """The elements of type `dtype` at an address, to be read and written by their index."""
+    kind = types.CPointer(dtype.dtype)
 
-    @intrinsic
-    def read(typing_context, address, index):
-        def codegen(context, builder, signature, arguments):
-            base = builder.inttoptr(arguments[0], ir_type.as_pointer())
-            return builder.load(builder.gep(base, [arguments[1]]))
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(kind))
 
-        return numba_type(types.intp, types.intp), codegen
-
-    return read
-
-
-_read_i64 = _reader(_I64, types.int64)
-_read_i32 = _reader(_I32, types.int32)
-_read_f32 = _reader(_F32, types.float32)
+    return kind(address, dtype), codegen
 
 
 @intrinsic
-def _copy_element(typing_context, source, target):
-    """Copies a float32 from one address to another."""
+def _take(typing_context, counters, index):
+    """Counts up an int64, and returns what it was; no two threads get the same."""
 
     def codegen(context, builder, signature, arguments):
-        source, target = (builder.inttoptr(a, _F32.as_pointer()) for a in arguments)
-        builder.store(builder.load(source), target)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), codegen
-
-
-@intrinsic
-def _take(typing_context, address):
-    """Counts up the int64 at an address, and returns what it was; no two threads get the same."""
-
-    def codegen(context, builder, signature, arguments):
-        counter = builder.inttoptr(arguments[0], _I64.as_pointer())
+        counter = builder.gep(arguments[0], [arguments[1]])
         return builder.atomic_rmw("add", counter, _constant(1), "monotonic")
 
-    return types.int64(types.intp), codegen
+    return types.int64(counters, types.intp), codegen
 
 
 @_inline
@@ -245,10 +215,11 @@ def _to_features(side, tile, x, stride, tokens, columns, target):
         for c in range(0, whole, side):
             block = target + (c * tile + t) * BYTES
             _transpose(side, first + c * BYTES, stride, left, block, tile, side)
+    rest, source = _pointer(target, np.float32), _pointer(x, np.float32)
     for t in range(tile):
-        row = x + min(t, tokens - 1) * stride * BYTES
+        row = min(t, tokens - 1) * stride
         for c in range(whole, columns):
-            _copy_element(row + c * BYTES, target + (c * tile + t) * BYTES)
+            rest[c * tile + t] = source[row + c]
 
 
 @_inline
@@ -260,51 +231,54 @@ def _to_tokens(side, tile, source, rows, y, stride, tokens):
             block = source + (r * tile + t) * BYTES
             corner = y + (t * stride + r) * BYTES
             _transpose(side, block, tile, side, corner, stride, min(tokens - t, side))
+    rest, sums = _pointer(y, np.float32), _pointer(source, np.float32)
     for r in range(whole, rows):
         for t in range(tokens):
-            _copy_element(source + (r * tile + t) * BYTES, y + (t * stride + r) * BYTES)
+            rest[t * stride + r] = sums[r * tile + t]
 
 
-def compile_kernel(tile: int) -> int:
-    """The address of a C function `void kernel(int64_t *arguments)` for tiles of `tile` tokens.
+def compile_kernel(tile: int):
+    """Compiles `void kernel(int64_t *arguments)` for tiles of `tile` tokens; it has an `address`.
 
     Every thread that calls it with the same arguments takes tasks until none is left. It is
     compiled in about a second and kept on disk, for as long as this file and the processor are the
-    same; where no folder can be written it is compiled anew in each process.
+    same.
     """
-    return kept_on_disk(cfunc, _kernel(tile), types.void(types.intp)).address
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return cfunc(signature, cache=True)(_kernel(tile))
+    except Exception:  # no folder can be written, or what Numba kept there is damaged
+        return cfunc(signature)(_kernel(tile))
 
 
 def _kernel(tile: int):
     side = min(tile, BLOCK)
 
     def kernel(arguments):
-        x, columns = _read_i64(arguments, X), _read_i64(arguments, COLUMNS)
-        rows = _read_i64(arguments, ROWS)
-        y, bias = _read_i64(arguments, Y), _read_i64(arguments, BIAS)
-        starts, offsets = _read_i64(arguments, STARTS), _read_i64(arguments, OFFSETS)
-        values, tasks = _read_i64(arguments, VALUES), _read_i64(arguments, TASKS)
-        thread = _take(arguments + NEXT_THREAD * 8)
-        panel = _read_i64(arguments, SCRATCH) + thread * _read_i64(arguments, SCRATCH_BYTES)
+        x, columns = arguments[X], arguments[COLUMNS]
+        y, rows = arguments[Y], arguments[ROWS]
+        bias = _pointer(arguments[BIAS], np.float32)
+        tasks = _pointer(arguments[TASKS], np.int64)
+        offsets, values = arguments[OFFSETS], arguments[VALUES]
+        thread = _take(arguments, NEXT_THREAD)
+        panel = arguments[SCRATCH] + thread * arguments[SCRATCH_BYTES]
         sums = panel + PANEL * tile * BYTES  # (rows of the task, tile)
         while True:
-            task = _take(arguments + NEXT_TASK * 8)
-            if task >= _read_i64(arguments, TASK_COUNT):
+            task = _take(arguments, NEXT_TASK)
+            if task >= arguments[TASK_COUNT]:
                 return
-            token, tokens = _read_i64(tasks, task * 4), _read_i64(tasks, task * 4 + 1)
-            first, stop = _read_i64(tasks, task * 4 + 2), _read_i64(tasks, task * 4 + 3)
+            token, tokens = tasks[task * 4], tasks[task * 4 + 1]
+            first, stop = tasks[task * 4 + 2], tasks[task * 4 + 3]
             for c in range(0, columns, PANEL):
                 width = min(PANEL, columns - c)
                 corner = x + (token * columns + c) * BYTES
                 _to_features(side, tile, corner, columns, tokens, width, panel)
-                starts_here = starts + c // PANEL * (rows + 1) * 4
+                starts = _pointer(arguments[STARTS] + c // PANEL * (rows + 1) * 4, np.int32)
                 for r in range(first, stop):
-                    begin = np.int64(_read_i32(starts_here, r))
-                    end = np.int64(_read_i32(starts_here, r + 1))
+                    begin, end = np.int64(starts[r]), np.int64(starts[r + 1])
                     here = sums + (r - first) * tile * BYTES
                     if c == 0:
-                        value = _read_f32(bias, r)
-                        _add_row(tile, True, panel, offsets, values, begin, end, here, value)
+                        _add_row(tile, True, panel, offsets, values, begin, end, here, bias[r])
                     elif begin < end:
                         zero = np.float32(0)
                         _add_row(tile, False, panel, offsets, values, begin, end, here, zero)

@@ -1,110 +1,80 @@
-"""A sparse matrix in memory, and its product with tokens on several threads."""
+"""The product of tokens with a sparse matrix: an operator of torch's, on torch's threads."""
 
 import ctypes
 import math
+import os
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse.compiling import thread_pool
+from sparse.matrix import PANEL
 
-PANEL = 256  # columns; a panel of a tile stays in the cache, and a column of it fits in a byte
 TILES = (4, 16, 32, 64)  # tokens; a kernel is compiled for each
 BYTES = 4  # of a float32
-
-# Where a kernel finds what in its arguments, an int64 array. The threads count up the first two.
-NEXT_TASK, NEXT_THREAD = 0, 1
-TASKS, TASK_COUNT = 2, 3  # address of (n, 4) int64: first token, tokens, first row, end of rows
-SCRATCH, SCRATCH_BYTES = 4, 5  # address, and the bytes that each thread has from there
-X, COLUMNS = 6, 7  # address of (tokens, columns) float32
-Y, ROWS, BIAS = 8, 9, 10  # addresses of (tokens, rows) and (rows,) float32
-STARTS, OFFSETS, VALUES = 11, 12, 13  # addresses of a SparseMatrix
-
 LINE = 16  # elements of a cache line
 TRANSPOSITION = 32  # rows that are multiplied in the time in which a task transposes its tokens
 
-_Arguments = ctypes.c_int64 * (VALUES + 1)
+_Arguments = ctypes.c_int64 * 14  # see `kernels`
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _of_this_thread = threading.local()
-
-
-class SparseMatrix(NamedTuple):
-    """The nonzeros of a matrix (rows, columns), by panel of columns, then row, then column.
-
-    Five bytes a nonzero, and four a row and panel.
-    """
-
-    starts: Tensor  # (panels, rows + 1) int32: where in the other two a row of a panel begins
-    offsets: Tensor  # (nonzeros,) uint8: column less the panel's first
-    values: Tensor  # (nonzeros,) float32
-
-
-def compress(matrix: Tensor) -> SparseMatrix:
-    """Keeps the nonzeros of a float32 matrix (rows, columns); NaN is one."""
-    starts, offsets, values, begin = [], [], [], 0
-    for panel in matrix.split(PANEL, dim=1):
-        panel = np.ascontiguousarray(panel.numpy())
-        kept = panel != 0
-        places = np.flatnonzero(kept)  # NumPy picks elements in a fifth of the time of torch
-        offsets.append((places % panel.shape[1]).astype(np.uint8))
-        values.append(panel.ravel()[places])
-        ends = begin + np.count_nonzero(kept, axis=1).cumsum()
-        starts.append(np.concatenate([[begin], ends]).astype(np.int32))
-        begin += len(places)
-    parts = np.stack(starts), np.concatenate(offsets), np.concatenate(values)
-    return SparseMatrix(*map(torch.from_numpy, parts))
-
-
-def decompress(sparse: SparseMatrix, columns: int) -> Tensor:
-    """The matrix (rows, columns) that `compress` was given."""
-    matrix = torch.zeros(sparse.starts.shape[1] - 1, columns)
-    for starts, panel in zip(sparse.starts, matrix.split(PANEL, dim=1), strict=True):
-        rows = torch.arange(len(matrix)).repeat_interleave(starts.diff())
-        inside = slice(int(starts[0]), int(starts[-1]))
-        panel[rows, sparse.offsets[inside].long()] = sparse.values[inside]
-    return matrix
+_PROCESS = os.getpid()
 
 
 @lru_cache
-def compiled(tile: int) -> int:
-    """The address of the kernel for tiles of `tile` tokens, see `kernels.compile_kernel`."""
+def compiled(tile: int):
+    """The kernel for tiles of `tile` tokens, see `kernels.compile_kernel`."""
     from sparse.kernels import compile_kernel  # Numba: not on every machine, 0.2 s to load
 
     return compile_kernel(tile)
 
 
-def multiply(x: Tensor, sparse: SparseMatrix, bias: Tensor | None) -> Tensor:
+@torch.library.custom_op("sparse::linear", mutates_args=(), device_types="cpu")
+def multiply(
+    x: Tensor, columns: int, starts: Tensor, offsets: Tensor, values: Tensor, bias: Tensor | None
+) -> Tensor:
     """The product x @ matrix.T + bias, on as many threads as torch uses.
 
     Args:
-        x: (tokens, columns) float32, contiguous.
-        sparse: a matrix (rows, columns).
+        x: (..., columns) float32.
+        columns: of the matrix.
+        starts: with `offsets` and `values` the parts of a `SparseMatrix` (rows, columns).
+        offsets: see `starts`.
+        values: see `starts`.
         bias: (rows,) float32, or None.
 
     Returns:
-        (tokens, rows) float32.
+        (..., rows) float32.
+
+    Raises:
+        RuntimeError: the tokens have another number of features.
     """
-    tokens, rows = len(x), sparse.starts.shape[1] - 1
-    bias = x.new_zeros(rows) if bias is None else bias
-    y = x.new_empty(tokens, rows)
-    addresses = [part.data_ptr() for part in sparse]
-    for tile, tasks, threads in plan(tokens, rows, torch.get_num_threads()):
+    if x.shape[-1] != columns:
+        raise RuntimeError(f"{tuple(x.shape)} are no tokens of {columns} features")
+    x, rows = x.contiguous(), starts.shape[1] - 1
+    bias = x.new_zeros(rows) if bias is None else bias.expand(rows).contiguous()
+    y = x.new_empty(*x.shape[:-1], rows)
+    addresses = [part.data_ptr() for part in (bias, starts, offsets, values)]
+    for tile, tasks, threads in plan(x.numel() // columns, rows, torch.get_num_threads()):
         piece = scratch_bytes(rows, tile)
         arguments = _Arguments(
-            *(0, 0, tasks.data_ptr(), len(tasks), _scratch(piece * threads).data_ptr(), piece),
-            *(x.data_ptr(), x.shape[1], y.data_ptr(), rows, bias.data_ptr(), *addresses),
+            *(0, 0, tasks.ctypes.data, len(tasks), _scratch(piece * threads).ctypes.data, piece),
+            *(x.data_ptr(), columns, y.data_ptr(), rows, *addresses),
         )
-        run_on_threads(compiled(tile), arguments, threads)
+        run_on_threads(compiled(tile).address, arguments, threads)
     return y
 
 
+@multiply.register_fake
+def _(x, columns, starts, offsets, values, bias):
+    return x.new_empty(*x.shape[:-1], starts.shape[1] - 1)
+
+
 @lru_cache(4096)
-def plan(tokens: int, rows: int, threads: int) -> list[tuple[int, Tensor, int]]:
+def plan(tokens: int, rows: int, threads: int) -> list[tuple[int, np.ndarray, int]]:
     """Cuts a product into tasks that keep all threads busy to the end.
 
     Tokens are cut into the largest tiles; what is left takes the smallest tile that holds it.
@@ -124,7 +94,7 @@ def plan(tokens: int, rows: int, threads: int) -> list[tuple[int, Tensor, int]]:
     return [(tile, tasks, min(threads, len(tasks))) for tile, tasks in parts]
 
 
-def _tasks(firsts: Sequence[int], tokens: int, rows: int, threads: int) -> Tensor:
+def _tasks(firsts: Sequence[int], tokens: int, rows: int, threads: int) -> np.ndarray:
     shared = len(firsts) % threads
     even = len(firsts) - shared
     tasks = [(first, tokens, 0, rows) for first in firsts[:even]]
@@ -136,7 +106,7 @@ def _tasks(firsts: Sequence[int], tokens: int, rows: int, threads: int) -> Tenso
         block = _round_up(rows / min(range(1, threads + 1), key=duration), LINE)
         for row in range(0, rows, block):
             tasks += [(first, tokens, row, min(row + block, rows)) for first in firsts[even:]]
-    return torch.tensor(tasks)
+    return np.array(tasks, np.int64)
 
 
 def _round_up(value: float, unit: int) -> int:
@@ -148,33 +118,26 @@ def scratch_bytes(rows: int, tile: int) -> int:
     return _round_up((PANEL + rows) * tile, LINE) * BYTES
 
 
-def _scratch(size: int) -> Tensor:
+def _scratch(size: int) -> np.ndarray:
     """At least `size` bytes that no other thread of Python uses; kept, since new memory is slow."""
     kept = getattr(_of_this_thread, "scratch", None)
     if kept is None or len(kept) < size:
-        kept = _of_this_thread.scratch = torch.empty(size, dtype=torch.uint8)
+        kept = _of_this_thread.scratch = np.empty(size, np.uint8)
     return kept
 
 
 def run_on_threads(kernel: int, arguments: ctypes.Array, threads: int) -> None:
-    """Calls a kernel on several threads at once, without the GIL.
+    """Calls a kernel on several threads at once, without the GIL; this one is among them.
 
-    The threads are those on which torch runs its own operators, if its OpenMP library offers the
-    entry point that GCC's compiler calls: threads of our own would share the cores with theirs,
-    which stay awake for a while after each operator.
-
-    Args:
-        kernel: address of a C function `void kernel(int64_t *arguments)`.
-        arguments: of the kernel.
-        threads: how many call it; this one is among them.
+    The threads are those on which torch runs its own operators: threads of our own would share the
+    cores with theirs, which stay awake for a while after each operator. This thread is alone where
+    torch's OpenMP library lacks the entry point that GCC's compiler calls (on Windows), and in a
+    forked process, where OpenMP waits for threads that are not there.
     """
-    if threads == 1:
-        _Kernel(kernel)(arguments)
-    elif (team := _openmp_team()) is not None:
+    if threads > 1 and os.getpid() == _PROCESS and (team := _openmp_team()):
         team(kernel, arguments, threads, 0)
     else:
-        for _ in thread_pool(threads).map(lambda _: _Kernel(kernel)(arguments), range(threads)):
-            pass
+        _Kernel(kernel)(arguments)
 
 
 @lru_cache

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import caption
-import models
 from data.scenes.words import vocabulary
 from data.transforms import build_transform
+from engine import captioning
 from models import build_captioner
 from tests.conftest import read_golden
-from utils import UserError
+from utils import UserError, launch
 
 PICTURE = Path(__file__).parent / "some.jpg"
 
@@ -29,16 +29,31 @@ def test_the_shipped_vocabulary_is_the_scenes():
     assert lines == vocabulary()
 
 
-def test_a_picture_is_captioned_by_the_embedded_model_from_any_folder(tmp_path):
-    script = [sys.executable, caption.ROOT / "caption.py", PICTURE]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    name, text = done.stdout.strip().split(": ")
+def test_the_embedded_model_captions_from_any_folder_until_its_reader_leaves(tmp_path):
+    script = [sys.executable, caption.ROOT / "caption.py", PICTURE, PICTURE, PICTURE]
+    with subprocess.Popen(
+        script, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        name, text = process.stdout.readline().strip().split(": ")
+        process.stdout.close()
+        told = process.stderr.read()
     assert name == str(PICTURE)
     # what the picture shows; how it is put may turn on the last bit
     assert "large yellow circle" in text
     assert "small orange star" in text
-    assert "small embedded model" in done.stderr
+    first, second = told.splitlines()
+    assert "small embedded model" in first and "loaded" in second
+    assert process.returncode == 141
+
+
+def test_another_broken_pipe_is_no_reader_that_left(monkeypatch, tmp_path):
+    def main(args):
+        raise BrokenPipeError
+
+    with open(tmp_path / "out", "w") as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError):
+            launch(main, None)
 
 
 def test_json_lines(capsys):
@@ -106,6 +121,16 @@ def test_orientation_is_respected(tmp_path, suffix):
     assert bottom[0] > 200 > 50 > bottom[2]
 
 
+def test_missing_pictures_are_reported_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(captioning, "load_captioner", None)  # called, it raises TypeError
+    with pytest.raises(UserError, match="1 of 1 pictures could not be read"):
+        run("missing.jpg")
+    assert "missing.jpg: cannot be read: there is no such file" in capsys.readouterr().err
+    with pytest.raises(TypeError):
+        run("missing.jpg", PICTURE)
+    assert "missing.jpg: cannot be read" in capsys.readouterr().err
+
+
 @pytest.fixture
 def tiny(caption_tiny_config, tmp_path):
     """A config file at the goldens' sizes, and the captioner with the goldens' weights."""
@@ -139,7 +164,7 @@ def test_another_model(tiny, capsys):
 
 def test_sparse_layers_are_asked_for(tiny, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(models, "sparsify_", lambda model: made.append(model) or "all")
+    monkeypatch.setattr(captioning, "sparsify_", lambda model: made.append(model) or "all")
     folder, _ = tiny
     run(PICTURE, "--config", folder / "tiny.yaml", "--pruned", folder / "tiny.pth", "--sparse")
     assert len(made) == 1

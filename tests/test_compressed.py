@@ -1,3 +1,5 @@
+"""The compressed file: its layout, its bits, and what is wrong with damaged ones."""
+
 import json
 import math
 import re
@@ -28,9 +30,8 @@ def test_the_layout_is_the_documented_one(tmp_path):
     compressed.write(tmp_path / "m.safetensors", {"a.weight": sparse, "b": torch.ones(5)}.items())
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == "bitmask"
-    assert metadata["format_version"] == "1"
-    assert json.loads(metadata["shapes"]) == {"a.weight": [20, 50]}
+    shapes = json.dumps({"a.weight": [20, 50]})
+    assert metadata == {"format": "bitmask", "format_version": "1", "shapes": shapes}
     stored = load_file(tmp_path / "m.safetensors")
     assert set(stored) == {"a.weight.bitmask", "a.weight.values", "b"}
     assert stored["a.weight.values"].tolist() == [1.5, -2.0, 3.0]
@@ -40,14 +41,15 @@ def test_the_layout_is_the_documented_one(tmp_path):
     assert torch.equal(stored["b"], torch.ones(5))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 40), max_size=3),
     density=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9, 1.0]),
     dtype=st.sampled_from(DTYPES),
+    chunk=st.sampled_from([8, 64, compressed._CHUNK]),
     seed=st.integers(0, 9),
 )
-def test_unpacking_gives_the_same_bits(shape, density, dtype, seed):
+def test_unpacking_gives_the_same_bits(shape, density, dtype, chunk, seed):
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(shape, generator=generator).to(dtype)
     dense[torch.rand(shape, generator=generator) >= density] = 0
@@ -55,17 +57,10 @@ def test_unpacking_gives_the_same_bits(shape, density, dtype, seed):
     assert bitmask.shape == (math.ceil(dense.numel() / 8),)
     assert len(values) == dense.count_nonzero()
     target = torch.full_like(dense, 7)
-    compressed.unpack(bitmask, values, target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressed, "_CHUNK", chunk)
+        compressed.unpack_into(target, bitmask, values)
     assert same_bits(target, dense)
-
-
-def test_many_chunks(monkeypatch):
-    monkeypatch.setattr(compressed, "_LEAST", 1)
-    monkeypatch.setattr(compressed, "_CHUNK", 2)
-    dense = torch.randn(1001).relu()
-    target = torch.ones(1001)
-    compressed.unpack(*compressed.pack(dense), target)
-    assert torch.equal(target, dense)
 
 
 def test_every_bit_pattern_that_is_not_zero_is_kept():
@@ -74,7 +69,7 @@ def test_every_bit_pattern_that_is_not_zero_is_kept():
     bitmask, values = compressed.pack(dense)
     assert bitmask.tolist() == [0b011110]
     target = torch.ones(6)
-    compressed.unpack(bitmask, values, target)
+    compressed.unpack_into(target, bitmask, values)
     assert same_bits(target, dense)
 
 
@@ -99,7 +94,7 @@ def test_a_file_gives_back_what_was_written(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
 def test_bytes_are_bitmask_values_and_rest(tmp_path, dtype, sparsity):
     weights = torch.randn(800, 1000).to(dtype)
     weights[torch.rand(800, 1000) < sparsity] = 0
@@ -111,25 +106,6 @@ def test_bytes_are_bitmask_values_and_rest(tmp_path, dtype, sparsity):
     assert least <= size <= 1.02 * least
 
 
-def test_reading_converts_to_the_target(tmp_path):
-    sparse = torch.randn(60, 70).relu().bfloat16()
-    compressed.write(tmp_path / "m.safetensors", {"w": sparse}.items())
-    entry = open_weights(tmp_path / "m.safetensors")["w"]
-    for target in (torch.ones(60, 70), torch.ones(70, 60).T):
-        target.copy_(entry.dense())
-        assert torch.equal(target, sparse.float())
-
-
-def spoil(tensors, metadata, changes):
-    for name, change in changes.items():
-        if name == "metadata":
-            metadata |= change
-        elif change is None:
-            del tensors[f"w.{name}"]
-        else:
-            tensors[f"w.{name}"] = change(tensors[f"w.{name}"])
-
-
 def beyond_the_end(bitmask):
     """The first bit moved to the padding after the last element."""
     bitmask = bitmask.clone()
@@ -139,22 +115,20 @@ def beyond_the_end(bitmask):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("part", "change", "message"),
     [
-        ({"metadata": {"format_version": "2"}}, "version '2', this program reads '1'"),
-        ({"metadata": {"shapes": "["}}, "damaged"),
-        ({"metadata": {"shapes": '{"w": 3}'}}, "damaged"),
-        ({"metadata": {"shapes": '{"w": [61, 71]}'}}, "parts of w do not fit"),
-        ({"bitmask": None}, "damaged.*w.bitmask"),
-        ({"values": None}, "damaged.*w.values"),
-        ({"bitmask": lambda x: x[:-1]}, "parts of w do not fit"),
-        ({"values": lambda x: x[:-1]}, "w: .* values do not fit the bitmask"),
-        ({"values": lambda x: torch.cat([x, x])}, "w: .* values do not fit the bitmask"),
-        ({"bitmask": beyond_the_end}, "w: the bitmask has bits beyond the last of 4260 elements"),
-        ({"bitmask": lambda x: x | 1}, "w: .* values do not fit the bitmask"),
+        ("format_version", "2", "version '2', this program reads '1'"),
+        ("shapes", "[", "damaged"),
+        ("shapes", '{"w": 3}', "damaged"),
+        ("shapes", '{"w": [61, 71]}', "parts of w do not fit"),
+        ("w.bitmask", None, "damaged.*w.bitmask"),
+        ("w.bitmask", lambda x: x[:-1], "parts of w do not fit"),
+        ("w.values", lambda x: x[:-1], "w: .* values do not fit the bitmask"),
+        ("w.bitmask", beyond_the_end, "w: the bitmask has bits beyond the last of 4260 elements"),
+        ("w.bitmask", lambda x: x | 1, "w: .* values do not fit the bitmask"),
     ],
 )
-def test_damaged_files_are_named(tmp_path, changes, message):
+def test_damaged_files_are_named(tmp_path, part, change, message):
     path = tmp_path / "m.safetensors"
     sparse = torch.zeros(60, 71)
     sparse[::2, 1::3] = 1
@@ -162,7 +136,12 @@ def test_damaged_files_are_named(tmp_path, changes, message):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    spoil(tensors, metadata, changes)
+    if part in metadata:
+        metadata[part] = change
+    elif change is None:
+        del tensors[part]
+    else:
+        tensors[part] = change(tensors[part])
     save_file(tensors, path, metadata)
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*{message}"):
         open_weights(path)["w"].dense()
