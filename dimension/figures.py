@@ -63,11 +63,11 @@ def plot_comparison(
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    present = set(KINDS)
+    present, lines = set(KINDS), []
     for number, (label, layers) in enumerate(profiles.items()):
         colour, ids = f"C{number}", list(layers.values())
         depth = [position / max(1, len(ids) - 1) for position in range(len(ids))]
-        axes.plot(depth, ids, lw=0.5, color=colour, label=label)
+        lines += axes.plot(depth, ids, lw=0.5, color=colour)
         known = (kinds or {}).get(label, {})
         own = [known.get(name) or layer_kind(name) for name in layers]
         present |= set(own)
@@ -75,12 +75,17 @@ def plot_comparison(
             chosen = [i for i, other in enumerate(own) if other == kind]
             x, y = [depth[i] for i in chosen], [ids[i] for i in chosen]
             axes.plot(x, y, marker, ms=4, color=colour, fillstyle=fill)
-    for kind in [kind for kind in STYLES if kind in present]:
+    shown = [kind for kind in STYLES if kind in present]
+    for kind in shown:
         _, marker, fill = STYLES[kind]
-        axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill, label=kind)
+        lines += axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill)
     axes.set(xlabel="relative depth", ylabel="intrinsic dimension")
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    place = {"loc": "outside upper center", "ncols": 4, "frameon": False}
+    legend = figure.legend(lines, ["?"] * len(lines), **place)
+    # set as texts: a label that begins with "_" would be left out, and "$" read as mathematics
+    for text, label in zip(legend.get_texts(), [*profiles, *shown], strict=True):
+        text.set(text=label, parse_math=False)
     return figure
 
 

@@ -1,17 +1,13 @@
-"""Captions of a split over processes, and the contact sheet."""
+"""Captions of a split over processes."""
 
 import json
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from data.caption_dataset import CaptionEvalDataset
 from data.samplers import EvalSampler
 from evaluation.captions import caption_split, generate_captions
 from models import build_captioner
-from reports.figures import contact_sheet, draw_sheet
 from tests.runs import on_two_processes
 
 IMAGES, BATCH = 101, 8
@@ -55,68 +51,3 @@ def test_captions_are_decoded_as_the_config_says():
     config = {**lengths, "batch_size": 7}
     generate_captions(Model(), DataLoader(split, 2), config, torch.device("cpu"))
     assert asked == [lengths] * 2
-
-
-def colours(path) -> set[tuple]:
-    """Those that fill a good part of a picture, white aside."""
-    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-    values, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {tuple(map(int, v)) for v in values[counts > len(pixels) / 50]} - {(255, 255, 255)}
-
-
-def test_contact_sheet_shows_captioned_images(tmp_path):
-    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    for number, colour in enumerate((red, green, blue)):
-        Image.new("RGB", (8, 6), colour).save(tmp_path / f"{number}.png")
-    records = [{"image": f"{n}.png", "image_id": n} for n in range(3)]
-    split = CaptionEvalDataset(records, tmp_path, transform=None)
-    dense = [{"image_id": n, "caption": f"picture {n}"} for n in range(3)]
-    sheet = tmp_path / "sheets" / "test.png"
-
-    contact_sheet(split, {"dense": dense}, sheet, samples=5)
-    assert colours(sheet) == {red, green, blue}
-    contact_sheet(split, {"dense": dense, "pruned": dense[1:]}, sheet, samples=5)
-    assert colours(sheet) == {green, blue}
-    contact_sheet(split, {"dense": dense, "pruned": dense[1:]}, sheet, samples=1)
-    assert colours(sheet) == {green}
-    twice = CaptionEvalDataset([records[0], *records], tmp_path, transform=None)
-    contact_sheet(twice, {"dense": dense}, sheet, samples=2)  # the first and the third of four
-    assert colours(sheet) == {red, green}
-
-
-def test_contact_sheet_shows_the_captions(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "4.png")
-    split = CaptionEvalDataset([{"image": "4.png", "image_id": 4}], tmp_path, transform=None)
-    ink = []
-    for words in ("a", "a dog and a cat", "a dog and a cat on a bed"):
-        contact_sheet(
-            split, {"dense": [{"image_id": 4, "caption": words}]}, tmp_path / "sheet.png", samples=1
-        )
-        grey = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
-        ink.append(int((grey < 128).sum()))
-    assert ink[0] < ink[1] < ink[2]
-
-
-def test_captions_stay_in_their_column_and_row_and_lose_no_character():
-    long, wide = "a dog on a bed " * 9, "W" * 150
-    captions = [long, wide, "a $5 and a $10 note", f"{long} {wide}", "", "x"]
-    sizes = [(40, 60), (10, 90), (90, 10), (30, 30), (60, 40), (5, 90)]
-    pictures = [Image.new("RGB", size) for size in sizes]
-    texts = [{"dense": caption, "pruned": caption[::-1]} for caption in captions]
-    figure = draw_sheet(pictures, texts)
-    figure.canvas.draw()
-
-    renderer = figure.canvas.get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in figure.texts]
-    images = [axes.images[0].get_window_extent(renderer) for axes in figure.axes]
-    for n, (box, image) in enumerate(zip(boxes, images, strict=True)):
-        assert box.x0 >= image.x0 - 1 and box.y1 <= image.y0 and box.y0 >= 0  # pixels
-        if n + 1 < len(boxes) and n % 4 < 3:
-            assert box.x1 <= boxes[n + 1].x0 and box.x1 <= images[n + 1].x0
-        if n + 4 < len(boxes):
-            assert box.y0 >= images[n + 4].y1
-        assert box.x1 <= figure.bbox.x1
-    for text, caption in zip(figure.texts, captions, strict=True):
-        shown = f"dense: {caption} pruned: {caption[::-1]}"
-        assert "".join(text.get_text().split()) == "".join(shown.split())
-        assert not text.get_parse_math()
