@@ -1,12 +1,11 @@
 """What a model costs: parameters, bytes, multiply-adds, milliseconds, memory."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+import llvmlite.binding
 import psutil
 import torch
 from torch import Tensor, nn
@@ -163,10 +162,5 @@ def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict
 
 
 def processor() -> str:
-    """The processor's name, as far as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+    """The processor's family, as compilers name it: znver4, skylake-avx512, apple-m1."""
+    return llvmlite.binding.get_host_cpu_name()

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shlex
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,8 +28,7 @@ from utils import UserError
 PICTURES = 8
 SIDE = 320  # pixels of a picture, at most
 FIGURE, DPI = (5.6, 4.0), 160  # inches: letters stay readable on a phone
-MAIN_SCORES = {"CIDEr": ("CIDEr", "{:.3g}"), "accuracy": ("test accuracy", "{:.1%}")}
-MAIN_SCORES |= {"r_mean": ("mean recall", "{:.1f}%")}
+MAIN_SCORES = {"CIDEr": "CIDEr", "accuracy": "test accuracy", "r_mean": "mean recall"}
 
 
 def build_page(runs: dict[str, RunFolder], found: dict[str, dict | str], command: str) -> bytes:
@@ -39,9 +39,10 @@ def build_page(runs: dict[str, RunFolder], found: dict[str, dict | str], command
         found: of `measure_costs`.
         command: that makes the page.
     """
-    threads = torch.get_num_threads()
-    times = f"Milliseconds of one sample on {costs.processor()}, threads: {threads}"
-    times += f"; median (least to most) of {costs.REPEATS} repeats."
+    times = (
+        f"Milliseconds of one sample on {costs.processor()}, threads: {torch.get_num_threads()}; "
+        f"median (least–most) of {costs.REPEATS} repeats."
+    )
     unmeasured = {name: why for name, why in found.items() if isinstance(why, str)}
     sections = [
         {
@@ -84,22 +85,21 @@ def finding(runs: dict[str, RunFolder]) -> str:
     score = next((x for x in MAIN_SCORES if any(x in test for test in tests.values())), None)
     if score is None:
         return ""
-    word, form = MAIN_SCORES[score]
-    by_sparsity: dict[str, dict[str, float]] = {}
+    word, by_sparsity = MAIN_SCORES[score], defaultdict(dict)
     for name, test in tests.items():
         if score in test:
             share = f"{100 * runs[name].sparsity['overall']:.3g}"
-            by_sparsity.setdefault("0" if float(share) < 1 else share, {})[name] = test[score]
+            by_sparsity["0" if float(share) < 1 else share][name] = test[score]
     clauses, dense = [], next(iter(by_sparsity.pop("0", {}).values()), None)
     for share, values in by_sparsity.items():
         verb = "is"
         if dense is not None:
             low, high = min(values.values()), max(values.values())
             verb = "falls" if high < dense else "rises" if low > dense else "goes"
-            verb += f" from {form.format(dense)} to"
-        shown = " and ".join(f"{form.format(value)} ({name})" for name, value in values.items())
+            verb += f" from {dense:#.3g} to"
+        shown = " and ".join(f"{value:#.3g} ({name})" for name, value in values.items())
         clauses.append(f"at {share} % sparsity {word} {verb} {shown}")
-    sentence = "; ".join(clauses) or f"without pruning {word} is {form.format(dense)}"
+    sentence = "; ".join(clauses) or f"without pruning {word} is {dense:#.3g}"
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -179,7 +179,7 @@ def all_costs(found: dict) -> dict[str, str]:
 
 def _time(measured: dict) -> str:
     least, most = measured["spread"]
-    return f"{measured['milliseconds']:.1f} ({least:.1f} to {most:.1f})"
+    return f"{measured['milliseconds']:.1f} ({least:.1f}–{most:.1f})"
 
 
 def with_prefix(count: float) -> str:

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import train_caption
 from configs import load_config
 from models import build_captioner, prunable_layers
 from models.checkpoint import stored_tensors
@@ -55,13 +54,11 @@ def page_of(*folders: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder in which two commands were typed: a dense run, of an earlier version, and one that
-    was pruned with IDs. Their records have paths from that folder, which is not the tests' own.
+    """The runs of a working folder, which is not the tests' own, with paths from there in their
+    records: a dense one that an earlier version wrote, and one that was pruned with IDs.
     """
     root = tmp_path_factory.mktemp("report")
-    config_file = write_config(root / "c.yaml", make_scenes(root / "scenes"))
-    torch.manual_seed(0)
-    config = load_config(config_file)
+    config = load_config(write_config(root / "c.yaml", make_scenes(root / "scenes")))
     model = build_captioner(config)
     for parameter in model.parameters():
         parameter.data.fill_(0.5)
@@ -70,31 +67,33 @@ def runs(tmp_path_factory):
     annotation = json.loads((root / "scenes/annotation/coco_karpathy_test_gt.json").read_text())
     ids = [image["id"] for image in annotation["images"]]
 
-    def write_record(path, *flags, **more):
-        flags = ["--config", "c.yaml", "--output_dir", "out", *flags]
-        record = {"config": config, "flags": vars(train_caption.parse_args(flags)), **more}
-        write_json(path, json.loads(json.dumps(record).replace(f"{root}/", "")))
-
-    for name, cider in (("dense", 5.158), ("a&b", 4.25)):
-        folder = root / "out" / name
-        more = {}
-        if name == "a&b":
-            for layer in layers.values():
-                layer.weight.data[: len(layer.weight) // 2] = 0
-            more = {"argv": ARGV}
-            flags = ["--model_dir", name, "--id_profile", "ids.json"]
-            write_record(folder / "config.json", *flags, argv=["train_caption.py"])
-            (folder / "log.txt").write_text('{"remaining_ratio": 0.9}\n{"remaining_ratio": 0.2}\n')
-            references = [{"image_id": i, "references": REFERENCES} for i in ids]
-            write_json(folder / "results/test_images.json", references)
-        folder.mkdir(exist_ok=True, parents=True)
-        save_file({n: t.clone() for n, t in stored_tensors(model)}, folder / "pruned.safetensors")
-        write_record(folder / "evaluation.json", "--evaluate", "--pruned", f"out/{name}", **more)
-        write_json(folder / "sparsity.json", sparsity_report(layers))
-        captions = [{"image_id": i, "caption": f"{name} {i} {NASTY}"} for i in ids]
-        write_json(folder / "results/test.json", captions)
+    def write(name: str, cider: float, **argv):
+        save_file({n: t.clone() for n, t in stored_tensors(model)}, root / "weights.safetensors")
         scores = {"CIDEr": cider, "Bleu_4": 0.5, "METEOR": 0.3}
-        write_json(folder / "results/test_scores.json", {"scores": scores})
+        captions = [{"image_id": i, "caption": f"{name} {i} {NASTY}"} for i in ids]
+        flags = {"config": "c.yaml", "output_dir": "out", "pruned": f"out/{name}"}
+        files = {
+            "sparsity.json": sparsity_report(layers),
+            "results/test.json": captions,
+            "results/test_scores.json": {"scores": scores},
+            "evaluation.json": {"config": config, "flags": flags, **argv},
+        }
+        for file, content in files.items():
+            local = json.loads(json.dumps(content).replace(f"{root}/", ""))
+            write_json(root / "out" / name / file, local)
+        (root / "weights.safetensors").rename(root / "out" / name / "pruned.safetensors")
+        os.utime(root / "out" / name / "pruned.safetensors", (0, 0))
+
+    write("dense", 5.158)
+    for layer in layers.values():
+        layer.weight.data[: len(layer.weight) // 2] = 0
+    write("a&b", 4.25, argv=ARGV)
+    flags = {"config": "c.yaml", "output_dir": "out", "model_dir": "a&b", "id_profile": "ids.json"}
+    record = {"config": config, "flags": flags | {"final_threshold": 0.2}, "argv": ARGV[:1]}
+    write_json(root / "out/a&b/config.json", record)
+    (root / "out/a&b/log.txt").write_text('{"remaining_ratio": 0.9}\n{"remaining_ratio": 0.2}\n')
+    references = [{"image_id": i, "references": REFERENCES} for i in ids]
+    write_json(root / "out/a&b/results/test_images.json", references)
     return root / "out", model, ids
 
 
@@ -140,13 +139,16 @@ def test_it_begins_with_what_was_found_and_has_every_section(whole, runs):
     ("values", "found"),
     [
         ({"dense": (0.001, 5), "a": (0.9, 5.2), "b": (0.9, 4)}, "At 90 % sparsity CIDEr goes from"),
-        ({"dense": (0.001, 5), "a": (0.8, 6)}, "At 80 % sparsity CIDEr rises from 5 to 6 (a)."),
+        (
+            {"dense": (0.001, 5), "a": (0.8, 6)},
+            "At 80 % sparsity CIDEr rises from 5.00 to 6.00 (a).",
+        ),
         (
             {"dense": (0, 5), "a": (0.8, 4.5), "b": (0.975, 3.123)},
-            "falls from 5 to 4.5 (a); at 97.5 % sparsity CIDEr falls from 5 to 3.12 (b).",
+            "falls from 5.00 to 4.50 (a); at 97.5 % sparsity CIDEr falls from 5.00 to 3.12 (b).",
         ),
-        ({"dense": (0, 5)}, "Without pruning CIDEr is 5."),
-        ({"a": (0.5, 4), "b": (0.5, 3)}, "At 50 % sparsity CIDEr is 4 (a) and 3 (b)."),
+        ({"dense": (0, 5)}, "Without pruning CIDEr is 5.00."),
+        ({"a": (0.5, 4), "b": (0.5, 3)}, "At 50 % sparsity CIDEr is 4.00 (a) and 3.00 (b)."),
     ],
 )
 def test_what_was_found_at_each_sparsity(tmp_path, values, found):
@@ -170,17 +172,13 @@ def test_size_and_speed(whole, runs):
     dense, effective = (shown.lines[f"multiply-adds, {x}, vision"] for x in ("dense", "effective"))
     assert dense[0] == dense[1] == effective[0] != effective[1]
     for cell in shown.lines["ms a sample, sparse"]:
-        median, least, most = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", cell).groups())
+        median, least, most = map(float, re.fullmatch(r"(\S+)\n\((\S+)–(\S+)\)", cell).groups())
         assert 0 < least <= median <= most
     head, _, _, row = ([x.strip() for x in line.split("|")[1:-1]] for line in printed[:4])
     assert head[:6] == ["run", "sparsity", "vision", "language", "CIDEr", "BLEU-4"]
     assert head[6:] == ["nonzeros", "bytes", "compressed", "multiply-adds", "ms", "ms sparse"]
     assert (row[0], row[4], row[7]) == ("a&b", "4.250", size)
-
-
-def test_numbers_with_prefixes():
-    shown = {0: "0", 7: "7", 999: "999", 1000: "1 k", 12345: "12.3 k", 65.7e9: "65.7 G"}
-    shown |= {999.4: "999", 999_400: "999 k", 999_499_999: "999 M", 999.6: "1 k", 999.6e9: "1 T"}
+    shown = {0: "0", 999.4: "999", 999.6: "1 k", 12345: "12.3 k", 999_600: "1 M", 65.7e9: "65.7 G"}
     assert {number: page.with_prefix(number) for number in shown} == shown
 
 
@@ -251,9 +249,14 @@ def test_a_run_that_was_moved_shows_what_lies_in_its_folder_and_names_the_rest(r
     assert str(folder) in found["renamed"]
 
 
-def test_a_run_that_was_moved_with_what_it_needs_is_whole(runs, tmp_path):
+def test_a_run_that_was_moved_with_what_it_needs_is_whole(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     moved = shutil.copytree(runs[0].parent, tmp_path / "moved") / "out/a&b"
+    record = json.loads((moved / "evaluation.json").read_text())
+    record["config"]["pretrained"] = shipped = "pretrained/blip_tiny_caption.safetensors"
+    write_json(moved / "evaluation.json", record)
     run = read_run(moved)
+    assert run.config["pretrained"] == str(Path(page.__file__).parents[1] / shipped)
     assert (run.weights, Path(run.id_profile)) == (moved, tmp_path / "moved/ids.json")
     assert run.config["tokenizer"] == str(tmp_path / "moved/scenes/tokenizer")
     assert len(list(page_of(moved).root.iter("img"))) == 1 + 1 + 6
