@@ -48,7 +48,7 @@ def build_page(runs: dict[str, RunFolder], found: dict[str, dict | str], command
         {
             "title": "Scores",
             "rows": rows([run.scores for run in runs.values()]),
-            "notes": [remark for run in runs.values() for remark in run.remarks()],
+            "notes": [remark for run in runs.values() for remark in run.remarks],
         },
         {
             "title": "Where sparsity went, by modality and layer",
@@ -247,12 +247,10 @@ def marked(caption: str, references: list[str] | None) -> list[tuple[str, bool]]
 
 def _commands(runs: dict[str, RunFolder], command: str) -> dict[str, list]:
     """The commands that made the runs, as they were typed, and the one that makes the page."""
-    lines, notes = [], []
-    for name, run in runs.items():
-        records = [record for record in (run.trained, run.evaluated) if record]
-        lines += [shlex.join(["python", *x["argv"]]) for x in records if x.get("argv")]
-        if not all(record.get("argv") for record in records):
-            notes.append(
-                f"Not every command of {name} was recorded: its folder is of an older version."
-            )
-    return {"commands": [*dict.fromkeys(lines), command], "notes": notes}
+    records = [(name, record) for name, run in runs.items() for record in run.records]
+    typed = [shlex.join(["python", *x["argv"]]) for _, x in records if x.get("argv")]
+    notes = [
+        f"Not every command of {name} was recorded: its folder is of an earlier version."
+        for name in dict.fromkeys(name for name, record in records if not record.get("argv"))
+    ]
+    return {"commands": [*dict.fromkeys(typed), command], "notes": notes}

@@ -16,7 +16,6 @@ EVALUATED = ("accuracy.json", "recalls.json", "test_scores.json", "test.json")
 
 ROOT = Path(__file__).parents[1]  # of the project, whose own files configs name
 PATHS = "ann_root image_root med_config tokenizer pretrained id_profile pruned".split()
-WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")  # what --pruned ends with if it is a file
 COLUMNS = {  # score to its column and format
     "CIDEr": ("CIDEr", "{:.3f}"),
     "Bleu_4": ("BLEU-4", "{:.3f}"),
@@ -36,20 +35,26 @@ class RunFolder:
         folder: of the run.
         sparsity: of `pruners.sparsity_report`.
         results: split to score's name to value.
-        trained: "config", "flags" and, of newer runs, "argv" of training; paths in the first two
-            are those of now, where they were found.
-        evaluated: the same of the last evaluation.
+        records: of training and of the last evaluation: "config", "flags" and, of newer runs,
+            "argv". Paths in the first two are those of now, where they were found.
+        config: of the last record.
+        weights: file or folder that was evaluated, or else what training wrote.
+        id_profile: path of the profile that weighted the scores; "" if none did.
         captions: of the test split, by image id.
         references: of the test split's images, by image id.
+        remarks: sentences about what is not as it seems.
     """
 
     folder: Path
     sparsity: dict | None
     results: dict[str, dict[str, float]]
-    trained: dict | None
-    evaluated: dict | None
+    records: list[dict]
+    config: dict | None
+    weights: Path | None
+    id_profile: str
     captions: dict[int, str]
     references: dict[int, list[str]]
+    remarks: list[str]
 
     @property
     def name(self) -> str:
@@ -67,46 +72,6 @@ class RunFolder:
         columns = [(*COLUMNS.get(name, (name, "{:.3f}")), test[name]) for name in names]
         return {column: form.format(value) for column, form, value in columns}
 
-    @property
-    def config(self) -> dict | None:
-        """The config of the evaluation, or else of training."""
-        known = self.evaluated or self.trained
-        return known and known["config"]
-
-    @property
-    def weights(self) -> Path | None:
-        """The file or folder that was evaluated, or else the file that training writes."""
-        if not self.evaluated:
-            return self.folder / PRUNED_FILE if self.trained else None
-        return Path(self.evaluated["flags"].get("pruned") or self.evaluated["config"]["pretrained"])
-
-    @property
-    def id_profile(self) -> str:
-        """The path of the profile that weighted the scores; "" if none did."""
-        if not self.trained:
-            return ""
-        flags, config = self.trained["flags"], self.trained["config"]
-        return flags.get("id_profile") or (config["id_profile"] if flags.get("useID") else "")
-
-    def remarks(self) -> Iterator[str]:
-        """Says whether training has not ended, and whether scores may be of earlier weights."""
-        asked = self.trained["flags"].get("final_threshold") if self.trained else None
-        if asked is not None:
-            left = (_read(self.folder / LOG_FILE, last_line=True) or {}).get("remaining_ratio", 1.0)
-            if left > asked + 1e-6:
-                yield (
-                    f"The training of {self.name} has not ended: {left:.0%} of the weights remain, "
-                    f"{asked:.0%} are asked for."
-                )
-        weights = self.folder / PRUNED_FILE
-        shown = [self.folder / "results" / name for name in EVALUATED]
-        written = [path.stat().st_mtime for path in shown if path.exists()]
-        if written and weights.exists() and min(written) < weights.stat().st_mtime:
-            yield (
-                f"The scores and captions of {self.name} are older than its weights: run "
-                "--evaluate again if it was trained again."
-            )
-
 
 def read_run(folder: Path) -> RunFolder:
     """Reads what is in a run's folder, of earlier versions too.
@@ -114,47 +79,76 @@ def read_run(folder: Path) -> RunFolder:
     Raises:
         UserError: it is no run's folder, or a file in it is damaged.
     """
-    captions, images = (_read(folder / f"results/test{end}.json") or [] for end in ("", "_images"))
-    run = RunFolder(
-        folder,
-        _read(folder / "sparsity.json"),
-        _results(folder / "results"),
-        _record(folder, "config.json"),
-        _record(folder, "evaluation.json"),
-        {row["image_id"]: row["caption"] for row in captions},
-        {row["image_id"]: row["references"] for row in images},
-    )
-    if run.sparsity is None and run.trained is None:
+    sparsity = _read(folder / "sparsity.json")
+    trained, evaluated = (_record(folder / f"{name}.json") for name in ("config", "evaluation"))
+    if sparsity is None and trained is None:
         raise UserError(
             f"{folder} holds no run: name folders that the training scripts wrote, of training or "
             "of --evaluate"
         )
-    return run
+    flags, config = (trained[key] if trained else {} for key in ("flags", "config"))
+    profile = flags.get("id_profile") or (config["id_profile"] if flags.get("useID") else "")
+    weights = folder / PRUNED_FILE
+    if evaluated:
+        config = evaluated["config"]
+        weights = Path(evaluated["flags"].get("pruned") or config["pretrained"])
+    captions, images = (_read(folder / f"results/test{end}.json") or [] for end in ("", "_images"))
+    return RunFolder(
+        folder,
+        sparsity,
+        _results(folder / "results"),
+        [record for record in (trained, evaluated) if record],
+        config or None,
+        weights if config else None,
+        profile,
+        {row["image_id"]: row["caption"] for row in captions},
+        {row["image_id"]: row["references"] for row in images},
+        list(_remarks(folder, flags.get("final_threshold"))),
+    )
 
 
-def _record(folder: Path, name: str) -> dict | None:
-    """A record of a command, whose paths lead where their files lie now.
+def _record(path: Path) -> dict | None:
+    """The record of a command, with the paths where its files lie now.
 
     What lay in the run's folder or about it is sought there first, so that it is found from every
     working folder and after a move; then from the working folder, then among the project's files.
     """
-    record = _read(folder / name)
+    record, folder = _read(path), path.parent.resolve()
     if record is None or "flags" not in record:  # Hugging Face's folders have a config.json too
         return None
     flags = record["flags"]
     before = Path(flags["output_dir"], flags.get("model_dir") or Path(flags["config"]).stem)
     pruned = "" if flags.get("model_dir") else flags.get("pruned") or ""
-    if pruned and before.name != folder.resolve().name and not pruned.endswith(WEIGHTS):
+    if pruned and before.name != folder.name and not pruned.endswith((".safetensors", ".pth")):
         before = Path(pruned)  # a run's folder, which takes the results of its evaluation
     for settings in (flags, record["config"]):
         for key in PATHS:
-            if (path := settings.get(key)) and isinstance(path, str):
-                places = [Path(path), ROOT / path]
-                if Path(path).is_absolute() == before.is_absolute():
-                    moved = folder.resolve() / os.path.relpath(path, before)
-                    places.insert(0, Path(os.path.normpath(moved)))
-                settings[key] = str(next((x for x in places if x.exists()), path))
+            if (named := settings.get(key)) and isinstance(named, str):
+                places = [Path(named), ROOT / named]
+                if places[0].is_absolute() == before.is_absolute():
+                    moved = os.path.normpath(folder / os.path.relpath(named, before))
+                    places.insert(0, Path(moved))
+                settings[key] = str(next((x for x in places if x.exists()), named))
     return record
+
+
+def _remarks(folder: Path, final_threshold: float | None) -> Iterator[str]:
+    """Says whether training has not ended, and whether scores may be of earlier weights."""
+    name, weights = folder.resolve().name, folder / PRUNED_FILE
+    if final_threshold is not None:
+        left = (_read(folder / LOG_FILE, last_line=True) or {}).get("remaining_ratio", 1.0)
+        if left > final_threshold + 1e-6:
+            yield (
+                f"The training of {name} has not ended: {left:.0%} of the weights remain, "
+                f"{final_threshold:.0%} are asked for."
+            )
+    shown = [folder / "results" / name for name in EVALUATED]
+    written = [path.stat().st_mtime for path in shown if path.exists()]
+    if written and weights.exists() and min(written) < weights.stat().st_mtime:
+        yield (
+            f"The scores and captions of {name} are older than its weights: run --evaluate again "
+            "if it was trained again."
+        )
 
 
 def _results(folder: Path) -> dict[str, dict[str, float]]:

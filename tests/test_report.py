@@ -265,18 +265,18 @@ def test_a_run_that_was_moved_with_what_it_needs_is_whole(runs, tmp_path, monkey
 def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):
     root, *_ = runs
     for name in ("a&b", "dense"):
-        assert list(read_run(root / name).remarks()) == []
+        assert read_run(root / name).remarks == []
     folder = shutil.copytree(root / "a&b", tmp_path / "copy")
     (folder / "log.txt").write_text('{"remaining_ratio": 0.7}\n')
     os.utime(folder / "pruned.safetensors", (time.time() + 60,) * 2)
     (folder / "results/val.json").touch()  # of a validation
-    ended, older = read_run(folder).remarks()
+    ended, older = read_run(folder).remarks
     assert "copy has not ended: 70% of the weights remain, 20% are asked for" in ended
     assert "copy are older than its weights" in older
     assert {ended, older} <= set(page_of(folder).texts("p"))
     (folder / "log.txt").write_text("{")
     with pytest.raises(UserError, match="log.txt is damaged"):
-        list(read_run(folder).remarks())
+        read_run(folder)
 
 
 @pytest.mark.parametrize(
