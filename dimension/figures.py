@@ -81,11 +81,10 @@ def plot_comparison(
         lines += axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill)
     axes.set(xlabel="relative depth", ylabel="intrinsic dimension")
     axes.set_ylim(bottom=0)
+    # labels are given, for those that are found leave out what begins with "_"
     place = {"loc": "outside upper center", "ncols": 4, "frameon": False}
-    legend = figure.legend(lines, ["?"] * len(lines), **place)
-    # set as texts: a label that begins with "_" would be left out, and "$" read as mathematics
-    for text, label in zip(legend.get_texts(), [*profiles, *shown], strict=True):
-        text.set(text=label, parse_math=False)
+    for text in figure.legend(lines, [*profiles, *shown], **place).get_texts():
+        text.set_parse_math(False)
     return figure
 
 

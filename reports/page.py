@@ -178,8 +178,9 @@ def all_costs(found: dict) -> dict[str, str]:
 
 
 def _time(measured: dict) -> str:
-    least, most = measured["spread"]
-    return f"{measured['milliseconds']:.1f} ({least:.1f}–{most:.1f})"
+    """The median and, in brackets, the least and the most, of three digits each."""
+    times = (measured["milliseconds"], *measured["spread"])
+    return "{:g} ({:g}–{:g})".format(*(float(f"{time:.3g}") for time in times))
 
 
 def with_prefix(count: float) -> str:

@@ -7,26 +7,9 @@ from models import build_captioner, build_clip
 from reports import costs
 
 BASE = {"vit": "base", "image_size": 384, "med_config": "configs/med_config.json"}
-SMALL_CLIP = {
-    "clip": {
-        "embed_dim": 16,
-        "patch_size": 8,
-        "vision_width": 32,
-        "vision_layers": 2,
-        "vision_heads": 2,
-        "context_length": 12,
-        "vocab_size": 40,
-        "text_width": 32,
-        "text_heads": 2,
-        "text_layers": 2,
-    },
-    "image_size": 32,
-    "queue_size": 8,
-}
-
-
-def total(counts) -> int:
-    return sum(counts.values())
+SIZES = "embed_dim patch_size vision_width vision_layers vision_heads context_length vocab_size"
+SIZES += " text_width text_heads text_layers"
+SMALL_CLIP = dict(zip(SIZES.split(), (16, 8, 32, 2, 2, 12, 40, 32, 2, 2), strict=True))
 
 
 def saved(model, task: str) -> dict[str, int]:
@@ -43,7 +26,7 @@ def test_base_models_count_as_upop_published(golden_tokenizer, task, adds, param
     with torch.device("meta"):
         model = costs.SAMPLES[task][0](BASE | {"tokenizer": golden_tokenizer}).eval()
     counts = costs.multiply_adds(model, costs.example(model, task, 384, "meta"))
-    assert total(counts["dense"]) == pytest.approx(adds, rel=0.001)
+    assert sum(counts["dense"].values()) == pytest.approx(adds, rel=0.001)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.001)
 
 
@@ -59,8 +42,8 @@ def test_large_clip_by_hand():
     assert counts["dense"] == {"vision": vision, "language": language + similarity}
 
 
-def test_zeros_of_clips_attention_save_their_products():
-    model = build_clip(SMALL_CLIP).eval()
+def test_a_small_clip_by_hand_and_zeros_of_its_attention_save_their_products():
+    model = build_clip({"clip": SMALL_CLIP, "image_size": 32, "queue_size": 8}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter[parameter == 0] = 1.0
@@ -68,6 +51,9 @@ def test_zeros_of_clips_attention_save_their_products():
         block.attn.in_proj_weight[:5] = 0
         block.attn.out_proj.weight[0] = 0
         model.transformer.resblocks[0].mlp.c_fc.weight[:, 2] = 0
+    dense = costs.multiply_adds(model, costs.example(model, "retrieval", 32))["dense"]
+    block = 12 * 17 * 32**2 + 2 * 17**2 * 32
+    assert dense["vision"] == 16 * (3 * 8 * 8) * 32 + 2 * block + 32 * 16
     assert saved(model, "retrieval") == {"vision": 17 * 32 * (5 + 1), "language": 12 * 4 * 32}
 
 

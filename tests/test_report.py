@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from configs import load_config
+from dimension.profile import IDProfile, LayerID
 from models import build_captioner, prunable_layers
 from models.checkpoint import stored_tensors
 from pruners import sparsity_report
@@ -26,7 +26,7 @@ from reports.runs import read_run
 from tests.runs import make_scenes, write_config
 from utils import UserError, write_json
 
-NASTY = "a <b>red</b> </dd> & \"blue\" 'star' &lt; é \ud83d"
+NASTY = "a two <b>red</b> </dd> & \"blue\" 'star' &lt; é \ud83d"
 REFERENCES = ["a red star", "Two stars."]
 ARGV = ["train_caption.py", "--model_dir", "a&b", "--pruned", "a b"]
 
@@ -45,6 +45,13 @@ class Page:
 
 def read(element) -> str:
     return "".join(element.itertext())
+
+
+def change(path: Path, key: str, value: str) -> None:
+    """Changes a value of a record's config."""
+    record = json.loads(path.read_text())
+    record["config"][key] = value
+    write_json(path, record)
 
 
 def page_of(*folders: Path) -> Page:
@@ -204,15 +211,11 @@ def test_eight_pictures_at_most_spread_over_the_split(runs, monkeypatch):
 def test_pictures_have_no_captions_of_other_data(runs, tmp_path, key):
     root, _, ids = runs
     folder = shutil.copytree(root / "a&b", root / f"other {key}")
+    images = [{"image_id": i, "references": ["a cat"]} for i in ids]
     if key == "references":
-        images = json.loads((folder / "results/test_images.json").read_text())
-        write_json(
-            folder / "results/test_images.json", images[::-1] + [images[0] | {"image_id": 0}]
-        )
+        write_json(folder / "results/test_images.json", images)
     else:
-        evaluation = json.loads((folder / "evaluation.json").read_text())
-        evaluation["config"][key] = str(tmp_path)
-        write_json(folder / "evaluation.json", evaluation)
+        change(folder / "evaluation.json", key, str(tmp_path))
     shown = page_of(root / "a&b", folder)
     assert shown.texts("dt") == ["a&b", "references"] * len(ids)
     left_out = f"Without runs of another ann_root or image_root: other {key}."
@@ -231,45 +234,54 @@ def test_commands_are_shown_as_they_were_typed_or_said_to_be_unknown(whole):
 def test_a_run_that_was_moved_shows_what_lies_in_its_folder_and_names_the_rest(runs, tmp_path):
     root, model, ids = runs
     folder = shutil.copytree(root / "a&b", tmp_path / "elsewhere/renamed")
-    record = json.loads((folder / "evaluation.json").read_text())
-    record["config"]["tokenizer"] = str(root.parent / "scenes/tokenizer")  # a place of its own
-    write_json(folder / "evaluation.json", record)
+    tokenizer = str(root.parent / "scenes/tokenizer")  # a place of its own
+    change(folder / "evaluation.json", "tokenizer", tokenizer)
     runs = {"renamed": read_run(folder)}
     found = page.measure_costs(runs)
-    assert sum(found["renamed"]["nonzeros"].values()) == sum(
-        map(torch.count_nonzero, model.parameters())
-    )
+    nonzeros = sum(map(torch.count_nonzero, model.parameters()))
+    assert sum(found["renamed"]["nonzeros"].values()) == nonzeros
     shown = Page(page.build_page(runs, found, "the command"))
     assert shown.lines["CIDEr"] == ["4.250"] and len(list(shown.root.iter("img"))) == 1
     assert shown.texts("dt") == ["renamed", "references"] * len(ids)
     for lost in ("ID profile ids.json", "scenes/annotation/coco_karpathy_test.json"):
         assert any(lost in text for text in shown.texts("p"))
     (folder / "pruned.safetensors").unlink()
-    found = page.measure_costs({"renamed": read_run(folder)})
+    found = page.measure_costs(runs)
     assert str(folder) in found["renamed"]
+    shown = Page(page.build_page(runs, found, "the command"))
+    assert f"Without renamed: {found['renamed']}." in shown.texts("p")
 
 
 def test_a_run_that_was_moved_with_what_it_needs_is_whole(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     moved = shutil.copytree(runs[0].parent, tmp_path / "moved") / "out/a&b"
-    record = json.loads((moved / "evaluation.json").read_text())
-    record["config"]["pretrained"] = shipped = "pretrained/blip_tiny_caption.safetensors"
-    write_json(moved / "evaluation.json", record)
+    shipped = "pretrained/blip_tiny_caption.safetensors"
+    change(moved / "evaluation.json", "pretrained", shipped)
     run = read_run(moved)
     assert run.config["pretrained"] == str(Path(page.__file__).parents[1] / shipped)
     assert (run.weights, Path(run.id_profile)) == (moved, tmp_path / "moved/ids.json")
     assert run.config["tokenizer"] == str(tmp_path / "moved/scenes/tokenizer")
-    assert len(list(page_of(moved).root.iter("img"))) == 1 + 1 + 6
+    published = list(page_of(moved).root.iter("img"))
+    assert len(published) == 1 + 1 + 6
+    layers = json.loads((tmp_path / "moved/ids.json").read_text())
+    measured = IDProfile({}, {x: LayerID(i, 1.0, [i], 9, 0, 4) for x, i in layers.items()})
+    measured.write(tmp_path / "moved")
+    (tmp_path / "moved/profile.json").rename(tmp_path / "moved/ids.json")
+    with_error_bars = list(page_of(moved).root.iter("img"))
+    assert published[0].get("src") == with_error_bars[0].get("src")
+    assert published[1].get("src") != with_error_bars[1].get("src")
 
 
 def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):
     root, *_ = runs
-    for name in ("a&b", "dense"):
-        assert read_run(root / name).remarks == []
+    assert read_run(root / "a&b").remarks == [] == read_run(root / "dense").remarks
     folder = shutil.copytree(root / "a&b", tmp_path / "copy")
+    (folder / "results/val.json").touch()  # of a validation, which does not count
+    for file, seconds in (("pruned.safetensors", 100), ("results/val.json", 50)):
+        os.utime(folder / file, (seconds, seconds))
+    assert read_run(folder).remarks == []
+    os.utime(folder / "results/test_scores.json", (50, 50))
     (folder / "log.txt").write_text('{"remaining_ratio": 0.7}\n')
-    os.utime(folder / "pruned.safetensors", (time.time() + 60,) * 2)
-    (folder / "results/val.json").touch()  # of a validation
     ended, older = read_run(folder).remarks
     assert "copy has not ended: 70% of the weights remain, 20% are asked for" in ended
     assert "copy are older than its weights" in older
@@ -300,13 +312,12 @@ def test_what_a_run_of_another_task_lacks_is_left_out(tmp_path, file, content, l
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    sparsity = {"overall": 0.0, "by_modality": {}, "pruned": 0, "by_layer": {}}
     folders = [str(tmp_path / "one/run"), str(tmp_path / "two/run")]
     for folder in folders:
-        write_json(Path(folder, "sparsity.json"), sparsity)
+        write_json(Path(folder, "results/accuracy.json"), {"test": 0.9})
+        write_json(Path(folder, "sparsity.json"), {"overall": 0, "by_modality": {}, "pruned": 0})
     report.main(report.parse_args([*folders, "--out", str(tmp_path / "page.html")]))
-    shown = Page((tmp_path / "page.html").read_bytes())
-    assert shown.lines[""] == folders
+    assert Page((tmp_path / "page.html").read_bytes()).lines[""] == folders
 
 
 def test_mistakes_name_the_folder(tmp_path):
