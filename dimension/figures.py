@@ -63,11 +63,11 @@ def plot_comparison(
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    present, lines = set(KINDS), []
+    present = set(KINDS)
     for number, (label, layers) in enumerate(profiles.items()):
         colour, ids = f"C{number}", list(layers.values())
         depth = [position / max(1, len(ids) - 1) for position in range(len(ids))]
-        lines += axes.plot(depth, ids, lw=0.5, color=colour)
+        axes.plot(depth, ids, lw=0.5, color=colour, label=label)
         known = (kinds or {}).get(label, {})
         own = [known.get(name) or layer_kind(name) for name in layers]
         present |= set(own)
@@ -75,16 +75,12 @@ def plot_comparison(
             chosen = [i for i, other in enumerate(own) if other == kind]
             x, y = [depth[i] for i in chosen], [ids[i] for i in chosen]
             axes.plot(x, y, marker, ms=4, color=colour, fillstyle=fill)
-    shown = [kind for kind in STYLES if kind in present]
-    for kind in shown:
+    for kind in [kind for kind in STYLES if kind in present]:
         _, marker, fill = STYLES[kind]
-        lines += axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill)
+        axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill, label=kind)
     axes.set(xlabel="relative depth", ylabel="intrinsic dimension")
     axes.set_ylim(bottom=0)
-    # labels are given, for those that are found leave out what begins with "_"
-    place = {"loc": "outside upper center", "ncols": 4, "frameon": False}
-    for text in figure.legend(lines, [*profiles, *shown], **place).get_texts():
-        text.set_parse_math(False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 

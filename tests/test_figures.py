@@ -2,7 +2,7 @@
 
 import pytest
 
-from dimension.figures import KINDS, layer_kind, plot_comparison
+from dimension.figures import KINDS, layer_kind
 from models import build_captioner, prunable_layers
 from pruners import sparsity_report
 from reports.figures import plot_sparsity
@@ -56,10 +56,3 @@ def test_layers_of_a_foreign_model_count_to_the_modality_that_was_found():
     assert list(markers.get_xdata()) == [0, 3, 3, 10, 10]
     assert list(means.get_xdata()) == [0, 3, 10]
     assert means.get_ydata() == pytest.approx([0.2, 0.5, 0.9])
-
-
-def test_every_profile_has_its_name_in_the_legend():
-    profile = {f"visual_encoder.blocks.{n}.attn.qkv": 5.0 + n for n in range(3)}
-    (legend,) = plot_comparison({"_old": profile, "$new$": profile}).legends
-    assert [text.get_text() for text in legend.get_texts()][:2] == ["_old", "$new$"]
-    assert not any(text.get_parse_math() for text in legend.get_texts())
