@@ -1,37 +1,42 @@
 """What a model costs: parameters, bytes, multiply-adds, milliseconds, memory."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
+import llvmlite.binding
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import compressed
+from models import build_captioner, build_clip, build_nlvr, compressed
 from models.checkpoint import stored_tensors
 from models.layers import modality
 from sparse.linear import sparsify_
 
 BYTES = {"float32": 4, "float16": 2}  # of an element
-# Of the text in UPop's published counts: its caption is 13 words, its statement 34 word pieces and
-# commas, and both have [CLS] and [SEP].
-TOKENS = {"caption": 15, "nlvr": 36}
+REPEATS = 5  # of what is timed
+
+
+# Task to what builds its model, and one sample of it: pictures, tensors of tokens (ids, their mask,
+# targets), and tokens in UPop's published counts (a caption of 13 words, a statement of 34 word
+# pieces and commas, both with [CLS] and [SEP]); None: as many as the model has positions.
+SAMPLES = {
+    "caption": (build_captioner, 1, 3, 15),
+    "nlvr": (build_nlvr, 2, 2, 36),
+    "retrieval": (build_clip, 1, 1, None),
+}
 
 
 def example(model: nn.Module, task: str, image_size: int, device: str = "cpu") -> tuple:
-    """One sample as tensors of `infer`: random pixels, a text of UPop's length or of CLIP's own."""
-    length = TOKENS.get(task) or model.context_length
-    ids = torch.ones(1, length, dtype=torch.int64, device=device)
-    pictures = [
-        torch.randn(1, 3, image_size, image_size, device=device)
-        for _ in range(2 if task == "nlvr" else 1)
-    ]
-    texts = {"caption": (ids, torch.ones_like(ids), ids), "nlvr": (ids, torch.ones_like(ids))}
-    return (*pictures, *texts.get(task, (ids,)))
+    """One sample as tensors of `infer`: random pixels and a text."""
+    _, pictures, texts, tokens = SAMPLES[task]
+    size, length = (1, 3, image_size, image_size), tokens or model.context_length
+    ids = [torch.ones(1, length, dtype=torch.int64, device=device) for _ in range(texts)]
+    return (*(torch.randn(size, device=device) for _ in range(pictures)), *ids)
 
 
 def infer(model: nn.Module, tensors: tuple) -> Tensor:
@@ -43,8 +48,8 @@ def infer(model: nn.Module, tensors: tuple) -> Tensor:
 def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, dict[str, int]]:
     """Counts the multiply-adds of a forward pass, as UPop does (Shi et al., ICML 2023).
 
-    Those of linear layers, convolutions and products of attention; norms and activations, below
-    0.2 % of BLIP's, are not counted. A weight that is zero saves its product with every token.
+    Linear layers, convolutions and products of attention are counted; norms and activations, below
+    0.2 % of BLIP's, are not. A weight that is zero saves its product with every token.
 
     Args:
         model: in eval mode.
@@ -55,7 +60,7 @@ def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, di
     """
     saved = dict.fromkeys(("vision", "language"), 0)
     hooks = [
-        module.register_forward_hook(_adds_to(saved, modality(name)))
+        module.register_forward_hook(partial(_add_saved, saved, modality(name)))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
     ]
@@ -78,22 +83,14 @@ def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, di
     return {"dense": dense, "effective": {kind: dense[kind] - saved[kind] for kind in dense}}
 
 
-def _adds_to(saved: dict[str, int], kind: str) -> Callable:
-    """A forward hook that adds a layer's products by zero weights."""
-
-    def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-        weights = (
-            [module.weight]
-            if hasattr(module, "weight")
-            else [module.in_proj_weight, module.out_proj.weight]
-        )
-        output = output[0] if isinstance(output, tuple) else output
-        channels = weights[-1].shape[0]
-        for weight in weights:
-            zeros = weight.numel() - int(weight.count_nonzero()) if not weight.is_meta else 0
-            saved[kind] += zeros * (output.numel() // channels)  # uses of each weight
-
-    return hook
+def _add_saved(saved: dict[str, int], kind: str, module: nn.Module, inputs: tuple, output) -> None:
+    """Adds a layer's products by zero weights; a forward hook once its first two are given."""
+    weights = [module.weight] if hasattr(module, "weight") else []
+    if isinstance(module, nn.MultiheadAttention):
+        output, weights = output[0], [module.in_proj_weight, module.out_proj.weight]
+    for weight in weights:
+        zeros = weight.numel() - int(weight.count_nonzero()) if not weight.is_meta else 0
+        saved[kind] += zeros * (output.numel() // weights[-1].shape[0])  # uses of each weight
 
 
 def sizes(model: nn.Module) -> dict:
@@ -102,10 +99,7 @@ def sizes(model: nn.Module) -> dict:
     Returns:
         "parameters" and "nonzeros", each by modality; "bytes" by format and type.
     """
-    found = {
-        "parameters": dict.fromkeys(("vision", "language"), 0),
-        "nonzeros": dict.fromkeys(("vision", "language"), 0),
-    }
+    found = {what: dict.fromkeys(("vision", "language"), 0) for what in ("parameters", "nonzeros")}
     found["bytes"] = {f"{form} {t}": 0 for form in ("dense", "compressed") for t in BYTES}
     for name, tensor in stored_tensors(model):
         kind, elements, stored = modality(name), tensor.numel(), int(tensor.count_nonzero())
@@ -118,32 +112,24 @@ def sizes(model: nn.Module) -> dict:
     return found
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of a call, after one that is not timed."""
+def milliseconds(run: Callable[[], object]) -> list[float]:
+    """Times of a call, in ascending order, after one that is not timed."""
     run()
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         start = time.perf_counter()
         run()
         times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that is resident; None where /proc does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+    return sorted(times)
 
 
 def report(model: nn.Module, config: dict) -> dict:
     """Measures what a model costs, here; sparse as well, which makes it sparse.
 
     Returns:
-        Fit for JSON: what `sizes` and `multiply_adds` return, and for the model as it
-        is ("dense") and with sparse layers ("sparse") milliseconds a sample and resident bytes.
+        Fit for JSON: what `sizes` and `multiply_adds` return, what became of the linear layers
+        ("sparse_layers", a text), and of the model as it is ("dense") and with sparse layers
+        ("sparse") what `measured` returns.
     """
     sample = example(model, config["task"], config["image_size"])
     found = sizes(model) | {"multiply_adds": multiply_adds(model, sample)}
@@ -154,22 +140,27 @@ def report(model: nn.Module, config: dict) -> dict:
 
 
 def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
-    """Milliseconds of one sample (a caption of TOKENS, or a forward pass), and resident bytes."""
+    """Milliseconds of one sample (a caption of one length, or a forward pass), resident bytes.
+
+    Returns:
+        "milliseconds", the median of the repeats; "spread", their least and most;
+        "resident_bytes".
+    """
     if config["task"] == "caption":
-        length = min(TOKENS["caption"], config["max_length"])  # the same whatever a model says
+        tokens = SAMPLES["caption"][-1]
+        length = min(tokens, config["max_length"])  # the same whatever a model says
         lengths = {"num_beams": config["num_beams"], "max_length": length, "min_length": length}
-        time = milliseconds(lambda: model.generate(sample[0], **lengths))
+        times = milliseconds(lambda: model.generate(sample[0], **lengths))
     else:
         with torch.no_grad():
-            time = milliseconds(lambda: infer(model, sample))
-    return {"milliseconds": time, "resident_bytes": resident_bytes()}
+            times = milliseconds(lambda: infer(model, sample))
+    return {
+        "milliseconds": statistics.median(times),
+        "spread": [times[0], times[-1]],
+        "resident_bytes": psutil.Process().memory_info().rss,
+    }
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+    """The processor's family, as compilers name it: znver4, skylake-avx512, apple-m1."""
+    return llvmlite.binding.get_host_cpu_name()

@@ -1,8 +1,8 @@
-"""Writes one HTML page that tells all about some runs, pictures included; it needs no network.
+"""Writes one HTML page about some runs, pictures included; it needs no network.
 
     python -m reports.report output/demo/dense output/demo/PLATON90 output/demo/PLATON90-ID
 
-Of each run it shows what its folder has: where sparsity went, the IDs that weighted it, scores, and
+Of each run it shows what its folder has: scores, where sparsity went, the IDs that weighted it, and
 captions of a few test pictures; its size and speed are measured here, on the CPU. The table of all
 is also printed.
 """
@@ -22,31 +22,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, help="default: report.html beside the first run")
+    parser.add_argument("--out", type=Path, help="file; default: report.html beside the first run")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measures, prints the table and writes the page."""
+    """Measures, prints the table and what was found, and writes the page."""
     runs = [read_run(folder) for folder in args.runs]
-    out = args.out or args.runs[0].resolve().parent / "report.html"
-    # here, so that a folder that is no run is named before what takes seconds to import
-    from reports.page import build_page, label, measure_costs, short_costs
+    names = [run.name for run in runs]
+    labels = names if len(set(names)) == len(names) else map(str, args.runs)
+    runs = dict(zip(labels, runs, strict=True))
+    # after the folders were read, whose mistakes do not wait for what takes seconds to import
+    from reports.page import build_page, finding, measure_costs, short_costs
 
-    costs = measure_costs(runs)
+    found = measure_costs(runs)
     rows = [
-        {"run": name}
-        | (shares(run.sparsity) if run.sparsity else {})
-        | run.scores
-        | (short_costs(found) if found else {})
-        for name, run, found in zip(label(runs), runs, costs, strict=True)
+        {"run": name, **shares(run.sparsity), **run.scores}
+        | (short_costs(found[name]) if isinstance(found[name], dict) else {})
+        for name, run in runs.items()
     ]
-    print(markdown(rows))
-    command = shlex.join(["python", "-m", "reports.report", *map(str, args.runs)])
-    if args.out:
-        command += f" --out {shlex.quote(str(args.out))}"
+    print(markdown(rows), finding(runs), sep="\n")
+    command = ["python", "-m", "reports.report", *map(str, args.runs)]
+    command += ["--out", str(args.out)] if args.out else []
+    out = args.out or args.runs[0].resolve().parent / "report.html"
     with atomic_write(out, "wb") as file:
-        file.write(build_page(runs, costs, command))
+        file.write(build_page(runs, found, shlex.join(command)))
     print(f"wrote {out}")
 
 

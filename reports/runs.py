@@ -1,8 +1,9 @@
-"""What the training scripts leave in the folder of a run."""
+"""The folder of a run: the names of its files, and what they hold. Imports nothing heavy."""
 
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils import UserError
@@ -10,33 +11,50 @@ from utils import UserError
 PRUNED_FILE = "pruned.safetensors"
 CHECKPOINTS = "checkpoints"  # a folder
 LOG_FILE = "log.txt"  # a line of JSON for each epoch
-# of results/: what is read here; a validation in training writes others beside them
-SHOWN = ("accuracy.json", "recalls.json", "test_scores.json", "test.json")
-CAPTION_SCORES = {"CIDEr": "CIDEr", "BLEU-4": "Bleu_4"}  # column: pycocoevalcap's name
-RECALLS = {"TR@1": "txt_r1", "TR@5": "txt_r5", "IR@1": "img_r1", "IR@5": "img_r5", "mean": "r_mean"}
+# of results/: what an evaluation writes; a validation in training writes others beside them
+EVALUATED = ("accuracy.json", "recalls.json", "test_scores.json", "test.json")
+
+ROOT = Path(__file__).parents[1]  # of the project, whose own files configs name
+PATHS = "ann_root image_root med_config tokenizer pretrained id_profile pruned".split()
+COLUMNS = {  # score to its column and format
+    "CIDEr": ("CIDEr", "{:.3f}"),
+    "Bleu_4": ("BLEU-4", "{:.3f}"),
+    "txt_r1": ("TR@1", "{:.1f}%"),
+    "txt_r5": ("TR@5", "{:.1f}%"),
+    "img_r1": ("IR@1", "{:.1f}%"),
+    "img_r5": ("IR@5", "{:.1f}%"),
+    "r_mean": ("mean", "{:.1f}%"),
+}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run as its folder tells it; None and empty stand for what is not there.
+    """A run as its folder has it; None and empty stand for what is not there.
 
     Attributes:
         folder: of the run.
         sparsity: of `pruners.sparsity_report`.
-        scores: column to formatted value; captions' and recalls are of the test split.
-        trained: "config" and "flags" of training.
-        evaluated: "config" and "flags" of the last evaluation.
+        results: split to score's name to value.
+        records: of training and of the last evaluation: "config", "flags" and, of newer runs,
+            "argv". Paths in the first two are those of now, where they were found.
+        config: of the last record.
+        weights: file or folder that was evaluated, or else what training wrote.
+        id_profile: path of the profile that weighted the scores; "" if none did.
         captions: of the test split, by image id.
+        references: of the test split's images, by image id.
         remarks: sentences about what is not as it seems.
     """
 
     folder: Path
     sparsity: dict | None
-    scores: dict[str, str]
-    trained: dict | None
-    evaluated: dict | None
+    results: dict[str, dict[str, float]]
+    records: list[dict]
+    config: dict | None
+    weights: Path | None
+    id_profile: str
     captions: dict[int, str]
-    remarks: list[str] = field(default_factory=list)
+    references: dict[int, list[str]]
+    remarks: list[str]
 
     @property
     def name(self) -> str:
@@ -44,79 +62,103 @@ class RunFolder:
         return self.folder.resolve().name
 
     @property
-    def config(self) -> dict | None:
-        """Of the evaluation, or else of training."""
-        known = self.evaluated or self.trained
-        return known and known["config"]
-
-    @property
-    def weights(self) -> Path | None:
-        """What was evaluated, or else what training wrote, if it is a file or folder here."""
-        place = self.folder / PRUNED_FILE
-        if self.evaluated:
-            place = self.evaluated["flags"]["pruned"] or self.evaluated["config"]["pretrained"]
-        return Path(place) if place and Path(place).exists() else None
-
-    @property
-    def id_profile(self) -> str:
-        """The path of the profile that weighted the scores; "" if none did."""
-        if not self.trained:
-            return ""
-        flags, config = self.trained["flags"], self.trained["config"]
-        return flags["id_profile"] or (config["id_profile"] if flags["useID"] else "")
+    def scores(self) -> dict[str, str]:
+        """Column to formatted score: accuracies of all splits, other scores of the test split."""
+        accuracies = {split: x["accuracy"] for split, x in self.results.items() if "accuracy" in x}
+        if accuracies:
+            return {f"{split} accuracy": f"{share:.1%}" for split, share in accuracies.items()}
+        test = self.results.get("test", {})
+        names = [name for name in COLUMNS if name in test] or list(test)
+        columns = [(*COLUMNS.get(name, (name, "{:.3f}")), test[name]) for name in names]
+        return {column: form.format(value) for column, form, value in columns}
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Reads what is in a run's folder.
+    """Reads what is in a run's folder, of earlier versions too.
 
     Raises:
         UserError: it is no run's folder, or a file in it is damaged.
     """
-    results = folder / "results"
-    run = RunFolder(
-        folder,
-        _read(folder / "sparsity.json"),
-        _scores(results),
-        _read(folder / "config.json"),
-        _read(folder / "evaluation.json"),
-        {row["image_id"]: row["caption"] for row in _read(results / "test.json") or []},
-    )
-    run.remarks.extend(_remarks(run))
-    if run.sparsity is None and run.trained is None:
+    sparsity = _read(folder / "sparsity.json")
+    trained, evaluated = (_record(folder / f"{name}.json") for name in ("config", "evaluation"))
+    if sparsity is None and trained is None:
         raise UserError(
             f"{folder} holds no run: name folders that the training scripts wrote, of training or "
             "of --evaluate"
         )
-    return run
+    flags, config = (trained[key] if trained else {} for key in ("flags", "config"))
+    profile = flags.get("id_profile") or (config["id_profile"] if flags.get("useID") else "")
+    weights = folder / PRUNED_FILE
+    if evaluated:
+        config = evaluated["config"]
+        weights = Path(evaluated["flags"].get("pruned") or config["pretrained"])
+    captions, images = (_read(folder / f"results/test{end}.json") or [] for end in ("", "_images"))
+    return RunFolder(
+        folder,
+        sparsity,
+        _results(folder / "results"),
+        [record for record in (trained, evaluated) if record],
+        config or None,
+        weights if config else None,
+        profile,
+        {row["image_id"]: row["caption"] for row in captions},
+        {row["image_id"]: row["references"] for row in images},
+        list(_remarks(folder, flags.get("final_threshold"))),
+    )
 
 
-def _remarks(run: RunFolder) -> Iterator[str]:
+def _record(path: Path) -> dict | None:
+    """The record of a command, with the paths where its files lie now.
+
+    What lay in the run's folder or about it is sought there first, so that it is found from every
+    working folder and after a move; then from the working folder, then among the project's files.
+    """
+    record, folder = _read(path), path.parent.resolve()
+    if record is None or "flags" not in record:  # Hugging Face's folders have a config.json too
+        return None
+    flags = record["flags"]
+    before = Path(flags["output_dir"], flags.get("model_dir") or Path(flags["config"]).stem)
+    pruned = "" if flags.get("model_dir") else flags.get("pruned") or ""
+    if pruned and before.name != folder.name and not pruned.endswith((".safetensors", ".pth")):
+        before = Path(pruned)  # a run's folder, which takes the results of its evaluation
+    for settings in (flags, record["config"]):
+        for key in PATHS:
+            if (named := settings.get(key)) and isinstance(named, str):
+                places = [Path(named), ROOT / named]
+                if places[0].is_absolute() == before.is_absolute():
+                    moved = os.path.normpath(folder / os.path.relpath(named, before))
+                    places.insert(0, Path(moved))
+                settings[key] = str(next((x for x in places if x.exists()), named))
+    return record
+
+
+def _remarks(folder: Path, final_threshold: float | None) -> Iterator[str]:
     """Says whether training has not ended, and whether scores may be of earlier weights."""
-    if run.trained and (asked := run.trained["flags"].get("final_threshold")) is not None:
-        left = (_read(run.folder / LOG_FILE, last_line=True) or {}).get("remaining_ratio", 1.0)
-        if left > asked + 1e-6:
+    name, weights = folder.resolve().name, folder / PRUNED_FILE
+    if final_threshold is not None:
+        left = (_read(folder / LOG_FILE, last_line=True) or {}).get("remaining_ratio", 1.0)
+        if left > final_threshold + 1e-6:
             yield (
-                f"the training of {run.name} has not ended: {left:.0%} of the weights remain, "
-                f"{asked:.0%} are asked for"
+                f"The training of {name} has not ended: {left:.0%} of the weights remain, "
+                f"{final_threshold:.0%} are asked for."
             )
-    weights = run.folder / PRUNED_FILE
-    shown = [run.folder / "results" / name for name in SHOWN]
+    shown = [folder / "results" / name for name in EVALUATED]
     written = [path.stat().st_mtime for path in shown if path.exists()]
     if written and weights.exists() and min(written) < weights.stat().st_mtime:
         yield (
-            f"the scores and captions of {run.name} are older than its weights: run --evaluate "
-            "again if it was trained again"
+            f"The scores and captions of {name} are older than its weights: run --evaluate again "
+            "if it was trained again."
         )
 
 
-def _scores(results: Path) -> dict[str, str]:
-    """The scores of an evaluation of any task."""
-    if accuracy := _read(results / "accuracy.json"):
-        return {f"{split} accuracy": f"{share:.1%}" for split, share in accuracy.items()}
-    if recalls := _read(results / "recalls.json"):
-        return {column: f"{recalls['test'][name]:.1f}%" for column, name in RECALLS.items()}
-    found = (_read(results / "test_scores.json") or {}).get("scores", {})
-    return {col: f"{found[name]:.3f}" for col, name in CAPTION_SCORES.items() if name in found}
+def _results(folder: Path) -> dict[str, dict[str, float]]:
+    """Split to scores, from the files of all tasks; newer runs have scores.json as well."""
+    accuracies = _read(folder / "accuracy.json") or {}
+    captions = _read(folder / "test_scores.json")
+    found = {split: {"accuracy": share} for split, share in accuracies.items()}
+    found |= _read(folder / "recalls.json") or {}
+    found |= {"test": captions["scores"]} if captions else {}
+    return found | (_read(folder / "scores.json") or {})
 
 
 def _read(path: Path, last_line: bool = False) -> dict | list | None:

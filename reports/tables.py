@@ -1,4 +1,4 @@
-"""Prints what evaluated runs have come to, as a Markdown table.
+"""Prints the scores of evaluated runs as a Markdown table.
 
     python -m reports.tables output/demo dense PLATON90 PLATON90-ID
 
@@ -9,6 +9,7 @@ with the mean ID of each modality.
 import argparse
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 from reports.runs import RunFolder, read_run
 from utils import UserError, launch
@@ -25,10 +26,10 @@ def row(run: RunFolder) -> dict[str, str]:
     return {"run": run.name, **shares(run.sparsity), **run.scores}
 
 
-def shares(sparsity: dict) -> dict[str, str]:
-    """The columns of the shares of zeros, of a `sparsity_report`."""
-    by_modality = {kind: f"{share:.1%}" for kind, share in sparsity["by_modality"].items()}
-    return {"sparsity": f"{sparsity['overall']:.1%}", **by_modality}
+def shares(sparsity: dict | None) -> dict[str, str]:
+    """The columns of the shares of zeros, from a `sparsity_report` if there is one."""
+    found = {"sparsity": sparsity["overall"], **sparsity["by_modality"]} if sparsity else {}
+    return {name: f"{share:.1%}" for name, share in found.items()}
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -49,14 +50,13 @@ def mean_ids(path: Path) -> str:
     Raises:
         UserError: the file cannot be read or is no profile.
     """
-    from dimension.profile import load_profile
+    from dimension.profile import load_kinds, load_profile
     from models.layers import modality
 
-    members = defaultdict(list)
+    kinds, members = load_kinds(path), defaultdict(list)
     for name, dimension in load_profile(path).items():
-        members[modality(name)].append(dimension)
-    means = (f"{kind} {sum(ids) / len(ids):.1f}" for kind, ids in members.items())
-    return "mean ID: " + ", ".join(means)
+        members[kinds.get(name) or modality(name)].append(dimension)
+    return "mean ID: " + ", ".join(f"{kind} {mean(ids):.1f}" for kind, ids in members.items())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,14 +64,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="the runs' --output_dir")
-    parser.add_argument("runs", nargs="+", help="their --model_dir")
+    parser.add_argument("folder", type=Path, help="folder of the runs, their --output_dir")
+    parser.add_argument("runs", nargs="+", help="names of the runs, their --model_dir")
     parser.add_argument("--ids", type=Path, help="profile of the IDs that weighted the scores")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints the table of the runs named on the command line, IDs, and where figures are."""
+    """Prints the table, the mean IDs, and the paths of figures."""
     print(markdown([row(read_run(args.folder / run)) for run in args.runs]))
     if args.ids:
         print(mean_ids(args.ids))

@@ -2,13 +2,13 @@
 
 import pytest
 
-from dimension.figures import KINDS
+from dimension.figures import KINDS, layer_kind
 from models import build_captioner, prunable_layers
 from pruners import sparsity_report
 from reports.figures import plot_sparsity
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def report(caption_tiny_config):
     layers = prunable_layers(build_captioner(caption_tiny_config))
     for number, layer in enumerate(layers.values()):
@@ -16,38 +16,43 @@ def report(caption_tiny_config):
     return sparsity_report(layers)
 
 
-def test_every_layer_is_a_point_and_every_block_a_mean(report):
-    panel, other = plot_sparsity({"one": report, "two": report}).axes
-    assert (panel.get_title(), other.get_title()) == ("one", "two")
-    lines = panel.get_lines()
-    points = [line for line in lines if len(line.get_xdata()) == 1]
-    found = sorted((int(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in points)
-    shares = report["by_layer"].items()
-    number = {name: int(next(x for x in name.split(".") if x.isdigit())) for name, _ in shares}
-    assert found == sorted((number[name], share) for name, share in shares)
-    (vision,) = [line for line in lines if line.get_label().startswith("vision")]
-    blocks = [[s for n, s in shares if n.startswith(f"visual_encoder.blocks.{b}.")] for b in (0, 1)]
-    assert list(vision.get_xdata()) == [0, 1]
-    assert vision.get_ydata() == pytest.approx([sum(block) / len(block) for block in blocks])
-
-
-def test_all_shares_are_within_the_axes_and_modalities_have_their_colours(report):
-    (panel,) = plot_sparsity({"one": report}).axes
-    low, high = panel.get_ylim()
-    assert low <= 0 and high >= 1
-    assert panel.get_ylabel() == "share of zeros"
-    assert panel.get_xlabel() == "transformer block"
-    for kind in ("vision", "language"):
-        (line,) = [line for line in panel.get_lines() if line.get_label().startswith(kind)]
-        assert line.get_color() == KINDS[kind][0]
-
-
-def test_labels_tell_the_shares(report):
-    (panel,) = plot_sparsity({"one": report}).axes
-    texts = [text.get_text() for text in panel.get_legend().get_texts()]
-    assert texts == [
-        *(f"{kind} ({share:.1%})" for kind, share in report["by_modality"].items()),
-        f"overall ({report['overall']:.1%})",
+def test_every_layer_is_a_marker_of_its_kind_and_every_block_a_mean(report):
+    first, second = plot_sparsity({"$one": report, "two": report}, lowest=0.4).axes
+    assert [panel.get_title() for panel in (first, second)] == ["$one", "two"]
+    assert not first.title.get_parse_math() and first.get_ylim() == (pytest.approx(0.37), 1.03)
+    lines = {line.get_label(): line for line in first.get_lines()}
+    shares = report["by_layer"]
+    number = {name: int(next(x for x in name.split(".") if x.isdigit())) for name in shares}
+    for kind, (colour, marker, fill) in KINDS.items():
+        line = lines[f"{kind} layer"]
+        assert (line.get_color(), line.get_marker(), line.get_fillstyle()) == (colour, marker, fill)
+        expected = [(number[name], x) for name, x in shares.items() if layer_kind(name) == kind]
+        assert sorted(map(tuple, line.get_xydata())) == sorted(expected)
+    vision = lines[f"vision ({report['by_modality']['vision']:.1%})"]
+    blocks = [
+        [x for n, x in shares.items() if n.startswith(f"visual_encoder.blocks.{b}.")]
+        for b in (0, 1)
     ]
-    overall = next(line for line in panel.get_lines() if line.get_label().startswith("overall"))
-    assert set(overall.get_ydata()) == {report["overall"]}
+    assert list(vision.get_xdata()) == [0, 1] and vision.get_color() == KINDS["vision"][0]
+    assert vision.get_ydata() == pytest.approx([sum(block) / len(block) for block in blocks])
+    overall = f"overall ({report['overall']:.1%})"
+    assert set(lines[overall].get_ydata()) == {report["overall"]}
+    legend = [text.get_text() for text in first.get_legend().get_texts()]
+    assert sorted(legend) == sorted(lines)
+
+
+def test_layers_of_a_foreign_model_count_to_the_modality_that_was_found():
+    layers = {
+        "stem": 0.2,
+        "encoder.3.fc": 0.4,
+        "encoder.3.out": 0.6,
+        "encoder.10": 0.8,
+        "head": 1.0,
+    }
+    report = {"overall": 0.6, "by_modality": {"other": 0.6}, "by_layer": layers}
+    (panel,) = plot_sparsity({"ViT": report}).axes
+    markers, means, _ = panel.get_lines()
+    assert markers.get_label() == "other layer" and means.get_label() == "other (60.0%)"
+    assert list(markers.get_xdata()) == [0, 3, 3, 10, 10]
+    assert list(means.get_xdata()) == [0, 3, 10]
+    assert means.get_ydata() == pytest.approx([0.2, 0.5, 0.9])

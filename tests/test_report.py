@@ -1,326 +1,302 @@
-"""The page of a report, parsed; runs are folders written here, with a tiny captioner's weights."""
+"""The page of runs, parsed; runs are folders written here, with a tiny captioner's weights."""
 
 import base64
+import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
-import time
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import ComputeID
-import train_caption
 from configs import load_config
-from data.caption_dataset import build_caption_datasets
+from dimension.profile import IDProfile, LayerID
 from models import build_captioner, prunable_layers
 from models.checkpoint import stored_tensors
 from pruners import sparsity_report
 from reports import page, report
-from reports.runs import RunFolder, read_run
+from reports.runs import read_run
 from tests.runs import make_scenes, write_config
 from utils import UserError, write_json
 
-NASTY = "a <b>red</b> </dd> & \"blue\" 'star' &lt; é \ud83d"
+NASTY = "a two <b>red</b> </dd> & \"blue\" 'star' &lt; é \ud83d"
+REFERENCES = ["a red star", "Two stars."]
+ARGV = ["train_caption.py", "--model_dir", "a&b", "--pruned", "a b"]
 
 
-class Page(HTMLParser):
-    """What a reader sees: texts by tag, cells by line of a table, and images' sources."""
+class Page:
+    """What a reader sees: texts by tag, and cells by the name of a table's line."""
 
-    def __init__(self, html: str):
-        super().__init__()
-        self.texts, self.lines, self.images, self.tags, self.open = {}, [], [], set(), []
-        self.feed(html)
-        self.close()
+    def __init__(self, content: bytes):
+        self.root = ElementTree.fromstring(content)
+        tables = [[read(cell) for cell in line] for line in self.root.iter("tr")]
+        self.lines = {name: cells for name, *cells in tables}
 
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        attributes = dict(attributes)
-        if tag == "img":
-            self.images.append(attributes["src"])
-        if tag in ("img", "meta"):
-            return
-        self.open.append(tag)
-        self.texts.setdefault(tag, []).append("")
-        if tag == "tr":
-            self.lines.append([])
-        if tag in ("th", "td"):
-            self.lines[-1].append("")
+    def texts(self, tag: str) -> list[str]:
+        return [read(element) for element in self.root.iter(tag)]
 
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
-    def handle_data(self, text):
-        if self.open:
-            self.texts[self.open[-1]][-1] += text
-            if self.open[-1] in ("th", "td"):
-                self.lines[-1][-1] += text
+def read(element) -> str:
+    return "".join(element.itertext())
 
-    def line(self, name) -> list[str]:
-        (found,) = (cells[1:] for cells in self.lines if cells[0] == name)
-        return found
+
+def change(path: Path, key: str, value: str) -> None:
+    """Changes a value of a record's config."""
+    record = json.loads(path.read_text())
+    record["config"][key] = value
+    write_json(path, record)
+
+
+def page_of(*folders: Path) -> Page:
+    """The page without what takes seconds to measure."""
+    return Page(page.build_page({x.name: read_run(x) for x in folders}, {}, "the command"))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A dense run that was evaluated alone, and one that was pruned with IDs and evaluated."""
+    """The runs of a working folder, which is not the tests' own, with paths from there in their
+    records: a dense one that an earlier version wrote, and one that was pruned with IDs.
+    """
     root = tmp_path_factory.mktemp("report")
-    config_file = write_config(root / "c.yaml", make_scenes(root / "scenes"))
-    torch.manual_seed(0)
-    config = load_config(config_file)
+    config = load_config(write_config(root / "c.yaml", make_scenes(root / "scenes")))
     model = build_captioner(config)
     for parameter in model.parameters():
         parameter.data.fill_(0.5)
     layers = prunable_layers(model)
     write_json(root / "ids.json", {name: 3.0 + n for n, name in enumerate(layers)})
-    records = json.loads((root / "scenes/annotation/coco_karpathy_test.json").read_text())
     annotation = json.loads((root / "scenes/annotation/coco_karpathy_test_gt.json").read_text())
     ids = [image["id"] for image in annotation["images"]]
-    assert len(records) == len(ids) == 6
-    for name in ("dense", "a&b"):
-        folder = root / name
-        flags = ["--config", config_file, "--output_dir", str(root), "--model_dir", name]
-        if name == "a&b":
-            for layer in layers.values():
-                layer.weight.data[: len(layer.weight) // 2] = 0
-            args = train_caption.parse_args(
-                [*flags, "--id_profile", str(root / "ids.json"), "--seed", "0", "--compile"]
-            )
-            write_json(folder / "config.json", {"config": config, "flags": vars(args)})
-            end = {"remaining_ratio": args.final_threshold}
-            (folder / "log.txt").write_text(f'{{"remaining_ratio": 0.9}}\n{json.dumps(end)}\n')
-        folder.mkdir(exist_ok=True)
-        tensors = {n: t.clone() for n, t in stored_tensors(model)}
-        save_file(tensors, folder / "pruned.safetensors")
-        args = train_caption.parse_args([*flags, "--evaluate", "--pruned", str(folder)])
-        write_json(folder / "evaluation.json", {"config": config, "flags": vars(args)})
-        write_json(folder / "sparsity.json", sparsity_report(layers))
+
+    def write(name: str, cider: float, **argv):
+        save_file({n: t.clone() for n, t in stored_tensors(model)}, root / "weights.safetensors")
+        scores = {"CIDEr": cider, "Bleu_4": 0.5, "METEOR": 0.3}
         captions = [{"image_id": i, "caption": f"{name} {i} {NASTY}"} for i in ids]
-        write_json(folder / "results/test.json", captions)
-        scores = {"CIDEr": 1.25, "Bleu_4": 0.5, "METEOR": 0.3}
-        write_json(folder / "results/test_scores.json", {"scores": scores})
-    return root, model, ids
+        flags = {"config": "c.yaml", "output_dir": "out", "pruned": f"out/{name}"}
+        files = {
+            "sparsity.json": sparsity_report(layers),
+            "results/test.json": captions,
+            "results/test_scores.json": {"scores": scores},
+            "evaluation.json": {"config": config, "flags": flags, **argv},
+        }
+        for file, content in files.items():
+            local = json.loads(json.dumps(content).replace(f"{root}/", ""))
+            write_json(root / "out" / name / file, local)
+        (root / "weights.safetensors").rename(root / "out" / name / "pruned.safetensors")
+        os.utime(root / "out" / name / "pruned.safetensors", (0, 0))
+
+    write("dense", 5.158)
+    for layer in layers.values():
+        layer.weight.data[: len(layer.weight) // 2] = 0
+    write("a&b", 4.25, argv=ARGV)
+    flags = {"config": "c.yaml", "output_dir": "out", "model_dir": "a&b", "id_profile": "ids.json"}
+    record = {"config": config, "flags": flags | {"final_threshold": 0.2}, "argv": ARGV[:1]}
+    write_json(root / "out/a&b/config.json", record)
+    (root / "out/a&b/log.txt").write_text('{"remaining_ratio": 0.9}\n{"remaining_ratio": 0.2}\n')
+    references = [{"image_id": i, "references": REFERENCES} for i in ids]
+    write_json(root / "out/a&b/results/test_images.json", references)
+    return root / "out", model, ids
 
 
 @pytest.fixture(scope="module")
-def read(runs):
-    """The page, and what the command printed."""
+def whole(runs, tmp_path_factory):
+    """The page of both runs, and the lines that the command printed."""
     root, *_ = runs
-    report.main(report.parse_args([str(root / "dense"), str(root / "a&b")]))
-    return Page((root / "report.html").read_text())
+    out, printed = tmp_path_factory.mktemp("page") / "page.html", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        report.main(report.parse_args([f"{root}/dense", f"{root}/a&b", "--out", str(out)]))
+    return Page(out.read_bytes()), printed.getvalue().splitlines(), out
 
 
-def test_the_page_needs_nothing_else(read):
-    assert not read.tags & {"script", "link", "iframe", "object", "svg"}
-    assert "url(" not in read.texts["style"][0] and "@import" not in read.texts["style"][0]
-    for source in read.images:
+def test_the_page_needs_nothing_else_and_has_a_dark_form(whole):
+    shown, *_ = whole
+    assert not {"script", "link", "iframe", "object", "svg"} & {x.tag for x in shown.root.iter()}
+    (style,) = shown.texts("style")
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+    sources = [image.get("src") for image in shown.root.iter("img")]
+    assert len(sources) == 1 + 1 + 6  # sparsity, IDs, pictures
+    for source in sources:
         kind, data = source.split(",")
         assert kind == "data:image/png;base64"
         assert min(Image.open(io.BytesIO(base64.b64decode(data))).size) >= 32
 
 
-def test_scores_and_sparsity(read, runs):
-    root, *_ = runs
-    sparsity = json.loads((root / "a&b/sparsity.json").read_text())
-    heads = [cells for cells in read.lines if cells[0] == ""]
-    assert heads == [["", "dense", "a&b"]] * 2
-    assert read.line("sparsity") == ["0.0%", f"{sparsity['overall']:.1%}"]
-    assert read.line("vision") == ["0.0%", f"{sparsity['by_modality']['vision']:.1%}"]
-    assert read.line("CIDEr") == ["1.250", "1.250"]
-    assert read.line("BLEU-4") == ["0.500", "0.500"]
-
-
-def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):
-    root, *_ = runs
-    assert read_run(root / "a&b").remarks == [] == read_run(root / "dense").remarks
-    shutil.copytree(root / "a&b", tmp_path / "copy")
-    (tmp_path / "copy/log.txt").write_text('{"remaining_ratio": 0.7}\n')
-    os.utime(tmp_path / "copy/pruned.safetensors", (time.time() + 60,) * 2)
-    ended, older = read_run(tmp_path / "copy").remarks
-    assert "copy has not ended: 70% of the weights remain, 20% are asked for" in ended
-    assert "copy are older than its weights" in older
-    report.main(report.parse_args([str(tmp_path / "copy"), "--out", str(tmp_path / "page.html")]))
-    sentences = Page((tmp_path / "page.html").read_text()).texts["p"]
-    assert f"T{ended[1:]}." in sentences and f"T{older[1:]}." in sentences
-    (tmp_path / "copy/log.txt").write_text("{")
-    with pytest.raises(UserError, match="log.txt is damaged"):
-        read_run(tmp_path / "copy")
+def test_it_begins_with_what_was_found_and_has_every_section(whole, runs):
+    shown, printed, out = whole
+    sparsity = json.loads((runs[0] / "a&b/sparsity.json").read_text())
+    overall, vision = sparsity["overall"], sparsity["by_modality"]["vision"]
+    found = f"At {100 * overall:.3g} % sparsity CIDEr falls from 5.16 to 4.25 (a&b)."
+    assert shown.texts("p")[0] == found
+    assert printed[-2:] == [found, f"wrote {out}"]
+    titles = ["Scores", "Where sparsity went, by modality and layer"]
+    titles += ["Intrinsic dimension by layer", "Size and speed", "Test pictures", "Commands"]
+    assert shown.texts("h2") == titles
+    assert shown.lines["sparsity"] == ["0.0%", f"{overall:.1%}"]
+    assert shown.lines["vision"] == ["0.0%", f"{vision:.1%}"]
+    assert shown.lines["CIDEr"] == ["5.158", "4.250"] and shown.lines["BLEU-4"] == ["0.500"] * 2
 
 
 @pytest.mark.parametrize(
-    ("newer", "older", "told"),
+    ("values", "found"),
     [
-        (["val.json", "val_scores.json"], [], True),  # of the validations of a second training
-        (["test.json"], [], True),  # an evaluation that was stopped before the scores
-        (["test.json", "test_scores.json"], ["val.json"], False),
+        ({"dense": (0.001, 5), "a": (0.9, 5.2), "b": (0.9, 4)}, "At 90 % sparsity CIDEr goes from"),
+        (
+            {"dense": (0.001, 5), "a": (0.8, 6)},
+            "At 80 % sparsity CIDEr rises from 5.00 to 6.00 (a).",
+        ),
+        (
+            {"dense": (0, 5), "a": (0.8, 4.5), "b": (0.975, 3.123)},
+            "falls from 5.00 to 4.50 (a); at 97.5 % sparsity CIDEr falls from 5.00 to 3.12 (b).",
+        ),
+        ({"dense": (0, 5)}, "Without pruning CIDEr is 5.00."),
+        ({"a": (0.5, 4), "b": (0.5, 3)}, "At 50 % sparsity CIDEr is 4.00 (a) and 3.00 (b)."),
     ],
 )
-def test_scores_are_old_whatever_else_is_newer_than_the_weights(runs, tmp_path, newer, older, told):
-    root, *_ = runs
-    folder = shutil.copytree(root / "a&b", tmp_path / "copy")
-    weights = time.time() + 60
-    os.utime(folder / "pruned.safetensors", (weights,) * 2)
-    for names, when in ((newer, weights + 60), (older, weights - 60)):
-        for name in names:
-            (folder / "results" / name).touch()
-            os.utime(folder / "results" / name, (when,) * 2)
-    old = [remark for remark in read_run(folder).remarks if "older than its weights" in remark]
-    assert len(old) == told
+def test_what_was_found_at_each_sparsity(tmp_path, values, found):
+    for name, (overall, cider) in values.items():
+        write_json(tmp_path / name / "sparsity.json", {"overall": overall})
+        scores = {"val": {"CIDEr": 1.0}, "test": {"loss": 1.0, "CIDEr": cider}}
+        write_json(tmp_path / name / "results/scores.json", scores)
+    assert found in page.finding({name: read_run(tmp_path / name) for name in values})
 
 
-def test_size_and_speed(read, runs):
+def test_size_and_speed(whole, runs):
+    shown, printed, _ = whole
     _, model, _ = runs  # as it was pruned
-    counts = {"parameters": torch.Tensor.numel, "nonzeros": torch.Tensor.count_nonzero}
-    for what, count in counts.items():
+    for what, count in {"parameters": torch.numel, "nonzeros": torch.count_nonzero}.items():
         vision = sum(int(count(p)) for p in model.visual_encoder.parameters())
-        whole = sum(int(count(p)) for p in model.parameters())
-        assert read.line(f"{what}, vision")[1] == page.with_prefix(vision)
-        assert read.line(f"{what}, language")[1] == page.with_prefix(whole - vision)
-    elements = sum(p.numel() for p in model.parameters())
-    assert read.line("bytes, dense float32") == [page.with_prefix(4 * elements)] * 2
-    dense, effective = (read.line(f"multiply-adds, {x}, vision") for x in ("dense", "effective"))
+        everything = sum(int(count(p)) for p in model.parameters())
+        assert shown.lines[f"{what}, vision"][1] == page.with_prefix(vision)
+        assert shown.lines[f"{what}, language"][1] == page.with_prefix(everything - vision)
+    size = page.with_prefix(4 * sum(p.numel() for p in model.parameters()))
+    assert shown.lines["bytes, dense float32"] == [size] * 2
+    dense, effective = (shown.lines[f"multiply-adds, {x}, vision"] for x in ("dense", "effective"))
     assert dense[0] == dense[1] == effective[0] != effective[1]
-    assert all(float(ms) > 0 for ms in read.line("ms an image, sparse"))
+    for cell in shown.lines["ms a sample, sparse"]:
+        median, least, most = map(float, re.fullmatch(r"(\S+)\n\((\S+)–(\S+)\)", cell).groups())
+        assert 0 < least <= median <= most
+    head, _, _, row = ([x.strip() for x in line.split("|")[1:-1]] for line in printed[:4])
+    assert head[:6] == ["run", "sparsity", "vision", "language", "CIDEr", "BLEU-4"]
+    assert head[6:] == ["nonzeros", "bytes", "compressed", "multiply-adds", "ms", "ms sparse"]
+    assert (row[0], row[4], row[7]) == ("a&b", "4.250", size)
+    shown = {0: "0", 999.4: "999", 999.6: "1 k", 12345: "12.3 k", 999_600: "1 M", 65.7e9: "65.7 G"}
+    assert {number: page.with_prefix(number) for number in shown} == shown
 
 
-def test_numbers_with_prefixes():
-    numbers = [0, 7, 999, 1000, 12345, 1_130_000, 65.7e9, 1.2e12]
-    shown = ["0", "7", "999", "1 k", "12.3 k", "1.13 M", "65.7 G", "1.2 T"]
-    assert [page.with_prefix(number) for number in numbers] == shown
-    below = [999.4, 999_400, 999_499_999, 999.4e9]
-    assert [page.with_prefix(number) for number in below] == ["999", "999 k", "999 M", "999 G"]
-    rounded_up = [999.6, 999_600, 999_999_999, 999.6e9]
-    assert [page.with_prefix(number) for number in rounded_up] == ["1 k", "1 M", "1 G", "1 T"]
-
-
-def test_every_picture_has_both_captions_as_they_were_written(read, runs):
+def test_captions_as_they_were_written_beside_references_with_wrong_words_marked(whole, runs):
+    shown, *_ = whole
     _, _, ids = runs
-    assert read.texts["dt"] == ["dense", "a&b"] * 6
+    assert shown.texts("dt") == ["dense", "a&b", "references"] * 6
     written = NASTY.replace("\ud83d", "?")  # half a character, which no page can hold
-    expected = [f"{name} {image} {written}" for image in ids for name in ("dense", "a&b")]
-    assert read.texts["dd"] == expected
+    captions = [[f"{name} {i} {written}" for name in ("dense", "a&b")] for i in ids]
+    assert shown.texts("dd") == sum([[*pair, *REFERENCES] for pair in captions], [])
+    first = next(shown.root.iter("dd"))
+    assert [read(mark) for mark in first.iter("mark")] == f"dense {ids[0]} b b dd blue lt é".split()
 
 
 def test_eight_pictures_at_most_spread_over_the_split(runs, monkeypatch):
     root, _, ids = runs
     monkeypatch.setattr(page, "PICTURES", 3)
-    html = page.build_page([report.read_run(root / "dense")], [None], "c").decode()
-    shown = Page(html).texts["dd"]
+    shown = page_of(root / "dense").texts("dd")
     assert [text.split()[1] for text in shown] == [str(ids[n]) for n in (0, 2, 4)]
 
 
-@pytest.mark.parametrize("root_key", ["ann_root", "image_root"])
-def test_pictures_have_no_captions_of_other_data(runs, tmp_path, root_key):
+@pytest.mark.parametrize("key", ["ann_root", "image_root", "references"])
+def test_pictures_have_no_captions_of_other_data(runs, tmp_path, key):
     root, _, ids = runs
-    folder = shutil.copytree(root / "dense", tmp_path / "other")
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    roots = evaluation["config"]
-    same = {key: os.path.relpath(roots[key]) for key in ("ann_root", "image_root")}
-
-    def captioned_and_remarks(changes):
-        write_json(folder / "evaluation.json", evaluation | {"config": roots | changes})
-        found = [read_run(root / "dense"), read_run(folder), read_run(root / "a&b")]
-        shown = Page(page.build_page(found, [None] * 3, "c").decode())
-        return shown.texts["dt"], [text for text in shown.texts["p"] if "Without runs" in text]
-
-    assert captioned_and_remarks(same) == (["dense", "other", "a&b"] * len(ids), [])
-    other = {root_key: str(tmp_path)}
-    left_out = "Without runs of another ann_root or image_root: other."
-    assert captioned_and_remarks(other) == (["dense", "a&b"] * len(ids), [left_out])
+    folder = shutil.copytree(root / "a&b", root / f"other {key}")
+    images = [{"image_id": i, "references": ["a cat"]} for i in ids]
+    if key == "references":
+        write_json(folder / "results/test_images.json", images)
+    else:
+        change(folder / "evaluation.json", key, str(tmp_path))
+    shown = page_of(root / "a&b", folder)
+    assert shown.texts("dt") == ["a&b", "references"] * len(ids)
+    left_out = f"Without runs of another ann_root or image_root: other {key}."
+    assert left_out in shown.texts("p")
 
 
-def test_commands_give_the_flags_that_the_runs_had(read, runs):
+def test_commands_are_shown_as_they_were_typed_or_said_to_be_unknown(whole):
+    shown, _, out = whole
+    *commands, own = map(shlex.split, shown.texts("pre"))
+    assert commands == [["python", "train_caption.py"], ["python", *ARGV]]
+    assert own[:3] == ["python", "-m", "reports.report"] and own[-2:] == ["--out", str(out)]
+    (unknown,) = [text for text in shown.texts("p") if "was recorded" in text]
+    assert "of dense" in unknown and "a&b" not in unknown
+
+
+def test_a_run_that_was_moved_shows_what_lies_in_its_folder_and_names_the_rest(runs, tmp_path):
+    root, model, ids = runs
+    folder = shutil.copytree(root / "a&b", tmp_path / "elsewhere/renamed")
+    tokenizer = str(root.parent / "scenes/tokenizer")  # a place of its own
+    change(folder / "evaluation.json", "tokenizer", tokenizer)
+    runs = {"renamed": read_run(folder)}
+    found = page.measure_costs(runs)
+    nonzeros = sum(map(torch.count_nonzero, model.parameters()))
+    assert sum(found["renamed"]["nonzeros"].values()) == nonzeros
+    shown = Page(page.build_page(runs, found, "the command"))
+    assert shown.lines["CIDEr"] == ["4.250"] and len(list(shown.root.iter("img"))) == 1
+    assert shown.texts("dt") == ["renamed", "references"] * len(ids)
+    for lost in ("ID profile ids.json", "scenes/annotation/coco_karpathy_test.json"):
+        assert any(lost in text for text in shown.texts("p"))
+    (folder / "pruned.safetensors").unlink()
+    found = page.measure_costs(runs)
+    assert str(folder) in found["renamed"]
+    shown = Page(page.build_page(runs, found, "the command"))
+    assert f"Without renamed: {found['renamed']}." in shown.texts("p")
+
+
+def test_a_run_that_was_moved_with_what_it_needs_is_whole(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    moved = shutil.copytree(runs[0].parent, tmp_path / "moved") / "out/a&b"
+    shipped = "pretrained/blip_tiny_caption.safetensors"
+    change(moved / "evaluation.json", "pretrained", shipped)
+    run = read_run(moved)
+    assert run.config["pretrained"] == str(Path(page.__file__).parents[1] / shipped)
+    assert (run.weights, Path(run.id_profile)) == (moved, tmp_path / "moved/ids.json")
+    assert run.config["tokenizer"] == str(tmp_path / "moved/scenes/tokenizer")
+    published = list(page_of(moved).root.iter("img"))
+    assert len(published) == 1 + 1 + 6
+    layers = json.loads((tmp_path / "moved/ids.json").read_text())
+    measured = IDProfile({}, {x: LayerID(i, 1.0, [i], 9, 0, 4) for x, i in layers.items()})
+    measured.write(tmp_path / "moved")
+    (tmp_path / "moved/profile.json").rename(tmp_path / "moved/ids.json")
+    with_error_bars = list(page_of(moved).root.iter("img"))
+    assert published[0].get("src") == with_error_bars[0].get("src")
+    assert published[1].get("src") != with_error_bars[1].get("src")
+
+
+def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):
     root, *_ = runs
-    commands = [shlex.split(text) for text in read.texts["pre"]]
-    assert [words[:2] for words in commands[:-1]] == [["python", "train_caption.py"]] * 3
-    files = ["dense/evaluation.json", "a&b/config.json", "a&b/evaluation.json"]
-    for words, file in zip(commands, files, strict=False):
-        flags = json.loads((root / file).read_text())["flags"]
-        assert vars(train_caption.parse_args(words[2:])) == flags
-    assert commands[-1] == f"python -m reports.report {root}/dense {root}/a&b".split()
-
-
-def test_the_command_of_a_profile_gives_the_flags_that_it_was_measured_with(tmp_path):
-    data = make_scenes(tmp_path / "scenes")
-    weights = str(tmp_path / "the weights.pt")
-    config_file = write_config(tmp_path / "a config.yaml", data)
-    file_with_weights = write_config(tmp_path / "another.yaml", data, pretrained=weights)
-    torch.manual_seed(0)
-    torch.save({"model": build_captioner(load_config(config_file)).state_dict()}, weights)
-
-    def measured(*flags):
-        flags = [*flags, "--Path", str(tmp_path / "the IDs")]
-        ComputeID.main(asked := ComputeID.parse_args(flags))
-        return asked
-
-    def told(*flags):
-        flags = [*flags, "--id_profile", str(tmp_path / "the IDs/profile.json")]
-        args = train_caption.parse_args(flags)
-        config = load_config(args.config, {"pretrained": args.pretrained})
-        trained = {"config": config, "flags": vars(args)}
-        run = RunFolder(tmp_path, None, {}, trained, None, {})
-        return shlex.split(page.profile_command(run))
-
-    asked = measured("--config", file_with_weights, "-n", "20")
-    words = told("--config", file_with_weights)
-    assert words[:2] == ["python", "ComputeID.py"] and len(words) == 10
-    assert vars(ComputeID.parse_args(words[2:])) == vars(asked) | {"batch_size": 2}
-
-    shared = ["--config", config_file, "--pretrained", weights]
-    others = "--seed 7 --fraction 0.9 --keep_padding --save_distances --batch_size 5"
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(7))
-    dataset = build_caption_datasets(load_config(config_file))[0]
-    (first,) = dataset.image_paths(int(order[0]))
-    Path(first).write_bytes(b"")
-    asked = measured(*shared, "-n", "20", *others.split(), "--skip_bad_images")
-    words = told(*shared)
-    assert words[:2] == ["python", "ComputeID.py"]
-    assert ComputeID.parse_args(words[2:]) == asked
-
-    measured("-s", "--seed", "8")  # of two commands, one alone gives other IDs
-    assert told(*shared) == []
-
-
-def test_figures_are_of_what_was_pruned_and_of_the_ids_that_weighted_it(read):
-    titles = ["Scores", "Where sparsity went, by modality and layer"]
-    titles += ["Intrinsic dimension by layer", "Size and speed", "Test pictures", "Commands"]
-    assert read.texts["h2"] == titles
-    assert len(read.images) == 1 + 1 + 6
-
-
-def test_the_printed_table_has_size_and_speed(runs, capsys, tmp_path):
-    root, *_ = runs
-    out = tmp_path / "page.html"
-    report.main(report.parse_args([str(root / "a&b"), "--out", str(out)]))
-    lines = capsys.readouterr().out.splitlines()
-    head, row = ([cell.strip() for cell in lines[n].split("|")[1:-1]] for n in (0, 2))
-    assert head == ["run", "sparsity", "vision", "language", "CIDEr", "BLEU-4", "nonzeros"] + [
-        "bytes",
-        "compressed",
-        "multiply-adds",
-        "ms",
-        "ms sparse",
-    ]
-    assert row[0] == "a&b" and row[4:6] == ["1.250", "0.500"]
-    assert Page(out.read_text()).texts["pre"][-1].endswith(f"--out {out}")
+    assert read_run(root / "a&b").remarks == [] == read_run(root / "dense").remarks
+    folder = shutil.copytree(root / "a&b", tmp_path / "copy")
+    (folder / "results/val.json").touch()  # of a validation, which does not count
+    for file, seconds in (("pruned.safetensors", 100), ("results/val.json", 50)):
+        os.utime(folder / file, (seconds, seconds))
+    assert read_run(folder).remarks == []
+    os.utime(folder / "results/test_scores.json", (50, 50))
+    (folder / "log.txt").write_text('{"remaining_ratio": 0.7}\n')
+    ended, older = read_run(folder).remarks
+    assert "copy has not ended: 70% of the weights remain, 20% are asked for" in ended
+    assert "copy are older than its weights" in older
+    assert {ended, older} <= set(page_of(folder).texts("p"))
+    (folder / "log.txt").write_text("{")
+    with pytest.raises(UserError, match="log.txt is damaged"):
+        read_run(folder)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "line", "cell"),
     [
         ("accuracy.json", {"dev": 0.875, "test": 0.9}, "dev accuracy", "87.5%"),
-        (
-            "recalls.json",
-            {"test": dict(txt_r1=12.5, txt_r5=20.0, img_r1=10.0, img_r5=18.0, r_mean=30.0)},
-            "TR@1",
-            "12.5%",
-        ),
+        ("recalls.json", {"test": {"txt_r1": 12.5, "r_mean": 30.0}}, "TR@1", "12.5%"),
+        ("scores.json", {"val": {"x": 1}, "test": {"F1": 0.5}}, "F1", "0.500"),  # of a new task
     ],
 )
 def test_what_a_run_of_another_task_lacks_is_left_out(tmp_path, file, content, line, cell):
@@ -329,22 +305,23 @@ def test_what_a_run_of_another_task_lacks_is_left_out(tmp_path, file, content, l
     write_json(tmp_path / "run/sparsity.json", sparsity)
     write_json(tmp_path / "run/results" / file, content)
     report.main(report.parse_args([str(tmp_path / "run")]))
-    read = Page((tmp_path / "report.html").read_text())
-    assert read.line(line) == [cell]
-    titles = ["Scores", "Where sparsity went, by modality and layer", "Commands"]
-    assert read.texts["h2"] == titles and len(read.images) == 1
+    shown = Page((tmp_path / "report.html").read_bytes())
+    assert shown.lines[line] == [cell] and len(list(shown.root.iter("img"))) == 1
+    titles = ["Scores", "Where sparsity went, by modality and layer", "Size and speed", "Commands"]
+    assert shown.texts("h2") == titles
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    sparsity = {"overall": 0.0, "by_modality": {}, "pruned": 0, "by_layer": {}}
-    for folder in ("one/run", "two/run"):
-        write_json(tmp_path / folder / "sparsity.json", sparsity)
     folders = [str(tmp_path / "one/run"), str(tmp_path / "two/run")]
+    for folder in folders:
+        write_json(Path(folder, "results/accuracy.json"), {"test": 0.9})
+        write_json(Path(folder, "sparsity.json"), {"overall": 0, "by_modality": {}, "pruned": 0})
     report.main(report.parse_args([*folders, "--out", str(tmp_path / "page.html")]))
-    assert Page((tmp_path / "page.html").read_text()).lines[0] == ["", *folders]
+    assert Page((tmp_path / "page.html").read_bytes()).lines[""] == folders
 
 
 def test_mistakes_name_the_folder(tmp_path):
+    write_json(tmp_path / "config.json", {"architectures": ["BlipModel"]})  # of Hugging Face
     with pytest.raises(UserError, match=f"{tmp_path} holds no run"):
         report.main(report.parse_args([str(tmp_path)]))
     (tmp_path / "sparsity.json").write_text("{")
