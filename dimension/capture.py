@@ -1,19 +1,21 @@
 """Distances between the samples in the representations of layers, within a memory budget.
 
-The model runs as a chain of stages (`models.stages`): the states of all samples are carried from
-stage to stage, and the outputs of a stage's layers live only until their distances are known.
-Nothing goes to disk. What is kept of an output is its difference from the first batch's mean: that
-changes no distance, and products of the differences keep their digits.
+A model runs as a chain of stages (`models.stages`): the states of all samples are carried from
+stage to stage, and the outputs of a stage's layers live only until their distances are known. A
+model of unknown parts is one stage, its whole forward (`dimension.any_model`). Nothing goes to
+disk.
 
 The same batches give the same bits, whatever the budget and however the layers are shared among
 processes that have the same number of threads: every operation is on the same segment, whose size
 and alignment do not depend on them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,32 +38,208 @@ from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
 
+TEXT = "attention_mask"  # name of the mask of a model's texts
+
+
+class LayerDistances(NamedTuple):
+    """A layer's name, the elements in a sample's representation, distances (n, n) float64."""
+
+    name: str
+    features: int
+    distances: Tensor
+
+
+class Accumulator:
+    """Distances between samples, from the outputs of layers that arrive batch by batch.
+
+    A pass begins with `hold`; `add` takes the batches' outputs and `finished` ends the pass. What
+    is kept of an output is its difference from the first batch's mean: that changes no distance,
+    and products of the differences keep their digits.
+    """
+
+    def __init__(self, plan: CapturePlan, device: torch.device, bar: tqdm):
+        """Allocates nothing yet.
+
+        Args:
+            plan: a plan of `plan_capture`.
+            device: device of outputs and distances.
+            bar: progress in floating-point operations.
+        """
+        self.plan, self.bar = plan, bar
+        self.buffer = torch.empty(0, dtype=torch.float32, device=device)
+        self.held: dict[LayerShape, list[tuple[Segment, Tensor]]] = {}
+        self.missing = Counter(segment.layer.name for segment in plan.segments)
+        self.layers: dict[str, LayerDistances] = {}
+
+    def hold(self, planned: StagePlan, segments: list[Segment]) -> None:
+        """Makes room for the segments of a pass: (n + 1, tokens, width), the last row the centre.
+
+        Memory is slow when it is touched first, so a new buffer is made large enough for all
+        stages, as far as the plan's peak allows.
+        """
+        plan, rows = self.plan, self.plan.n + 1
+        needed = planned.captured() * rows
+        most = max(stage.captured() for stage in plan.stages) * rows
+        allowed = (plan.peak - plan.fixed - planned.carried) // FLOAT32
+        self.held = {}
+        if not needed <= self.buffer.numel() <= allowed:
+            self.buffer = self.buffer.new_empty(0)  # frees the old one first
+            self.buffer = self.buffer.new_empty(min(most, allowed))
+        start = 0
+        for segment in segments:
+            shape = (rows, segment.stop - segment.start, segment.layer.width)
+            view = self.buffer[start : start + rows * segment.elements].view(shape)
+            self.held.setdefault(segment.layer, []).append((segment, view))
+            start += rows * segment.room
+
+    def add(self, layer: LayerShape, rows: slice, output: Tensor, counted: Tensor | None) -> None:
+        """Takes a batch's output of a layer that is held.
+
+        Args:
+            layer: the layer.
+            rows: numbers of the batch's samples.
+            output: (B, tokens, width), of any floating type.
+            counted: (B, tokens) bool, false where a token counts as zero; None counts all.
+        """
+        for segment, kept in self.held[layer]:
+            values = output[:, segment.start : segment.stop]
+            if counted is not None:
+                padding = ~counted[:, segment.start : segment.stop, None]
+                values = values.masked_fill(padding, 0)
+            centre = kept[-1]
+            if rows.start == 0:  # the first batch's mean is near enough to the mean of all samples
+                torch.mean(values, 0, dtype=torch.float32, out=centre)
+            torch.sub(values, centre, out=kept[rows])
+
+    def drop(self, name: str) -> None:
+        """Forgets what is held of a layer."""
+        self.held = {layer: kept for layer, kept in self.held.items() if layer.name != name}
+        self.layers.pop(name, None)
+
+    def finished(self, n: int) -> Iterator[LayerDistances]:
+        """Adds the squared distances of the pass's segments; yields the layers that are complete.
+
+        Args:
+            n: number of samples that arrived.
+
+        Raises:
+            UserError: a layer's values are not finite.
+        """
+        for segment, kept in [pair for pairs in self.held.values() for pair in pairs]:
+            name = segment.layer.name
+            try:
+                squared = squared_distances(kept[:n].flatten(1), centred=True)
+            except UserError as error:
+                raise UserError(f"layer {name}: {error}") from error
+            if name in self.layers:
+                squared = self.layers[name].distances.add_(squared)
+            before = self.layers[name].features if name in self.layers else 0
+            self.layers[name] = LayerDistances(name, before + segment.elements, squared)
+            self.bar.update(n * (n + 1) * segment.elements)
+            self.missing[name] -= 1
+            if not self.missing[name]:
+                layer = self.layers.pop(name)
+                yield layer._replace(distances=roots_(layer.distances))
+
+
+class NotBySample(ValueError):
+    """An output that is no representation of the batch's samples."""
+
+
+def first_tensor(output) -> Tensor | None:
+    """The first tensor in what a module returned: a tensor, sequence, mapping or dataclass."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        values = output.values()
+    elif isinstance(output, tuple | list):
+        values = output
+    else:
+        values = vars(output).values() if is_dataclass(output) else ()
+    tensors = (first_tensor(value) for value in values)
+    return next((tensor for tensor in tensors if tensor is not None), None)
+
+
+def by_sample(output, samples: int) -> Tensor:
+    """A module's output as (B, L, width), all dimensions after the second in one.
+
+    Windows or tokens in the first dimension, k for each sample, become the second.
+
+    Args:
+        output: what a module returned.
+        samples: B.
+
+    Raises:
+        NotBySample: the output has no such form; the message says why.
+    """
+    tensor = first_tensor(output)
+    if tensor is None:
+        raise NotBySample("its output holds no tensor")
+    shape = tuple(tensor.shape)
+    if tensor.is_meta:
+        raise NotBySample(f"its output {shape} holds no values (meta)")
+    if not tensor.is_floating_point():
+        raise NotBySample(f"its output is of {str(tensor.dtype).removeprefix('torch.')}")
+    if len(shape) < 2 or tensor.numel() == 0:
+        raise NotBySample(f"its output {shape} has fewer than two dimensions, or no values")
+    if shape[0] % samples:
+        raise NotBySample(f"its output {shape} does not divide into {samples} samples")
+    if shape[0] != samples:
+        tensor = tensor.unflatten(0, (samples, -1))
+    return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(2)
+
+
+class Inputs(Protocol):
+    """A model's inputs: in memory, or read anew in each pass."""
+
+    tensors: Mapping[str, Tensor]  # input name to values (n, ...) in memory
+    batch_size: int
+
+    def loader(self, name: str, device: torch.device) -> Iterator:
+        """The batches of an input that is not in memory, in order, on the device."""
+
+    def count(self, batch: tuple) -> int:
+        """B, the number of samples in what a stage reads."""
+
+    def counted(self, mask: str, rows: slice) -> Tensor | None:
+        """(B, L) bool, false for padding, of some samples of the present batch."""
+
 
 @dataclass
 class Samples:
-    """The model's inputs.
+    """The inputs of one of our models.
 
     Attributes:
         tensors: input name to values (n, ...) in memory.
         images: input name to a sequence of n images (3, S, S), which are read when needed.
-        counted: (n, L) bool, the text positions that belong to a representation; others are zero.
-        batch_size: in samples.
+        text: (n, L) bool, the text positions that belong to a representation; others are zero.
+        batch_size: samples in a forward pass.
         num_workers: processes that read images.
     """
 
     tensors: dict[str, Tensor]
     images: dict[str, Sequence[Tensor]]
-    counted: Tensor
+    text: Tensor
     batch_size: int = 8
     num_workers: int = 0
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(self.counted)
+        return len(self.text)
 
-    def loader(self, name: str) -> DataLoader:
+    def loader(self, name: str, device: torch.device) -> Iterator[Tensor]:
         """Batches (B, 3, S, S) of an image input, in order."""
-        return DataLoader(self.images[name], self.batch_size, num_workers=self.num_workers)
+        images = self.images[name]
+        for batch in DataLoader(images, self.batch_size, num_workers=self.num_workers):
+            yield batch.to(device)
+
+    def count(self, batch: tuple[Tensor, ...]) -> int:
+        """B."""
+        return len(batch[0])
+
+    def counted(self, mask: str, rows: slice) -> Tensor | None:
+        """(B, L) bool, the text positions that belong to a representation."""
+        return self.text[rows] if mask else None
 
     def sizes(self) -> dict[str, int]:
         """Bytes of one sample of each input in memory."""
@@ -73,8 +251,8 @@ def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: boo
 
     Args:
         attention_mask: (n, L), 1 for a text's own tokens.
-        batch_size: in samples.
-        keep_padding: as the original code, count a batch's padding too, up to its longest text.
+        batch_size: samples in a forward pass.
+        keep_padding: count a batch's padding up to its longest text, like the original code.
 
     Returns:
         (n, L) bool.
@@ -94,10 +272,10 @@ def trace_stages(
     A layer that several stages call (one vision encoder on two images) belongs to the first.
 
     Args:
-        stages: of a model in eval mode.
-        layers: name to module of those that are wanted.
-        samples: of which the first is run.
-        device: the model's.
+        stages: stages of a model in eval mode.
+        layers: name to module of the layers that are wanted.
+        samples: the model's inputs, of which the first sample is run.
+        device: the model's device.
     """
     states = {name: values[:1].to(device) for name, values in samples.tensors.items()}
     states |= {name: images[0][None].to(device) for name, images in samples.images.items()}
@@ -109,8 +287,9 @@ def trace_stages(
         def note(name, counter, called, module, args, output):
             if name not in seen:
                 seen.add(name)
+                mask = "" if sees_image(name) else TEXT
                 flops = counter.get_total_flops()
-                called.append(LayerShape(name, output.shape[1], output.shape[2], flops))
+                called.append(LayerShape(name, *output.shape[1:], flops, mask=mask))
 
         with ExitStack() as hooks:
             for name, module in layers.items():
@@ -133,147 +312,138 @@ class LastOutputKept(BaseException):
 
 
 class Capture:
-    """Carries out a plan: iterating yields each layer once, with its distances (n, n) float64."""
+    """Carries out a plan: iterating yields each layer once, with its distances.
+
+    Attributes:
+        left_out: layer name to the reason, of layers that in some batch are not called as often, or
+            give no rows of the same size, as in the batch that was traced.
+    """
 
     def __init__(
         self,
         plan: CapturePlan,
         layers: dict[str, nn.Module],
-        samples: Samples,
+        inputs: Inputs,
         device: torch.device,
         progress: bool = True,
     ):
         """Holds what the plan needs; the model first runs when iteration begins.
 
         Args:
-            plan: of `plan_capture`, for these samples.
+            plan: a plan of `plan_capture`, for these inputs.
             layers: name to module, in a model in eval mode.
-            samples: what the model sees.
+            inputs: what the model sees.
             device: the model's; states, activations and matrices live there too.
             progress: whether to show a bar, in floating-point operations.
         """
-        self.plan, self.layers, self.samples, self.device = plan, layers, samples, device
+        self.plan, self.layers, self.inputs, self.device = plan, layers, inputs, device
+        self.left_out: dict[str, str] = {}
+        self.n = 0  # samples, known after the first pass
         self.states = {  # in batches
-            name: list(values.to(device).split(samples.batch_size))
-            for name, values in samples.tensors.items()
+            name: list(values.to(device).split(inputs.batch_size))
+            for name, values in inputs.tensors.items()
         }
-        self.counted = samples.counted.to(device)
-        self.buffer = torch.empty(0, dtype=torch.float32, device=device)
-        self.sums: dict[str, Tensor] = {}
-        forward = sum(sum(stage.pass_flops()) for stage in plan.stages) * plan.n
+        forward = plan.n * sum(sum(stage.pass_flops()) for stage in plan.stages)
+        products = plan.n * (plan.n + 1) * sum(segment.elements for segment in plan.segments)
         self.bar = tqdm(
-            total=forward + plan.product_flops,
+            total=forward + products,
             unit="FLOP",
             unit_scale=True,
             smoothing=0.05,
             disable=not progress,
         )
+        self.distances = Accumulator(plan, device, self.bar)
 
-    def __iter__(self) -> Iterator[tuple[LayerShape, Tensor]]:
+    def __iter__(self) -> Iterator[LayerDistances]:
         """Runs the stages in order."""
         chain = [planned.shape.stage for planned in self.plan.stages]
         with self.bar:
             for index, planned in enumerate(self.plan.stages):
                 self.bar.set_description(planned.shape.stage.name)
-                self._make_room(planned)
                 flops = planned.pass_flops()
                 for number, segments in enumerate(planned.passes):
-                    last = number + 1 == len(planned.passes)
-                    held = self._views(segments)
-                    self._forward(planned, held, flops[number], planned.advances and last)
-                    for segment, values in held:
-                        yield from self._add(segment, values)
+                    whole = planned.to_the_end and number + 1 == len(planned.passes)
+                    wanted = [x for x in segments if x.layer.name not in self.left_out]
+                    self.distances.hold(planned, wanted)
+                    self._forward(planned.shape, flops[number], whole)
+                    yield from self.distances.finished(self.n)
                 alive = live_states(chain, index + 1)
                 self.states = {k: v for k, v in self.states.items() if k in alive}
 
-    def _make_room(self, planned: StagePlan) -> None:
-        """Sizes the buffer of all captured outputs; one that is large enough stays as it is.
-
-        Memory is slow when it is touched first, so a new buffer is made large enough for all
-        stages, as far as the plan's peak allows.
-        """
-        plan, rows = self.plan, self.plan.n + 1
-        needed = planned.captured() * rows
-        most = max(stage.captured() for stage in plan.stages) * rows
-        allowed = (plan.peak - plan.fixed - planned.carried) // FLOAT32
-        if not needed <= self.buffer.numel() <= allowed:
-            self.buffer = self.buffer.new_empty(0)  # frees the old one first
-            self.buffer = self.buffer.new_empty(min(most, allowed))
-
-    def _views(self, segments: list[Segment]) -> list[tuple[Segment, Tensor]]:
-        """A view (n + 1, tokens, width) of the buffer for each segment; the last row: centre."""
-        held, start = [], 0
-        rows = self.plan.n + 1
-        for segment in segments:
-            shape = (rows, segment.stop - segment.start, segment.layer.width)
-            view = self.buffer[start : start + rows * segment.elements].view(shape)
-            held.append((segment, view))
-            start += rows * segment.room
-        return held
-
     @torch.no_grad()
-    def _forward(
-        self, planned: StagePlan, held: list[tuple[Segment, Tensor]], flops: int, advance: bool
-    ) -> None:
+    def _forward(self, shape: StageShape, flops: int, whole: bool) -> None:
         """One pass of a stage over all samples.
 
         Args:
-            planned: the stage.
-            held: views of the buffer, which are filled.
+            shape: the stage.
             flops: floating-point operations for one sample, for the bar.
-            advance: whether to move the stage's state on.
+            whole: whether to run to the stage's end, and not to the last output that is kept.
         """
-        if not held and not advance:
-            return
-        stage = planned.shape.stage
+        stage, number, samples, rows = shape.stage, 0, 0, slice(0, 0)
         written = self.states.setdefault(stage.writes, [])
-        rows = slice(0, 0)
+        expected = Counter(layer.name for layer in shape.layers)
+        wanted = {(layer.name, layer.call): layer for layer in self.distances.held}
+        calls: Counter[str] = Counter()
+        missing: set[LayerShape] = set()
 
-        def keep(segment: Segment, values: Tensor, final: bool, module, args, output: Tensor):
-            output = output[:, segment.start : segment.stop]
-            if not sees_image(segment.layer.name):
-                padding = ~self.counted[rows, segment.start : segment.stop, None]
-                output = output.masked_fill(padding, 0)
-            centre = values[-1]
-            if rows.start == 0:  # the first batch's mean is near enough to that of all samples
-                torch.mean(output, 0, out=centre)
-            torch.sub(output, centre, out=values[rows])
-            if final:
+        def keep(name: str, module, args, output) -> None:
+            layer = wanted.get((name, calls[name]))
+            calls[name] += 1
+            if layer not in missing:
+                return
+            missing.discard(layer)
+            try:
+                values = by_sample(output, samples)
+                if values.shape[1:] != (layer.tokens, layer.width):
+                    raise NotBySample(
+                        f"its output has {tuple(values.shape[1:])} values a sample in batch "
+                        f"{number} and {(layer.tokens, layer.width)} in the first; pad all texts "
+                        "to one length, bring all pictures to one size"
+                    )
+                counted = self.inputs.counted(layer.mask, rows)
+                self.distances.add(layer, rows, values[: rows.stop - rows.start], counted)
+            except NotBySample as error:
+                self._leave_out(name, str(error))
+                missing.difference_update([x for x in missing if x.name == name])
+            if not whole and not missing:
                 raise LastOutputKept
 
         with ExitStack() as hooks:
             hooks.enter_context(full_float32())
-            for number, (segment, values) in enumerate(held):
-                final = not advance and number + 1 == len(held)
-                module = self.layers[segment.layer.name]
-                hook = partial(keep, segment, values, final)
-                hooks.enter_context(module.register_forward_hook(hook))
+            for name in expected:
+                hook = self.layers[name].register_forward_hook(partial(keep, name))
+                hooks.enter_context(hook)
             batches = zip(*(self._batches(name) for name in stage.reads), strict=True)
-            for number, batch in enumerate(batches):
-                rows = slice(rows.stop, rows.stop + len(batch[0]))
+            for number, batch in enumerate(batches):  # noqa: B007, read in `keep`
+                samples = self.inputs.count(batch)
+                rows = slice(rows.stop, min(rows.stop + samples, self.plan.n))
+                calls.clear()
+                missing.update(self.distances.held)
+                if not missing and not whole:
+                    return
                 with suppress(LastOutputKept):
                     written[number : number + 1] = [stage.run(*batch)]
-                self.bar.update(flops * len(batch[0]))
+                    for name in expected:
+                        if calls[name] != expected[name]:
+                            why = f"called {calls[name]} times in batch {number}, "
+                            self._leave_out(name, f"{why}{expected[name]} in the first")
+                self.bar.update(flops * (rows.stop - rows.start))
+                if rows.stop == self.plan.n:
+                    break
+        if self.n not in (0, rows.stop):
+            raise UserError(
+                f"batches: there were {self.n} samples in the first pass and now {rows.stop}; "
+                "every pass must see the same"
+            )
+        self.n = rows.stop
 
-    def _batches(self, name: str) -> Iterator[Tensor]:
+    def _leave_out(self, name: str, why: str) -> None:
+        """Stops the measurement of a layer."""
+        self.left_out.setdefault(name, why)
+        self.distances.drop(name)
+
+    def _batches(self, name: str) -> Iterator:
         """A state or input in batches (B, ...) on the device."""
-        if name in self.samples.images:
-            for images in self.samples.loader(name):
-                yield images.to(self.device)
-        else:
-            yield from self.states[name]
-
-    def _add(self, segment: Segment, values: Tensor) -> Iterator[tuple[LayerShape, Tensor]]:
-        """Adds a segment's squared distances; yields the layer when it is complete."""
-        layer = segment.layer
-        try:
-            squared = squared_distances(values[:-1].flatten(1), centred=True)
-        except UserError as error:
-            raise UserError(f"layer {layer.name}: {error}") from error
-        if layer.name in self.sums:
-            self.sums[layer.name] += squared
-        else:
-            self.sums[layer.name] = squared
-        self.bar.update(self.plan.n * (self.plan.n + 1) * segment.elements)
-        if segment.stop == layer.tokens:
-            yield layer, roots_(self.sums.pop(layer.name))
+        if name in self.states:
+            return iter(self.states[name])
+        return self.inputs.loader(name, self.device)

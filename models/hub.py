@@ -207,6 +207,7 @@ class HubInputs:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         mark = getattr(self.processor, "image_token", None) if self.images else None
+        mark = None if mark is None else str(mark)  # BLIP-2's is no string
         self.prompts = mark is not None
         if self.prompts:
             self.texts = [x if mark in x else f"{mark}\n{x}" for x in self.texts]

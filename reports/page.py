@@ -10,12 +10,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ComputeID import parse_args as parse_profile_flags
 from data.image_dataset import BadImageError, open_image
 from data.records import CAPTION_EVALUATION, read_records
 from dimension.figures import plot_comparison, plot_depth
 from dimension.profile import IDProfile, load_profile
 from engine.flags import command_line
-from engine.profile_flags import parse_profile_flags
 from engine.tasks import TASKS
 from models.checkpoint import load_trained
 from reports import costs
@@ -338,7 +338,7 @@ def profile_command(run: RunFolder) -> str:
         always = ["-n", settings["nsamples"], "--batch_size", settings["batch_size"]]
     except (UserError, KeyError):
         return ""
-    defaults = vars(parse_profile_flags("", []))
+    defaults = vars(parse_profile_flags([]))
     words = ["python", "ComputeID.py", *map(str, always)]
     for name, value in flags.items():
         if value != defaults[name]:

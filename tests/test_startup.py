@@ -6,9 +6,6 @@ import sys
 
 import pytest
 
-from dimension.twonn import FEWEST_POINTS
-from engine.profile_flags import FEWEST_SAMPLES
-
 # all that take a tenth of a second or more, and torch, which most of them import
 HEAVY = "torch torchvision transformers timm open_clip numba matplotlib tensorboard scipy".split()
 SCRIPTS = {
@@ -78,7 +75,3 @@ def test_flags_that_do_not_fit_import_nothing_heavy(script, flags, said):
     ended, error = run(script, *flags.split())
     assert ended == "ended 2 []"
     assert error.startswith("error: ") and said in error
-
-
-def test_fewest_samples_of_the_flag_are_those_of_the_estimate():
-    assert FEWEST_SAMPLES == FEWEST_POINTS
