@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from dimension.budget import LayerShape, StageShape, default_budget, plan_capture
 from dimension.capture import Capture, NotBySample, by_sample
 from dimension.profile import Estimation, IDProfile, LayerID, TooFewPoints, make_remarks
-from dimension.twonn import FEWEST_POINTS
+from dimension.twonn import FEWEST_POINTS, full_float32
 from models.stages import Stage
 from utils import UserError
 
@@ -28,7 +28,7 @@ from utils import UserError
 MASKS = ("attention_mask", "decoder_attention_mask")
 LABELS = "labels"  # whose texts these are, a model alone knows
 PRINT_SIZE = 2**16  # elements of a sample's representation that are compared
-ALIKE = 0.05  # of two samples' difference, below which two representations are of one sample
+ALIKE = 0.01  # of two samples' difference, below which two representations are of one sample
 Call = tuple[str, int]  # a layer, and the number of its call in a forward, from 0
 
 
@@ -155,18 +155,25 @@ def choose_layers(
 def prepared(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradients, random numbers for free, all modules called; then all as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nested tensors in torch's own encoder
-    model.eval()
+    model.eval().requires_grad_(False)  # torch's count of FLOPs fails at a learned input
     on_cpu = device.type == "cpu"
     forked = [] if on_cpu else range(torch.accelerator.device_count())
     try:
-        with torch.no_grad(), torch.random.fork_rng(forked, device_type=device.type):
+        with (
+            torch.no_grad(),
+            full_float32(),
+            torch.random.fork_rng(forked, device_type=device.type),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes:
             module.training = mode
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def reseed(device: torch.device, *parts: int) -> None:

@@ -418,6 +418,7 @@ class Capture:
                 samples = self.inputs.count(batch)
                 rows = slice(rows.stop, min(rows.stop + samples, self.plan.n))
                 calls.clear()
+                missing.clear()
                 missing.update(self.distances.held)
                 if not missing and not whole:
                     return

@@ -48,7 +48,7 @@ from engine.processes import (
 )
 from engine.tasks import TASKS
 from models.checkpoint import load_trained
-from models.hub import HubInputs, check_forward, layer_kinds, open_hub_model, read_texts
+from models.hub import HubInputs, layer_kinds, open_hub_model, read_texts
 from models.layers import modality, prunable_layers
 from models.weight_files import fetch
 from utils import UserError, available_cpus
@@ -179,11 +179,10 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     with main_process_first():
         hub = open_hub_model(args.hf)
     batch_size = args.batch_size or HUB_BATCH_SIZE
-    inputs = HubInputs(hub, args.hf, pictures, lines, batch_size)
+    inputs = HubInputs(hub, pictures, lines, batch_size)
     n = min(args.nsamples, inputs.samples())
     generator = torch.Generator().manual_seed(args.seed)
     inputs.take(sorted(torch.randperm(inputs.samples(), generator=generator)[:n].tolist()))
-    check_forward(hub, inputs, args.hf)
     model = hub.model.to(process.device)
     modules = {k: v for k, v in choose_layers(model).items() if k not in hub.untrained}
     settings = {
