@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, is_dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,18 +58,12 @@ class Accumulator:
     """
 
     def __init__(self, plan: CapturePlan, device: torch.device, bar: tqdm):
-        """Allocates nothing yet.
-
-        Args:
-            plan: a plan of `plan_capture`.
-            device: device of outputs and distances.
-            bar: progress in floating-point operations.
-        """
+        """Allocates nothing yet; `bar` shows progress in floating-point operations."""
         self.plan, self.bar = plan, bar
         self.buffer = torch.empty(0, dtype=torch.float32, device=device)
         self.held: dict[LayerShape, list[tuple[Segment, Tensor]]] = {}
         self.missing = Counter(segment.layer.name for segment in plan.segments)
-        self.layers: dict[str, LayerDistances] = {}
+        self.sums: dict[str, LayerDistances] = {}
 
     def hold(self, planned: StagePlan, segments: list[Segment]) -> None:
         """Makes room for the segments of a pass: (n + 1, tokens, width), the last row the centre.
@@ -77,7 +71,7 @@ class Accumulator:
         Memory is slow when it is touched first, so a new buffer is made large enough for all
         stages, as far as the plan's peak allows.
         """
-        plan, rows = self.plan, self.plan.n + 1
+        plan, rows, start = self.plan, self.plan.n + 1, 0
         needed = planned.captured() * rows
         most = max(stage.captured() for stage in plan.stages) * rows
         allowed = (plan.peak - plan.fixed - planned.carried) // FLOAT32
@@ -85,7 +79,6 @@ class Accumulator:
         if not needed <= self.buffer.numel() <= allowed:
             self.buffer = self.buffer.new_empty(0)  # frees the old one first
             self.buffer = self.buffer.new_empty(min(most, allowed))
-        start = 0
         for segment in segments:
             shape = (rows, segment.stop - segment.start, segment.layer.width)
             view = self.buffer[start : start + rows * segment.elements].view(shape)
@@ -105,7 +98,7 @@ class Accumulator:
             values = output[:, segment.start : segment.stop]
             if counted is not None:
                 padding = ~counted[:, segment.start : segment.stop, None]
-                values = values.masked_fill(padding, 0)
+                values = values.masked_fill(padding.to(values.device), 0)
             centre = kept[-1]
             if rows.start == 0:  # the first batch's mean is near enough to the mean of all samples
                 torch.mean(values, 0, dtype=torch.float32, out=centre)
@@ -114,7 +107,7 @@ class Accumulator:
     def drop(self, name: str) -> None:
         """Forgets what is held of a layer."""
         self.held = {layer: kept for layer, kept in self.held.items() if layer.name != name}
-        self.layers.pop(name, None)
+        self.sums.pop(name, None)
 
     def finished(self, n: int) -> Iterator[LayerDistances]:
         """Adds the squared distances of the pass's segments; yields the layers that are complete.
@@ -131,33 +124,19 @@ class Accumulator:
                 squared = squared_distances(kept[:n].flatten(1), centred=True)
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from error
-            if name in self.layers:
-                squared = self.layers[name].distances.add_(squared)
-            before = self.layers[name].features if name in self.layers else 0
-            self.layers[name] = LayerDistances(name, before + segment.elements, squared)
+            _, features, before = self.sums.pop(name, (name, 0, None))
+            squared = squared if before is None else before.add_(squared)
+            layer = LayerDistances(name, features + segment.elements, squared)
             self.bar.update(n * (n + 1) * segment.elements)
             self.missing[name] -= 1
-            if not self.missing[name]:
-                layer = self.layers.pop(name)
-                yield layer._replace(distances=roots_(layer.distances))
+            if self.missing[name]:
+                self.sums[name] = layer
+            else:
+                yield layer._replace(distances=roots_(squared))
 
 
 class NotBySample(ValueError):
     """An output that is no representation of the batch's samples."""
-
-
-def first_tensor(output) -> Tensor | None:
-    """The first tensor in what a module returned: a tensor, sequence, mapping or dataclass."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        values = output.values()
-    elif isinstance(output, tuple | list):
-        values = output
-    else:
-        values = vars(output).values() if is_dataclass(output) else ()
-    tensors = (first_tensor(value) for value in values)
-    return next((tensor for tensor in tensors if tensor is not None), None)
 
 
 def by_sample(output, samples: int) -> Tensor:
@@ -166,18 +145,16 @@ def by_sample(output, samples: int) -> Tensor:
     Windows or tokens in the first dimension, k for each sample, become the second.
 
     Args:
-        output: what a module returned.
+        output: what a module returned, of which the first tensor counts.
         samples: B.
 
     Raises:
         NotBySample: the output has no such form; the message says why.
     """
-    tensor = first_tensor(output)
-    if tensor is None:
-        raise NotBySample("its output holds no tensor")
+    tensor = _first_tensor(output)
+    if tensor is None or tensor.is_meta:
+        raise NotBySample("its output holds no tensor" if tensor is None else "its output is meta")
     shape = tuple(tensor.shape)
-    if tensor.is_meta:
-        raise NotBySample(f"its output {shape} holds no values (meta)")
     if not tensor.is_floating_point():
         raise NotBySample(f"its output is of {str(tensor.dtype).removeprefix('torch.')}")
     if len(shape) < 2 or tensor.numel() == 0:
@@ -189,25 +166,19 @@ def by_sample(output, samples: int) -> Tensor:
     return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(2)
 
 
-class Inputs(Protocol):
-    """A model's inputs: in memory, or read anew in each pass."""
-
-    tensors: Mapping[str, Tensor]  # input name to values (n, ...) in memory
-    batch_size: int
-
-    def loader(self, name: str, device: torch.device) -> Iterator:
-        """The batches of an input that is not in memory, in order, on the device."""
-
-    def count(self, batch: tuple) -> int:
-        """B, the number of samples in what a stage reads."""
-
-    def counted(self, mask: str, rows: slice) -> Tensor | None:
-        """(B, L) bool, false for padding, of some samples of the present batch."""
+def _first_tensor(output) -> Tensor | None:
+    """The first tensor in a tensor, sequence, mapping or dataclass."""
+    if isinstance(output, Tensor):
+        return output
+    values = vars(output).values() if is_dataclass(output) else ()
+    if isinstance(output, Mapping | tuple | list):
+        values = output.values() if isinstance(output, Mapping) else output
+    return next((x for x in map(_first_tensor, values) if x is not None), None)
 
 
 @dataclass
 class Samples:
-    """The inputs of one of our models.
+    """The inputs of one of our models, as `Capture` reads them.
 
     Attributes:
         tensors: input name to values (n, ...) in memory.
@@ -234,28 +205,18 @@ class Samples:
             yield batch.to(device)
 
     def count(self, batch: tuple[Tensor, ...]) -> int:
-        """B."""
+        """B, of what a stage reads."""
         return len(batch[0])
 
     def counted(self, mask: str, rows: slice) -> Tensor | None:
-        """(B, L) bool, the text positions that belong to a representation."""
+        """(B, L) bool, the text positions that belong to a representation, on the CPU."""
         return self.text[rows] if mask else None
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of one sample of each input in memory."""
-        return {name: values[0].nbytes for name, values in self.tensors.items()}
 
 
 def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: bool) -> Tensor:
-    """Which text positions belong to a sample's representation.
+    """Which text positions belong to a sample's representation (n, L) bool: a text's own tokens.
 
-    Args:
-        attention_mask: (n, L), 1 for a text's own tokens.
-        batch_size: samples in a forward pass.
-        keep_padding: count a batch's padding up to its longest text, like the original code.
-
-    Returns:
-        (n, L) bool.
+    With `keep_padding`, as in the original code, a batch's padding up to its longest text, too.
     """
     if not keep_padding:
         return attention_mask.bool()
@@ -273,8 +234,8 @@ def trace_stages(
 
     Args:
         stages: stages of a model in eval mode.
-        layers: name to module of the layers that are wanted.
-        samples: the model's inputs, of which the first sample is run.
+        layers: layer name to module, of the layers to capture.
+        samples: the model's inputs.
         device: the model's device.
     """
     states = {name: values[:1].to(device) for name, values in samples.tensors.items()}
@@ -317,13 +278,14 @@ class Capture:
     Attributes:
         left_out: layer name to the reason, of layers that in some batch are not called as often, or
             give no rows of the same size, as in the batch that was traced.
+        n: number of samples, known after the first pass.
     """
 
     def __init__(
         self,
         plan: CapturePlan,
         layers: dict[str, nn.Module],
-        inputs: Inputs,
+        inputs,
         device: torch.device,
         progress: bool = True,
     ):
@@ -331,27 +293,22 @@ class Capture:
 
         Args:
             plan: a plan of `plan_capture`, for these inputs.
-            layers: name to module, in a model in eval mode.
-            inputs: what the model sees.
-            device: the model's; states, activations and matrices live there too.
+            layers: layer name to module, in a model in eval mode.
+            inputs: what the model sees: `Samples`, or `any_model.Batches`.
+            device: the model's device; states, activations and matrices live there too.
             progress: whether to show a bar, in floating-point operations.
         """
         self.plan, self.layers, self.inputs, self.device = plan, layers, inputs, device
         self.left_out: dict[str, str] = {}
-        self.n = 0  # samples, known after the first pass
+        self.n = 0
         self.states = {  # in batches
             name: list(values.to(device).split(inputs.batch_size))
             for name, values in inputs.tensors.items()
         }
-        forward = plan.n * sum(sum(stage.pass_flops()) for stage in plan.stages)
-        products = plan.n * (plan.n + 1) * sum(segment.elements for segment in plan.segments)
-        self.bar = tqdm(
-            total=forward + products,
-            unit="FLOP",
-            unit_scale=True,
-            smoothing=0.05,
-            disable=not progress,
-        )
+        total = plan.n * sum(sum(stage.pass_flops()) for stage in plan.stages)
+        total += plan.n * (plan.n + 1) * sum(segment.elements for segment in plan.segments)
+        style = {"unit": "FLOP", "unit_scale": True, "smoothing": 0.05}
+        self.bar = tqdm(total=total, disable=not progress, **style)
         self.distances = Accumulator(plan, device, self.bar)
 
     def __iter__(self) -> Iterator[LayerDistances]:
@@ -365,7 +322,8 @@ class Capture:
                     whole = planned.to_the_end and number + 1 == len(planned.passes)
                     wanted = [x for x in segments if x.layer.name not in self.left_out]
                     self.distances.hold(planned, wanted)
-                    self._forward(planned.shape, flops[number], whole)
+                    if wanted or whole:
+                        self._forward(planned.shape, flops[number], whole)
                     yield from self.distances.finished(self.n)
                 alive = live_states(chain, index + 1)
                 self.states = {k: v for k, v in self.states.items() if k in alive}
@@ -379,72 +337,72 @@ class Capture:
             flops: floating-point operations for one sample, for the bar.
             whole: whether to run to the stage's end, and not to the last output that is kept.
         """
-        stage, number, samples, rows = shape.stage, 0, 0, slice(0, 0)
+        stage, self.rows, self.whole = shape.stage, slice(0, 0), whole
         written = self.states.setdefault(stage.writes, [])
         expected = Counter(layer.name for layer in shape.layers)
-        wanted = {(layer.name, layer.call): layer for layer in self.distances.held}
-        calls: Counter[str] = Counter()
-        missing: set[LayerShape] = set()
-
-        def keep(name: str, module, args, output) -> None:
-            layer = wanted.get((name, calls[name]))
-            calls[name] += 1
-            if layer not in missing:
-                return
-            missing.discard(layer)
-            try:
-                values = by_sample(output, samples)
-                if values.shape[1:] != (layer.tokens, layer.width):
-                    raise NotBySample(
-                        f"its output has {tuple(values.shape[1:])} values a sample in batch "
-                        f"{number} and {(layer.tokens, layer.width)} in the first; pad all texts "
-                        "to one length, bring all pictures to one size"
-                    )
-                counted = self.inputs.counted(layer.mask, rows)
-                self.distances.add(layer, rows, values[: rows.stop - rows.start], counted)
-            except NotBySample as error:
-                self._leave_out(name, str(error))
-                missing.difference_update([x for x in missing if x.name == name])
-            if not whole and not missing:
-                raise LastOutputKept
-
         with ExitStack() as hooks:
             hooks.enter_context(full_float32())
             for name in expected:
-                hook = self.layers[name].register_forward_hook(partial(keep, name))
+                hook = self.layers[name].register_forward_hook(partial(self._keep, name))
                 hooks.enter_context(hook)
             batches = zip(*(self._batches(name) for name in stage.reads), strict=True)
-            for number, batch in enumerate(batches):  # noqa: B007, read in `keep`
-                samples = self.inputs.count(batch)
-                rows = slice(rows.stop, min(rows.stop + samples, self.plan.n))
-                calls.clear()
-                missing.clear()
-                missing.update(self.distances.held)
-                if not missing and not whole:
-                    return
+            for self.number, batch in enumerate(batches):
+                self.samples, self.calls = self.inputs.count(batch), Counter()
+                stop = min(self.rows.stop + self.samples, self.plan.n)
+                self.rows = slice(self.rows.stop, stop)
+                self.pending = {(x.name, x.call): x for x in self.distances.held}
                 with suppress(LastOutputKept):
-                    written[number : number + 1] = [stage.run(*batch)]
-                    for name in expected:
-                        if calls[name] != expected[name]:
-                            why = f"called {calls[name]} times in batch {number}, "
-                            self._leave_out(name, f"{why}{expected[name]} in the first")
-                self.bar.update(flops * (rows.stop - rows.start))
-                if rows.stop == self.plan.n:
+                    written[self.number : self.number + 1] = [stage.run(*batch)]
+                    self._require_as_many_calls(expected)
+                self.bar.update(flops * (stop - self.rows.start))
+                if stop == self.plan.n:
                     break
-        if self.n not in (0, rows.stop):
+        if self.n not in (0, self.rows.stop):
             raise UserError(
-                f"batches: there were {self.n} samples in the first pass and now {rows.stop}; "
+                f"batches: there were {self.n} samples in the first pass and now {self.rows.stop}; "
                 "every pass must see the same"
             )
-        self.n = rows.stop
-
-    def _leave_out(self, name: str, why: str) -> None:
-        """Stops the measurement of a layer."""
-        self.left_out.setdefault(name, why)
-        self.distances.drop(name)
+        self.n = self.rows.stop
 
     def _batches(self, name: str) -> Iterator:
         """A state or input in batches (B, ...) on the device."""
         if name in self.states:
             return iter(self.states[name])
         return self.inputs.loader(name, self.device)
+
+    def _keep(self, name: str, module, args, output) -> None:
+        """Keeps the output of a call; ends the forward if no other is to be kept."""
+        layer = self.pending.pop((name, self.calls[name]), None)
+        self.calls[name] += 1
+        if layer is None:
+            return
+        try:
+            values = by_sample(output, self.samples)
+            size, wanted = tuple(values.shape[1:]), (layer.tokens, layer.width)
+            if size != wanted:
+                raise NotBySample(
+                    f"its output has {size} values a sample in batch {self.number} and {wanted} in "
+                    "the first; pad all texts to one length, bring all pictures to one size"
+                )
+            counted = self.inputs.counted(layer.mask, self.rows)
+            self.distances.add(
+                layer, self.rows, values[: self.rows.stop - self.rows.start], counted
+            )
+        except NotBySample as error:
+            self._leave_out(name, str(error))
+        if not self.whole and not self.pending:
+            raise LastOutputKept
+
+    def _require_as_many_calls(self, expected: Counter[str]) -> None:
+        """After a whole forward, leaves out layers that are not called as in the traced batch."""
+        for name, count in expected.items():
+            if self.calls[name] != count:
+                why = (
+                    f"called {self.calls[name]} times in batch {self.number}, {count} in the first"
+                )
+                self._leave_out(name, why)
+
+    def _leave_out(self, name: str, why: str) -> None:
+        self.left_out.setdefault(name, why)
+        self.distances.drop(name)
+        self.pending = {key: layer for key, layer in self.pending.items() if key[0] != name}

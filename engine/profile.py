@@ -13,13 +13,7 @@ from torch import Tensor, nn
 
 from data.image_dataset import ImageDataset
 from data.images import find_pictures
-from dimension.any_model import (
-    Batches,
-    choose_layers,
-    left_out_remarks,
-    prepared,
-    trace_forward,
-)
+from dimension import any_model
 from dimension.budget import StageShape, default_budget, plan_capture, share_layers
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
 from dimension.figures import draw_profile
@@ -84,7 +78,8 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
         if not process.is_main:
             return
     profile.write(folder)
-    PartialProfile(folder, profile.settings).clear()
+    if not args.skip:
+        PartialProfile(folder, profile.settings).clear()
     figures = draw_profile(profile, folder, args.compare)
     print(summary(profile))
     print(f"wrote to {folder}: profile.json, {', '.join(figures)}")
@@ -111,10 +106,8 @@ def chosen_device(cpu: bool, gpu: int | None) -> str:
     Raises:
         UserError: one GPU is named for several processes.
     """
-    if cpu:
-        return "cpu"
-    if gpu is None:
-        return "auto"
+    if cpu or gpu is None:
+        return "cpu" if cpu else "auto"
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(f"--gpu {gpu}: torchrun gives every process a GPU; leave --gpu out")
     present = torch.accelerator.current_accelerator(check_available=True)
@@ -159,8 +152,8 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
         "contents": data_digests(config, dataset.records),
     }
     share = Share(args, process, settings, n)
-    found, _ = share.measure(shapes, layers, samples, samples.sizes())
-    found = {name: found[name] for name in layers}
+    measured, _ = share.measure(shapes, layers, samples)
+    found = {name: measured[name] for name in layers}
     return IDProfile(share.settings, found, make_remarks(n, found, bad))
 
 
@@ -168,7 +161,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     """Measures the linear layers of any model of Hugging Face's.
 
     Raises:
-        UserError: see `HubInputs`.
+        UserError: a file is not there, or see `HubInputs`; or no layer is left.
     """
     pictures = None
     if args.images is not None:
@@ -184,7 +177,6 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     generator = torch.Generator().manual_seed(args.seed)
     inputs.take(sorted(torch.randperm(inputs.samples(), generator=generator)[:n].tolist()))
     model = hub.model.to(process.device)
-    modules = {k: v for k, v in choose_layers(model).items() if k not in hub.untrained}
     settings = {
         "model": type(model).__name__,
         "hf": args.hf,
@@ -193,33 +185,31 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
         "batch_size": batch_size,
         "checkpoint_sha256": model_hash(model),
         "contents": {
-            "pictures' names": content_hash([picture.name for picture in inputs.images or []]),
+            "names of the pictures": content_hash([path.name for path in inputs.images or []]),
             "texts": content_hash(inputs.texts),
         },
     }
+    batches = any_model.Batches(model, inputs, n, args.seed)
+    modules = any_model.choose_layers(model)
+    modules = {name: module for name, module in modules.items() if name not in hub.untrained}
     share = Share(args, process, settings, n)
-    batches = Batches(model, inputs, n, args.seed)
-    with prepared(model, process.device):
-        shape, left_out, remarks = trace_forward(model, modules, batches)
-        found, dropped = share.measure([shape], modules, batches, {}, to_the_end=True)
+    with any_model.prepared(model, process.device):
+        shape, left_out, remarks = any_model.trace_forward(model, modules, batches)
+        measured, dropped = share.measure([shape], modules, batches)
     left_out |= dropped | dict.fromkeys(hub.untrained, "the checkpoint lacks its weights")
-    names = list(dict.fromkeys(layer.name for layer in shape.layers if layer.name in found))
-    kinds = layer_kinds(model, names)
-    found = {name: replace(found[name], kind=kinds[name]) for name in names}
-    remarks = make_remarks(n, found) + remarks + left_out_remarks(left_out)
-    if not found:
-        raise UserError(f"no layer is left to measure ({'; '.join(remarks)})")
-    return IDProfile(share.settings, found, remarks)
+    remarks += any_model.left_out_remarks(left_out)
+    names = dict.fromkeys(layer.name for layer in shape.layers if layer.name in measured)
+    any_model.require_layers(names, remarks)
+    kinds = layer_kinds(model, list(names))
+    found = {name: replace(measured[name], kind=kinds[name]) for name in names}
+    return IDProfile(share.settings, found, make_remarks(n, found) + remarks)
 
 
 @dataclass
 class Images(Sequence):
-    """One image of each of some samples of a data set, transformed as for evaluation.
+    """One image of each of some samples, transformed as for evaluation; the second with `which` 1.
 
-    Attributes:
-        dataset: training set without augmentation.
-        indices: indices of the samples.
-        which: 0, or 1 for the second image of a pair.
+    A sequence of tensors (3, S, S), which are read when they are asked for.
     """
 
     dataset: ImageDataset
@@ -231,7 +221,7 @@ class Images(Sequence):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> Tensor:
-        """Reads an image (3, S, S)."""
+        """Reads an image."""
         paths = self.dataset.image_paths(self.indices[position])
         return self.dataset.open(paths[self.which])
 
@@ -275,77 +265,74 @@ class Share:
         """Reads what a run with the same settings has left in the folder.
 
         Args:
-            args: flags.
+            args: flags of ComputeID.py.
             process: this process.
-            settings: what the IDs depend on beside the flags.
+            settings: what the IDs depend on beside flags and device.
             n: number of samples.
         """
         self.args, self.process, self.n = args, process, n
         self.estimation = Estimation(args.fraction, args.seed)
-        self.settings = settings | self.estimation.settings
-        self.settings |= {
-            "nsamples": n,
-            "seed": args.seed,
-            "device": process.device.type,
-            "dtype": "float32",
-            "save_distances": args.save_distances,
-        }
+        self.settings = {"nsamples": n, "seed": args.seed, "device": process.device.type}
+        self.settings |= {"dtype": "float32", "save_distances": args.save_distances}
+        self.settings |= self.estimation.settings | settings
         self.partial = PartialProfile(args.Path, self.settings, process.rank)
 
     def measure(
         self,
         shapes: list[StageShape],
         layers: dict[str, nn.Module],
-        inputs: Samples | Batches,
-        sizes: dict[str, int],
-        to_the_end: bool = False,
+        inputs: Samples | any_model.Batches,
     ) -> tuple[dict[str, LayerID], dict[str, str]]:
         """Measures the layers that are not done, and writes each as soon as it is finished.
 
         Args:
             shapes: the model's stages.
             layers: layer name to module.
-            inputs: what the model sees.
-            sizes: bytes of one sample of each input in memory.
-            to_the_end: see `plan_capture`; then layers may be left out, too.
+            inputs: what the model sees; of any model's layers some may be left out.
 
         Returns:
-            The layers of all processes; and name to reason of those that were left out.
+            The layers of all processes; and name to reason of the layers that are left out.
         """
-        args, process, device = self.args, self.process, self.process.device
-        names = {layer.name for shape in shapes for layer in shape.layers} - set(self.partial.found)
+        args, process, partial = self.args, self.process, self.partial
+        foreign = isinstance(inputs, any_model.Batches)
+        budget = self._budget()
+        names = {layer.name for shape in shapes for layer in shape.layers} - set(partial.found)
         share = share_layers(shapes, names, process.world_size)[process.rank]
-        budget = int((args.memory_gb or 0) * 1e9) or default_budget(device)
-        plan = plan_capture(shapes, share, sizes, self.n, inputs.batch_size, budget, to_the_end)
+        sizes = {name: values[0].nbytes for name, values in inputs.tensors.items()}
+        plan = plan_capture(shapes, share, sizes, self.n, inputs.batch_size, budget, foreign)
         if process.is_main:
-            if args.memory_gb is None:
-                free = free_memory(device) / 1e9
-                print(f"--memory_gb {budget / 1e9:.2f} of {free:.2f} GB free per process")
             print(
-                f"{self.n} samples, {len(layers)} layers, {len(self.partial.found)} of them done "
+                f"{self.n} samples, {len(layers)} layers, {len(partial.found)} of them done "
                 f"before, {len(share)} for this process of {process.world_size}\n{plan}",
                 flush=True,
             )
         self._clear_other_runs()
-        capture = Capture(plan, layers, inputs, device, progress=process.is_main)
+        capture = Capture(plan, layers, inputs, process.device, progress=process.is_main)
         for name, features, distances in capture:
             try:
                 measured = self.estimation.measure(name, features, distances)
             except TooFewPoints as error:
-                if not to_the_end:
+                if not foreign:
                     raise
                 capture.left_out[name] = str(error)
                 continue
             if args.save_distances:
                 save_distances(args.Path, name, distances)
-            self.partial.add(name, measured)
+            partial.add(name, measured)
         found, left_out = {}, {}
-        for parts in gather_from_processes(
-            (self.partial.found | self.partial.mine, capture.left_out)
-        ):
-            found |= parts[0]
-            left_out |= parts[1]
-        return {k: v for k, v in found.items() if k not in left_out}, left_out
+        for one in gather_from_processes((partial.found | partial.mine, capture.left_out)):
+            found, left_out = found | one[0], left_out | one[1]
+        return {name: layer for name, layer in found.items() if name not in left_out}, left_out
+
+    def _budget(self) -> int:
+        """Bytes for activations, states and matrices."""
+        device = self.process.device
+        if self.args.memory_gb is not None:
+            return int(self.args.memory_gb * 1e9)
+        free, budget = free_memory(device), default_budget(device)
+        if self.process.is_main:
+            print(f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process")
+        return budget
 
     def _clear_other_runs(self) -> None:
         """Removes what a run with other settings left, unless this run goes on where it was."""
