@@ -80,8 +80,7 @@ def measure(
     with prepared(model, inputs.device):
         shape, left_out, remarks = trace_forward(model, modules, inputs)
         names = list(dict.fromkeys(layer.name for layer in shape.layers))
-        size = inputs.n, inputs.batch_size
-        plan = plan_capture([shape], set(names), {}, *size, budget, to_the_end=True)
+        plan = plan_capture([shape], set(names), inputs, inputs.n, budget, to_the_end=True)
         print(f"{inputs.n} samples, {len(names)} layers\n{plan}", flush=True)
         for sentence in [*remarks, *left_out_remarks(left_out)]:
             print(sentence, flush=True)

@@ -210,9 +210,8 @@ class CapturePlan:
 def plan_capture(
     shapes: list[StageShape],
     layers: set[str],
-    inputs: dict[str, int],
+    inputs,
     n: int,
-    batch_size: int,
     budget: int,
     to_the_end: bool = False,
 ) -> CapturePlan:
@@ -221,9 +220,8 @@ def plan_capture(
     Args:
         shapes: the model's stages, in order.
         layers: names of the layers to capture.
-        inputs: input name to bytes of one sample, of the inputs that stay in memory.
+        inputs: `capture.Samples` or `any_model.Batches`.
         n: number of samples.
-        batch_size: samples in a forward pass.
         budget: bytes for activations, states and matrices together.
         to_the_end: whether the last pass of the last stage runs to its end.
 
@@ -238,11 +236,12 @@ def plan_capture(
     while wanted and not wanted[-1].layers:
         wanted.pop()
     widest = max((x.features for shape in wanted for x in shape.layers), default=0)
-    outputs = BATCH_OUTPUTS * min(batch_size, n) * widest * FLOAT32
+    outputs = BATCH_OUTPUTS * min(inputs.batch_size, n) * widest * FLOAT32
     fixed = MATRICES * n * n * 8 + WORKSPACE + outputs
     plan = CapturePlan(n, budget, plain_flops, fixed, [])
+    sizes = {name: values[0].nbytes for name, values in inputs.tensors.items()}
     for index, shape in enumerate(wanted):
-        carried = n * _carried(wanted, index, inputs)
+        carried = n * _carried(wanted, index, sizes)
         segments = [segment for layer in shape.layers for segment in cut(layer, n)]
         stage = StagePlan(shape, carried, [segments], to_the_end or index + 1 < len(wanted))
         plan.stages.append(stage)

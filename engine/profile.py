@@ -298,8 +298,7 @@ class Share:
         budget = self._budget()
         names = {layer.name for shape in shapes for layer in shape.layers} - set(partial.found)
         share = share_layers(shapes, names, process.world_size)[process.rank]
-        sizes = {name: values[0].nbytes for name, values in inputs.tensors.items()}
-        plan = plan_capture(shapes, share, sizes, self.n, inputs.batch_size, budget, foreign)
+        plan = plan_capture(shapes, share, inputs, self.n, budget, to_the_end=foreign)
         if process.is_main:
             print(
                 f"{self.n} samples, {len(layers)} layers, {len(partial.found)} of them done "

@@ -27,6 +27,7 @@ from dimension.capture import Capture
 from dimension.profile import IDProfile, PartialProfile
 from engine import loop, processes, tasks
 from engine.processes import choose_device, init_distributed
+from engine.profile import chosen_device
 from engine.run import start
 from engine.tasks import TASKS
 from models import nlvr
@@ -197,7 +198,7 @@ def test_an_accelerator_of_any_kind_is_chosen(sim):
     ]:
         with pytest.raises(UserError, match=message):
             choose_device(device, world_size)
-    assert ComputeID.chosen_device(cpu=False, gpu=0) == "sim:0"
+    assert chosen_device(cpu=False, gpu=0) == "sim:0"
 
 
 def test_host_values_go_over_gloo_and_gradients_over_nccl(monkeypatch):

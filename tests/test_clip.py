@@ -470,9 +470,9 @@ def test_layers_are_measured_like_those_of_other_models(model):
     }
     cpu = torch.device("cpu")
     shapes = trace_stages(model.stages(), layers, samples, cpu)
-    plan = plan_capture(shapes, set(layers), samples.sizes(), 12, samples.batch_size, 10**9)
+    plan = plan_capture(shapes, set(layers), samples, 12, 10**9)
     capture = Capture(plan, layers, samples, cpu, progress=False)
-    found = {layer.name: distances for layer, distances in capture}
+    found = {name: distances for name, _, distances in capture}
     assert set(found) == set(plain)
     for name, distances in plain.items():
         torch.testing.assert_close(found[name], distances, rtol=1e-5, atol=1e-12)
