@@ -65,7 +65,8 @@ def open_hub_model(name: str) -> HubModel:
     """
     if not Path(name).is_dir():
         _require_reachable(name)
-    with _loading(name):
+    with _loading(name), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same weights where the checkpoint has none
         model, report = AutoModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True
         )
