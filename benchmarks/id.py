@@ -128,7 +128,7 @@ def random_captioner(args: argparse.Namespace, n: int) -> tuple[nn.Module, Sampl
 
 
 def capture(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds for the IDs of all layers. The first runs get their memory from the system."""
+    """Seconds for the IDs of all layers, into memory that a run before got from the system."""
     n, device = args.n or 24, torch.device(args.device)
     keep_freed_memory(device)  # as ComputeID.py does
     model, samples = random_captioner(args, n)
@@ -177,8 +177,7 @@ def capture(args: argparse.Namespace) -> dict[str, float]:
             found["straightforward"][name] = means[: max(1, min(20, n // 20))].mean().item()
 
     runs = {"plain forward": forward, "stages": stages, "measure": general}
-    times = {f"{name}, first run": seconds(run) for name, run in runs.items()}
-    times |= {name: seconds(run) for name, run in runs.items()}
+    times = {name: seconds(run, 2) for name, run in runs.items()}
     times["straightforward"] = seconds(straightforward)
     differences = {
         f"{name}: largest relative difference of an ID from the straightforward one": max(

@@ -116,9 +116,9 @@ def test_golden(golden, cloud, fraction):
 @pytest.mark.parametrize("cloud", ["gauss5in20", "highdim"])
 def test_float32_products_suffice(golden, cloud):
     """The golden clouds in many dimensions: what distances are off by moves the IDs no further."""
-    points = golden[f"{cloud}.points"]
+    points = golden[f"{cloud}.points"][:400]
     points = points @ torch.randn(points.shape[1], WIDE) + torch.randn(WIDE)
-    permutations = golden[f"{cloud}.permutations"]
+    permutations = twonn.draw_permutations(400)
     distances, exact = pairwise_distances(points), direct_distances(points)
     error = relative_error(distances, exact)
     assert error <= product_error(points)
