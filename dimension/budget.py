@@ -1,10 +1,10 @@
-"""What the capture of activations will hold and run, within a memory budget.
+"""The plan of a capture: what it holds and runs within a memory budget.
 
-A stage (`models.stages.Stage`) is run over all samples; its layers' outputs are kept, turned into
+A stage (`models.stages.Stage`) runs over all samples; its layers' outputs are kept, turned into
 distances and dropped. Where they do not fit together, the stage runs in several passes; all but
-the last of them stop at the last output they keep. What a pass keeps are segments: runs of a
-layer's tokens, over which its squared distances add up. Segments do not depend on the budget, and
-so neither do the sums.
+the last stop at the last output they keep. A pass keeps segments: runs of a layer's tokens, over
+which its squared distances add up. Segments do not depend on the budget, and so neither do the
+sums.
 """
 
 import re
@@ -27,7 +27,7 @@ SHARE_ON_CPU, SHARE_ON_ACCELERATOR = 0.5, 0.8  # of the free memory
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that a capture may hold where nobody says how many: a share of what is free."""
+    """Bytes that a capture may hold without --memory_gb: a share of the free memory."""
     share = SHARE_ON_CPU if device.type == "cpu" else SHARE_ON_ACCELERATOR
     return int(share * free_memory(device))
 
@@ -36,11 +36,12 @@ class LayerShape(NamedTuple):
     """A layer of a stage, or one of its calls where a forward calls it several times.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         tokens: L of its output (B, L, width).
         width: elements of a token.
         flops: floating-point operations for one sample, from the stage's start to this output.
-        call: which of the calls, from 0.
+        call: number of the call, from 0.
+        mask: name of the text mask that blanks the output's padding; "" where none does.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerShape(NamedTuple):
     width: int
     flops: int
     call: int = 0
+    mask: str = ""
 
     @property
     def features(self) -> int:
@@ -59,8 +61,8 @@ class StageShape(NamedTuple):
     """What one run of a stage computes.
 
     Attributes:
-        stage: which.
-        layers: to be captured, in the order in which it calls them.
+        stage: the stage.
+        layers: layers to capture, in the order of their last calls.
         state: shape of one sample's new state.
         flops: floating-point operations for one sample.
     """
@@ -100,14 +102,15 @@ class StagePlan:
     Attributes:
         shape: the stage.
         carried: bytes of all states that are alive while it runs.
-        passes: what each keeps; an empty pass only moves the state on.
-        advances: whether a later stage needs its state, so that the last pass runs to the end.
+        passes: segments that each pass keeps; an empty pass only moves the state on.
+        to_the_end: whether the last pass runs to the stage's end, because a later stage needs
+            its state, or calls are counted.
     """
 
     shape: StageShape
     carried: int
     passes: list[list[Segment]]
-    advances: bool
+    to_the_end: bool
 
     def captured(self) -> int:
         """Elements of one sample kept in the largest pass."""
@@ -116,7 +119,7 @@ class StagePlan:
     def pass_flops(self) -> list[int]:
         """Floating-point operations for one sample, of each pass."""
         flops = [max((x.layer.flops for x in kept), default=0) for kept in self.passes]
-        return [*flops[:-1], self.shape.flops] if self.advances else flops
+        return [*flops[:-1], self.shape.flops] if self.to_the_end else flops
 
 
 @dataclass
@@ -157,16 +160,17 @@ class CapturePlan:
         return max((self.held(stage) for stage in self.stages), default=0)
 
     @property
-    def product_flops(self) -> int:
-        """Floating-point operations of the products behind all distances."""
-        segments = [x for stage in self.stages for kept in stage.passes for x in kept]
-        return self.n * (self.n + 1) * sum(segment.elements for segment in segments)
+    def segments(self) -> list[Segment]:
+        """The segments of all passes."""
+        return [x for stage in self.stages for kept in stage.passes for x in kept]
 
     def fill(self, stage: StagePlan, segments: list[Segment]) -> list[list[Segment]]:
-        """Puts segments of a stage into passes in order; one empty pass if there are none.
+        """Puts a stage's segments into passes, in order; one empty pass if there are none.
+
+        The last passes are full, since they run furthest, and the first holds what is left.
 
         Raises:
-            UserError: the budget is too small for one of them.
+            UserError: the budget is too small for one of the segments.
         """
         room = (self.budget - self.fixed - stage.carried) // self.row  # elements of one sample
         needed = max((segment.room for segment in segments), default=0)
@@ -178,16 +182,16 @@ class CapturePlan:
             )
         passes: list[list[Segment]] = [[]]
         free = room
-        for segment in segments:
+        for segment in reversed(segments):
             if segment.room > free:
-                passes.append([])
+                passes.insert(0, [])
                 free = room
-            passes[-1].append(segment)
+            passes[0].insert(0, segment)
             free -= segment.room
         return passes
 
     def __str__(self) -> str:
-        """A table; stages whose names differ in a number only share a row, which tells the most."""
+        """A table; stages whose names differ in a number only share a row, with their maximum."""
         kinds: dict[str, list[StagePlan]] = {}
         for stage in self.stages:
             kinds.setdefault(re.sub(r"\d+", "*", stage.shape.stage.name), []).append(stage)
@@ -206,20 +210,20 @@ class CapturePlan:
 def plan_capture(
     shapes: list[StageShape],
     layers: set[str],
-    inputs: dict[str, int],
+    inputs,
     n: int,
-    batch_size: int,
     budget: int,
+    to_the_end: bool = False,
 ) -> CapturePlan:
     """Plans the capture of some layers.
 
     Args:
         shapes: the model's stages, in order.
-        layers: names of those to capture.
-        inputs: bytes of one sample of each input that stays in memory.
-        n: samples.
-        batch_size: in samples.
+        layers: names of the layers to capture.
+        inputs: `capture.Samples` or `any_model.Batches`.
+        n: number of samples.
         budget: bytes for activations, states and matrices together.
+        to_the_end: whether the last pass of the last stage runs to its end.
 
     Raises:
         UserError: the budget is too small for one segment of a layer.
@@ -232,28 +236,23 @@ def plan_capture(
     while wanted and not wanted[-1].layers:
         wanted.pop()
     widest = max((x.features for shape in wanted for x in shape.layers), default=0)
-    outputs = BATCH_OUTPUTS * min(batch_size, n) * widest * FLOAT32
+    outputs = BATCH_OUTPUTS * min(inputs.batch_size, n) * widest * FLOAT32
     fixed = MATRICES * n * n * 8 + WORKSPACE + outputs
     plan = CapturePlan(n, budget, plain_flops, fixed, [])
+    sizes = {name: values[0].nbytes for name, values in inputs.tensors.items()}
     for index, shape in enumerate(wanted):
-        carried = n * _carried(wanted, index, inputs)
+        carried = n * _carried(wanted, index, sizes)
         segments = [segment for layer in shape.layers for segment in cut(layer, n)]
-        stage = StagePlan(shape, carried, [segments], advances=index + 1 < len(wanted))
+        stage = StagePlan(shape, carried, [segments], to_the_end or index + 1 < len(wanted))
         plan.stages.append(stage)
         stage.passes = plan.fill(stage, segments)
     return plan
 
 
-def cut(layer: LayerShape, n: int, first: int = 0) -> list[Segment]:
-    """A layer's output in segments of `SEGMENT_ELEMENTS` elements of n samples, or of one token.
-
-    Args:
-        layer: which.
-        n: samples.
-        first: token at which to begin.
-    """
+def cut(layer: LayerShape, n: int) -> list[Segment]:
+    """A layer's output in segments of `SEGMENT_ELEMENTS` elements of n samples, or of one token."""
     step = max(1, SEGMENT_ELEMENTS // (n * layer.width))
-    starts = range(first, layer.tokens, step)
+    starts = range(0, layer.tokens, step)
     return [Segment(layer, start, min(start + step, layer.tokens)) for start in starts]
 
 
@@ -278,7 +277,7 @@ def live_states(stages: list[Stage], index: int) -> set[str]:
 
 
 def share_layers(shapes: list[StageShape], layers: set[str], processes: int) -> list[set[str]]:
-    """Divides layers among processes: each goes to the one with the fewest elements so far.
+    """Divides layers among processes: a layer goes to the process with the fewest elements so far.
 
     Every process runs all stages; divided are the passes beyond each stage's first, the distances
     and the estimates.

@@ -1,19 +1,21 @@
 """Distances between the samples in the representations of layers, within a memory budget.
 
-The model runs as a chain of stages (`models.stages`): the states of all samples are carried from
-stage to stage, and the outputs of a stage's layers live only until their distances are known.
-Nothing goes to disk. What is kept of an output is its difference from the first batch's mean: that
-changes no distance, and products of the differences keep their digits.
+A model runs as a chain of stages (`models.stages`): the states of all samples are carried from
+stage to stage, and the outputs of a stage's layers live only until their distances are known. A
+model of unknown parts is one stage, its whole forward (`dimension.any_model`). Nothing goes to
+disk.
 
 The same batches give the same bits, whatever the budget and however the layers are shared among
 processes that have the same number of threads: every operation is on the same segment, whose size
 and alignment do not depend on them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,48 +38,185 @@ from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
 
+TEXT = "attention_mask"  # name of the mask of a model's texts
+
+
+class LayerDistances(NamedTuple):
+    """A layer's name, the elements in a sample's representation, distances (n, n) float64."""
+
+    name: str
+    features: int
+    distances: Tensor
+
+
+class Accumulator:
+    """Distances between samples, from the outputs of layers that arrive batch by batch.
+
+    A pass begins with `hold`; `add` takes the batches' outputs and `finished` ends the pass. What
+    is kept of an output is its difference from the first batch's mean: that changes no distance,
+    and products of the differences keep their digits.
+    """
+
+    def __init__(self, plan: CapturePlan, device: torch.device, bar: tqdm):
+        """Allocates nothing yet; `bar` shows progress in floating-point operations."""
+        self.plan, self.bar = plan, bar
+        self.buffer = torch.empty(0, dtype=torch.float32, device=device)
+        self.held: dict[LayerShape, list[tuple[Segment, Tensor]]] = {}
+        self.missing = Counter(segment.layer.name for segment in plan.segments)
+        self.sums: dict[str, LayerDistances] = {}
+
+    def hold(self, planned: StagePlan, segments: list[Segment]) -> None:
+        """Makes room for the segments of a pass: (n + 1, tokens, width), the last row the centre.
+
+        Memory is slow when it is touched first, so a new buffer is made large enough for all
+        stages, as far as the plan's peak allows.
+        """
+        plan, rows, start = self.plan, self.plan.n + 1, 0
+        needed = planned.captured() * rows
+        most = max(stage.captured() for stage in plan.stages) * rows
+        allowed = (plan.peak - plan.fixed - planned.carried) // FLOAT32
+        self.held = {}
+        if not needed <= self.buffer.numel() <= allowed:
+            self.buffer = self.buffer.new_empty(0)  # frees the old one first
+            self.buffer = self.buffer.new_empty(min(most, allowed))
+        for segment in segments:
+            shape = (rows, segment.stop - segment.start, segment.layer.width)
+            view = self.buffer[start : start + rows * segment.elements].view(shape)
+            self.held.setdefault(segment.layer, []).append((segment, view))
+            start += rows * segment.room
+
+    def add(self, layer: LayerShape, rows: slice, output: Tensor, counted: Tensor | None) -> None:
+        """Takes a batch's output of a layer that is held.
+
+        Args:
+            layer: the layer.
+            rows: numbers of the batch's samples.
+            output: (B, tokens, width), of any floating type.
+            counted: (B, tokens) bool, false where a token counts as zero; None counts all.
+        """
+        for segment, kept in self.held[layer]:
+            values = output[:, segment.start : segment.stop]
+            if counted is not None:
+                padding = ~counted[:, segment.start : segment.stop, None]
+                values = values.masked_fill(padding.to(values.device), 0)
+            centre = kept[-1]
+            if rows.start == 0:  # the first batch's mean is near enough to the mean of all samples
+                torch.mean(values, 0, dtype=torch.float32, out=centre)
+            torch.sub(values, centre, out=kept[rows])
+
+    def drop(self, name: str) -> None:
+        """Forgets what is held of a layer."""
+        self.held = {layer: kept for layer, kept in self.held.items() if layer.name != name}
+        self.sums.pop(name, None)
+
+    def finished(self, n: int) -> Iterator[LayerDistances]:
+        """Adds the squared distances of the pass's segments; yields the layers that are complete.
+
+        Args:
+            n: number of samples that arrived.
+
+        Raises:
+            UserError: a layer's values are not finite.
+        """
+        for segment, kept in [pair for pairs in self.held.values() for pair in pairs]:
+            name = segment.layer.name
+            try:
+                squared = squared_distances(kept[:n].flatten(1), centred=True)
+            except UserError as error:
+                raise UserError(f"layer {name}: {error}") from error
+            _, features, before = self.sums.pop(name, (name, 0, None))
+            squared = squared if before is None else before.add_(squared)
+            layer = LayerDistances(name, features + segment.elements, squared)
+            self.bar.update(n * (n + 1) * segment.elements)
+            self.missing[name] -= 1
+            if self.missing[name]:
+                self.sums[name] = layer
+            else:
+                yield layer._replace(distances=roots_(squared))
+
+
+class NotBySample(ValueError):
+    """An output that is no representation of the batch's samples."""
+
+
+def by_sample(output, samples: int) -> Tensor:
+    """A module's output as (B, L, width), all dimensions after the second in one.
+
+    Windows or tokens in the first dimension, k for each sample, become the second.
+
+    Args:
+        output: what a module returned, of which the first tensor counts.
+        samples: B.
+
+    Raises:
+        NotBySample: the output has no such form; the message says why.
+    """
+    tensor = _first_tensor(output)
+    if tensor is None or tensor.is_meta:
+        raise NotBySample("its output holds no tensor" if tensor is None else "its output is meta")
+    shape = tuple(tensor.shape)
+    if not tensor.is_floating_point():
+        raise NotBySample(f"its output is of {str(tensor.dtype).removeprefix('torch.')}")
+    if len(shape) < 2 or tensor.numel() == 0:
+        raise NotBySample(f"its output {shape} has fewer than two dimensions, or no values")
+    if shape[0] % samples:
+        raise NotBySample(f"its output {shape} does not divide into {samples} samples")
+    if shape[0] != samples:
+        tensor = tensor.unflatten(0, (samples, -1))
+    return tensor[:, None] if tensor.dim() == 2 else tensor.flatten(2)
+
+
+def _first_tensor(output) -> Tensor | None:
+    """The first tensor in a tensor, sequence, mapping or dataclass."""
+    if isinstance(output, Tensor):
+        return output
+    values = vars(output).values() if is_dataclass(output) else ()
+    if isinstance(output, Mapping | tuple | list):
+        values = output.values() if isinstance(output, Mapping) else output
+    return next((x for x in map(_first_tensor, values) if x is not None), None)
+
 
 @dataclass
 class Samples:
-    """The model's inputs.
+    """The inputs of one of our models, as `Capture` reads them.
 
     Attributes:
         tensors: input name to values (n, ...) in memory.
         images: input name to a sequence of n images (3, S, S), which are read when needed.
-        counted: (n, L) bool, the text positions that belong to a representation; others are zero.
-        batch_size: in samples.
+        text: (n, L) bool, the text positions that belong to a representation; others are zero.
+        batch_size: samples in a forward pass.
         num_workers: processes that read images.
     """
 
     tensors: dict[str, Tensor]
     images: dict[str, Sequence[Tensor]]
-    counted: Tensor
+    text: Tensor
     batch_size: int = 8
     num_workers: int = 0
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(self.counted)
+        return len(self.text)
 
-    def loader(self, name: str) -> DataLoader:
+    def loader(self, name: str, device: torch.device) -> Iterator[Tensor]:
         """Batches (B, 3, S, S) of an image input, in order."""
-        return DataLoader(self.images[name], self.batch_size, num_workers=self.num_workers)
+        images = self.images[name]
+        for batch in DataLoader(images, self.batch_size, num_workers=self.num_workers):
+            yield batch.to(device)
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of one sample of each input in memory."""
-        return {name: values[0].nbytes for name, values in self.tensors.items()}
+    def count(self, batch: tuple[Tensor, ...]) -> int:
+        """B, of what a stage reads."""
+        return len(batch[0])
+
+    def counted(self, mask: str, rows: slice) -> Tensor | None:
+        """(B, L) bool, the text positions that belong to a representation, on the CPU."""
+        return self.text[rows] if mask else None
 
 
 def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: bool) -> Tensor:
-    """Which text positions belong to a sample's representation.
+    """Which text positions belong to a sample's representation (n, L) bool: a text's own tokens.
 
-    Args:
-        attention_mask: (n, L), 1 for a text's own tokens.
-        batch_size: in samples.
-        keep_padding: as the original code, count a batch's padding too, up to its longest text.
-
-    Returns:
-        (n, L) bool.
+    With `keep_padding`, as in the original code, a batch's padding up to its longest text, too.
     """
     if not keep_padding:
         return attention_mask.bool()
@@ -94,10 +233,10 @@ def trace_stages(
     A layer that several stages call (one vision encoder on two images) belongs to the first.
 
     Args:
-        stages: of a model in eval mode.
-        layers: name to module of those that are wanted.
-        samples: of which the first is run.
-        device: the model's.
+        stages: stages of a model in eval mode.
+        layers: layer name to module, of the layers to capture.
+        samples: the model's inputs.
+        device: the model's device.
     """
     states = {name: values[:1].to(device) for name, values in samples.tensors.items()}
     states |= {name: images[0][None].to(device) for name, images in samples.images.items()}
@@ -109,8 +248,9 @@ def trace_stages(
         def note(name, counter, called, module, args, output):
             if name not in seen:
                 seen.add(name)
+                mask = "" if sees_image(name) else TEXT
                 flops = counter.get_total_flops()
-                called.append(LayerShape(name, output.shape[1], output.shape[2], flops))
+                called.append(LayerShape(name, *output.shape[1:], flops, mask=mask))
 
         with ExitStack() as hooks:
             for name, module in layers.items():
@@ -133,147 +273,136 @@ class LastOutputKept(BaseException):
 
 
 class Capture:
-    """Carries out a plan: iterating yields each layer once, with its distances (n, n) float64."""
+    """Carries out a plan: iterating yields each layer once, with its distances.
+
+    Attributes:
+        left_out: layer name to the reason, of layers that in some batch are not called as often, or
+            give no rows of the same size, as in the batch that was traced.
+        n: number of samples, known after the first pass.
+    """
 
     def __init__(
         self,
         plan: CapturePlan,
         layers: dict[str, nn.Module],
-        samples: Samples,
+        inputs,
         device: torch.device,
         progress: bool = True,
     ):
         """Holds what the plan needs; the model first runs when iteration begins.
 
         Args:
-            plan: of `plan_capture`, for these samples.
-            layers: name to module, in a model in eval mode.
-            samples: what the model sees.
-            device: the model's; states, activations and matrices live there too.
+            plan: a plan of `plan_capture`, for these inputs.
+            layers: layer name to module, in a model in eval mode.
+            inputs: what the model sees: `Samples`, or `any_model.Batches`.
+            device: the model's device; states, activations and matrices live there too.
             progress: whether to show a bar, in floating-point operations.
         """
-        self.plan, self.layers, self.samples, self.device = plan, layers, samples, device
+        self.plan, self.layers, self.inputs, self.device = plan, layers, inputs, device
+        self.left_out: dict[str, str] = {}
+        self.n = 0
         self.states = {  # in batches
-            name: list(values.to(device).split(samples.batch_size))
-            for name, values in samples.tensors.items()
+            name: list(values.to(device).split(inputs.batch_size))
+            for name, values in inputs.tensors.items()
         }
-        self.counted = samples.counted.to(device)
-        self.buffer = torch.empty(0, dtype=torch.float32, device=device)
-        self.sums: dict[str, Tensor] = {}
-        forward = sum(sum(stage.pass_flops()) for stage in plan.stages) * plan.n
-        self.bar = tqdm(
-            total=forward + plan.product_flops,
-            unit="FLOP",
-            unit_scale=True,
-            smoothing=0.05,
-            disable=not progress,
-        )
+        total = plan.n * sum(sum(stage.pass_flops()) for stage in plan.stages)
+        total += plan.n * (plan.n + 1) * sum(segment.elements for segment in plan.segments)
+        style = {"unit": "FLOP", "unit_scale": True, "smoothing": 0.05}
+        self.bar = tqdm(total=total, disable=not progress, **style)
+        self.distances = Accumulator(plan, device, self.bar)
 
-    def __iter__(self) -> Iterator[tuple[LayerShape, Tensor]]:
+    def __iter__(self) -> Iterator[LayerDistances]:
         """Runs the stages in order."""
         chain = [planned.shape.stage for planned in self.plan.stages]
         with self.bar:
             for index, planned in enumerate(self.plan.stages):
                 self.bar.set_description(planned.shape.stage.name)
-                self._make_room(planned)
                 flops = planned.pass_flops()
                 for number, segments in enumerate(planned.passes):
-                    last = number + 1 == len(planned.passes)
-                    held = self._views(segments)
-                    self._forward(planned, held, flops[number], planned.advances and last)
-                    for segment, values in held:
-                        yield from self._add(segment, values)
+                    whole = planned.to_the_end and number + 1 == len(planned.passes)
+                    wanted = [x for x in segments if x.layer.name not in self.left_out]
+                    self.distances.hold(planned, wanted)
+                    if wanted or whole:
+                        self._forward(planned.shape, flops[number], whole)
+                    yield from self.distances.finished(self.n)
                 alive = live_states(chain, index + 1)
                 self.states = {k: v for k, v in self.states.items() if k in alive}
 
-    def _make_room(self, planned: StagePlan) -> None:
-        """Sizes the buffer of all captured outputs; one that is large enough stays as it is.
-
-        Memory is slow when it is touched first, so a new buffer is made large enough for all
-        stages, as far as the plan's peak allows.
-        """
-        plan, rows = self.plan, self.plan.n + 1
-        needed = planned.captured() * rows
-        most = max(stage.captured() for stage in plan.stages) * rows
-        allowed = (plan.peak - plan.fixed - planned.carried) // FLOAT32
-        if not needed <= self.buffer.numel() <= allowed:
-            self.buffer = self.buffer.new_empty(0)  # frees the old one first
-            self.buffer = self.buffer.new_empty(min(most, allowed))
-
-    def _views(self, segments: list[Segment]) -> list[tuple[Segment, Tensor]]:
-        """A view (n + 1, tokens, width) of the buffer for each segment; the last row: centre."""
-        held, start = [], 0
-        rows = self.plan.n + 1
-        for segment in segments:
-            shape = (rows, segment.stop - segment.start, segment.layer.width)
-            view = self.buffer[start : start + rows * segment.elements].view(shape)
-            held.append((segment, view))
-            start += rows * segment.room
-        return held
-
     @torch.no_grad()
-    def _forward(
-        self, planned: StagePlan, held: list[tuple[Segment, Tensor]], flops: int, advance: bool
-    ) -> None:
+    def _forward(self, shape: StageShape, flops: int, whole: bool) -> None:
         """One pass of a stage over all samples.
 
         Args:
-            planned: the stage.
-            held: views of the buffer, which are filled.
+            shape: the stage.
             flops: floating-point operations for one sample, for the bar.
-            advance: whether to move the stage's state on.
+            whole: whether to run to the stage's end, and not to the last output that is kept.
         """
-        if not held and not advance:
-            return
-        stage = planned.shape.stage
+        stage, self.rows, self.whole = shape.stage, slice(0, 0), whole
         written = self.states.setdefault(stage.writes, [])
-        rows = slice(0, 0)
-
-        def keep(segment: Segment, values: Tensor, final: bool, module, args, output: Tensor):
-            output = output[:, segment.start : segment.stop]
-            if not sees_image(segment.layer.name):
-                padding = ~self.counted[rows, segment.start : segment.stop, None]
-                output = output.masked_fill(padding, 0)
-            centre = values[-1]
-            if rows.start == 0:  # the first batch's mean is near enough to that of all samples
-                torch.mean(output, 0, out=centre)
-            torch.sub(output, centre, out=values[rows])
-            if final:
-                raise LastOutputKept
-
+        expected = Counter(layer.name for layer in shape.layers)
         with ExitStack() as hooks:
             hooks.enter_context(full_float32())
-            for number, (segment, values) in enumerate(held):
-                final = not advance and number + 1 == len(held)
-                module = self.layers[segment.layer.name]
-                hook = partial(keep, segment, values, final)
-                hooks.enter_context(module.register_forward_hook(hook))
+            for name in expected:
+                hook = self.layers[name].register_forward_hook(partial(self._keep, name))
+                hooks.enter_context(hook)
             batches = zip(*(self._batches(name) for name in stage.reads), strict=True)
-            for number, batch in enumerate(batches):
-                rows = slice(rows.stop, rows.stop + len(batch[0]))
+            for self.number, batch in enumerate(batches):
+                self.samples, self.calls = self.inputs.count(batch), Counter()
+                stop = min(self.rows.stop + self.samples, self.plan.n)
+                self.rows = slice(self.rows.stop, stop)
+                self.pending = {(x.name, x.call): x for x in self.distances.held}
                 with suppress(LastOutputKept):
-                    written[number : number + 1] = [stage.run(*batch)]
-                self.bar.update(flops * len(batch[0]))
+                    written[self.number : self.number + 1] = [stage.run(*batch)]
+                    self._require_as_many_calls(expected)
+                self.bar.update(flops * (stop - self.rows.start))
+                if stop == self.plan.n:
+                    break
+        if self.n not in (0, self.rows.stop):
+            raise UserError(
+                f"batches: there were {self.n} samples in the first pass and now {self.rows.stop}; "
+                "every pass must see the same"
+            )
+        self.n = self.rows.stop
 
-    def _batches(self, name: str) -> Iterator[Tensor]:
+    def _batches(self, name: str) -> Iterator:
         """A state or input in batches (B, ...) on the device."""
-        if name in self.samples.images:
-            for images in self.samples.loader(name):
-                yield images.to(self.device)
-        else:
-            yield from self.states[name]
+        if name in self.states:
+            return iter(self.states[name])
+        return self.inputs.loader(name, self.device)
 
-    def _add(self, segment: Segment, values: Tensor) -> Iterator[tuple[LayerShape, Tensor]]:
-        """Adds a segment's squared distances; yields the layer when it is complete."""
-        layer = segment.layer
+    def _keep(self, name: str, module, args, output) -> None:
+        """Keeps the output of a call; ends the forward if no other is to be kept."""
+        layer = self.pending.pop((name, self.calls[name]), None)
+        self.calls[name] += 1
+        if layer is None:
+            return
         try:
-            squared = squared_distances(values[:-1].flatten(1), centred=True)
-        except UserError as error:
-            raise UserError(f"layer {layer.name}: {error}") from error
-        if layer.name in self.sums:
-            self.sums[layer.name] += squared
-        else:
-            self.sums[layer.name] = squared
-        self.bar.update(self.plan.n * (self.plan.n + 1) * segment.elements)
-        if segment.stop == layer.tokens:
-            yield layer, roots_(self.sums.pop(layer.name))
+            values = by_sample(output, self.samples)
+            size, wanted = tuple(values.shape[1:]), (layer.tokens, layer.width)
+            if size != wanted:
+                raise NotBySample(
+                    f"its output has {size} values a sample in batch {self.number} and {wanted} in "
+                    "the first; pad all texts to one length, bring all pictures to one size"
+                )
+            counted = self.inputs.counted(layer.mask, self.rows)
+            self.distances.add(
+                layer, self.rows, values[: self.rows.stop - self.rows.start], counted
+            )
+        except NotBySample as error:
+            self._leave_out(name, str(error))
+        if not self.whole and not self.pending:
+            raise LastOutputKept
+
+    def _require_as_many_calls(self, expected: Counter[str]) -> None:
+        """After a whole forward, leaves out layers that are not called as in the traced batch."""
+        for name, count in expected.items():
+            if self.calls[name] != count:
+                why = (
+                    f"called {self.calls[name]} times in batch {self.number}, {count} in the first"
+                )
+                self._leave_out(name, why)
+
+    def _leave_out(self, name: str, why: str) -> None:
+        self.left_out.setdefault(name, why)
+        self.distances.drop(name)
+        self.pending = {key: layer for key, layer in self.pending.items() if key[0] != name}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dimension.profile import IDProfile
+from dimension.profile import IDProfile, load_kinds, load_profile
 from models.layers import modality, sees_image
 from utils import atomic_write
 
@@ -31,6 +31,19 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
+def draw_profile(profile: IDProfile, folder: Path, compare: list[str]) -> list[str]:
+    """Draws a profile into a folder, and other profiles beside it; returns the files' names."""
+    figures = {"ID.png": plot_depth(profile), "scale.png": plot_scale(profile)}
+    if compare:
+        own = {str(folder): {name: layer.id for name, layer in profile.layers.items()}}
+        kinds = {path: load_kinds(path) for path in compare} | {str(folder): profile.kinds()}
+        others = {path: load_profile(path) for path in compare}
+        figures["compare.png"] = plot_comparison(own | others, kinds)
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+    return list(figures)
+
+
 def plot_depth(profile: IDProfile) -> Figure:
     """ID of each layer with its error bar, against its position in the model."""
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -46,10 +59,7 @@ def plot_depth(profile: IDProfile) -> Figure:
             x, y, error = zip(*layers, strict=True)
             style = {"fmt": marker, "fillstyle": fill, "ms": 4, "color": colour}
             axes.errorbar(x, y, error, elinewidth=0.6, label=kind, **style)
-    axes.set(xlabel="layer", ylabel="intrinsic dimension")
-    axes.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    return figure
+    return _finished(figure, xlabel="layer", ylabel="intrinsic dimension")
 
 
 def plot_comparison(
@@ -67,7 +77,9 @@ def plot_comparison(
     for number, (label, layers) in enumerate(profiles.items()):
         colour, ids = f"C{number}", list(layers.values())
         depth = [position / max(1, len(ids) - 1) for position in range(len(ids))]
-        axes.plot(depth, ids, lw=0.5, color=colour, label=label)
+        shown = label.replace("$", r"\$")  # matplotlib sets $...$ as a formula,
+        shown = f"./{shown}" if label.startswith("_") else shown  # and leaves out _...
+        axes.plot(depth, ids, lw=0.5, color=colour, label=shown)
         known = (kinds or {}).get(label, {})
         own = [known.get(name) or layer_kind(name) for name in layers]
         present |= set(own)
@@ -78,10 +90,7 @@ def plot_comparison(
     for kind in [kind for kind in STYLES if kind in present]:
         _, marker, fill = STYLES[kind]
         axes.plot([], [], marker, ms=4, color="grey", fillstyle=fill, label=kind)
-    axes.set(xlabel="relative depth", ylabel="intrinsic dimension")
-    axes.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    return figure
+    return _finished(figure, xlabel="relative depth", ylabel="intrinsic dimension")
 
 
 def plot_scale(profile: IDProfile) -> Figure:
@@ -99,7 +108,14 @@ def plot_scale(profile: IDProfile) -> Figure:
         label = None if kind in labelled else kind
         labelled.add(kind)
         axes.plot(sizes, means, color=STYLES[kind][0], lw=0.6, alpha=0.6, label=label)
-    axes.set(xlabel="points in a block", ylabel="mean intrinsic dimension", xscale="log")
+    labels = {"xlabel": "points in a block", "ylabel": "mean intrinsic dimension"}
+    return _finished(figure, **labels, xscale="log")
+
+
+def _finished(figure: Figure, **settings: str) -> Figure:
+    """The figure with settings of its axes, which begin at zero, and a legend above."""
+    (axes,) = figure.axes
+    axes.set(**settings)
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -3,11 +3,10 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dimension.twonn import BLOCK_COUNTS, ENOUGH_POINTS, block_analysis, draw_permutations
 from utils import UserError, atomic_write, write_json
@@ -48,96 +47,36 @@ class LayerID:
     kind: str | None = None
 
 
-@dataclass
-class IDProfile:
-    """IDs of a model's layers, in forward order.
+@dataclass(frozen=True)
+class Estimation:
+    """How distances become IDs.
 
     Attributes:
-        settings: how they were measured.
-        layers: name to what was measured.
-        remarks: sentences on what a reader of the IDs should know; see `make_remarks`.
+        fraction: share of the points, in (0, 1], see `twonn.estimate_id`.
+        seed: seed of the blocks, see `twonn.block_analysis`.
     """
 
-    settings: dict
-    layers: dict[str, LayerID] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    fraction: float = 1.0
+    seed: int = 0
 
-    @classmethod
-    def read(cls, path: str | Path) -> "IDProfile":
-        """Reads the JSON of `write`, or a folder that holds it.
+    def __post_init__(self):
+        """Raises UserError if the fraction is out of range."""
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"fraction {self.fraction} is not in (0, 1]")
 
-        Raises:
-            UserError: there is no such file, or it is no profile of ours.
-        """
-        path = Path(path)
-        path = path / PROFILE if path.is_dir() else path
-        content = _read_json(path)
-        try:
-            layers = {name: LayerID(**values) for name, values in content["layers"].items()}
-            return cls(content["settings"], layers, content.get("remarks", []))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no profile that ComputeID.py wrote: {error}") from error
+    @property
+    def settings(self) -> dict:
+        """What a profile records."""
+        return {"fraction": self.fraction, "enough_points": ENOUGH_POINTS}
 
-    def kinds(self) -> dict[str, str]:
-        """Layer name to kind of those layers whose names do not tell it."""
-        return {name: layer.kind for name, layer in self.layers.items() if layer.kind}
-
-    def write(self, folder: str | Path) -> None:
-        """Writes the JSON and the original's four text files, one line a layer."""
-        folder = Path(folder)
-        layers = {name: asdict(layer) for name, layer in self.layers.items()}
-        content = {"settings": self.settings, "remarks": self.remarks, "layers": layers}
-        write_json(folder / PROFILE, content)
-        columns = {
-            "ID.txt": list(self.layers),
-            "result_id.txt": [layer.id for layer in self.layers.values()],
-            "result_bar.txt": [
-                math.nan if layer.error is None else layer.error for layer in self.layers.values()
-            ],
-            "dim.txt": [layer.features for layer in self.layers.values()],
-        }
-        for name, values in columns.items():
-            with atomic_write(folder / name) as file:
-                file.writelines(f"{value}\n" for value in values)
-
-
-def load_profile(path: str | Path) -> dict[str, float]:
-    """Layer name to ID, of a published profile (`{name: ID}`) or of one that ComputeID.py wrote.
-
-    Raises:
-        UserError: the file cannot be read or holds something else.
-    """
-    path = Path(path)
-    path = path / PROFILE if path.is_dir() else path
-    content = _read_json(path)
-    if "layers" in content:
-        return {name: layer.id for name, layer in IDProfile.read(path).layers.items()}
-    if not content or not all(isinstance(value, int | float) for value in content.values()):
-        raise UserError(f"{path} is no ID profile: expected a mapping of layer names to IDs")
-    return content
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the ID profile {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no ID profile: expected a mapping")
-    return content
-
-
-def load_kinds(path: str | Path) -> dict[str, str]:
-    """Layer name to kind of those layers of a profile whose names do not tell it."""
-    path = Path(path)
-    path = path / PROFILE if path.is_dir() else path
-    if "layers" not in _read_json(path):
-        return {}
-    return IDProfile.read(path).kinds()
+    def measure(self, name: str, features: int, distances: Tensor) -> LayerID:
+        """See `measure_layer`; all layers have the same blocks."""
+        permutations = block_permutations(len(distances), self.seed)
+        return measure_layer(name, features, distances, self.fraction, permutations)
 
 
 def block_permutations(n: int, seed: int) -> Tensor:
-    """The same blocks for all layers; samples and blocks have different random numbers."""
+    """The blocks of a seed (20, n), which are drawn apart from its samples."""
     return draw_permutations(n, torch.Generator().manual_seed(seed + 1))
 
 
@@ -150,10 +89,10 @@ def measure_layer(
     this: the numbers are the same.
 
     Args:
-        name: of the layer, for messages.
+        name: name of the layer, for messages.
         features: elements in the representation of a sample.
         distances: (n, n).
-        fraction: of the points, see `twonn.estimate_id`.
+        fraction: share of the points, see `twonn.estimate_id`.
         permutations: (20, n).
 
     Raises:
@@ -172,12 +111,95 @@ def measure_layer(
     return LayerID(analysis.id, error, means, analysis.points, analysis.duplicates, features)
 
 
+@dataclass
+class IDProfile:
+    """IDs of a model's layers, in forward order.
+
+    Attributes:
+        settings: how they were measured.
+        layers: layer name to what was measured.
+        remarks: sentences on what a reader of the IDs should know; see `make_remarks`.
+    """
+
+    settings: dict
+    layers: dict[str, LayerID] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "IDProfile":
+        """Reads the JSON of `write`, or a folder that holds it.
+
+        Raises:
+            UserError: there is no such file, or it is no profile of ours.
+        """
+        path, content = _read_json(path)
+        try:
+            layers = {name: LayerID(**values) for name, values in content["layers"].items()}
+            return cls(content["settings"], layers, content.get("remarks", []))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no profile that ComputeID.py wrote: {error}") from error
+
+    def kinds(self) -> dict[str, str]:
+        """Layer name to kind of those layers whose names do not tell it."""
+        return {name: layer.kind for name, layer in self.layers.items() if layer.kind}
+
+    def write(self, folder: str | Path) -> None:
+        """Writes the JSON and the original's four text files, one line a layer."""
+        folder = Path(folder)
+        layers = {name: asdict(layer) for name, layer in self.layers.items()}
+        content = {"settings": self.settings, "remarks": self.remarks, "layers": layers}
+        write_json(folder / PROFILE, content)
+        found = self.layers.values()
+        columns = {
+            "ID.txt": list(self.layers),
+            "result_id.txt": [layer.id for layer in found],
+            "result_bar.txt": [math.nan if x.error is None else x.error for x in found],
+            "dim.txt": [layer.features for layer in found],
+        }
+        for name, values in columns.items():
+            with atomic_write(folder / name) as file:
+                file.writelines(f"{value}\n" for value in values)
+
+
+def load_profile(path: str | Path) -> dict[str, float]:
+    """Layer name to ID, of a published profile (`{name: ID}`) or of one that ComputeID.py wrote.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    path, content = _read_json(path)
+    if "layers" in content:
+        return {name: layer.id for name, layer in IDProfile.read(path).layers.items()}
+    if not content or not all(isinstance(value, int | float) for value in content.values()):
+        raise UserError(f"{path} is no ID profile: expected a mapping of layer names to IDs")
+    return content
+
+
+def load_kinds(path: str | Path) -> dict[str, str]:
+    """Layer name to kind of those layers of a profile whose names do not tell it."""
+    path, content = _read_json(path)
+    return IDProfile.read(path).kinds() if "layers" in content else {}
+
+
+def _read_json(path: str | Path) -> tuple[Path, dict]:
+    """The profile's file, which may be given by its folder, and its content."""
+    path = Path(path)
+    path = path / PROFILE if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the ID profile {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no ID profile: expected a mapping")
+    return path, content
+
+
 def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
     """Sentences on IDs that a reader should not take as they stand.
 
     Args:
-        n: samples.
-        layers: name to what was measured.
+        n: number of samples.
+        layers: layer name to what was measured.
         bad: samples that were passed over because their images cannot be read.
     """
     remarks = []
@@ -206,15 +228,6 @@ def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
     return remarks
 
 
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters, the same whatever file they came from."""
-    digest = sha256()
-    for name, value in sorted(model.named_parameters(remove_duplicate=False)):
-        digest.update(name.encode())
-        digest.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def partial_profiles(folder: str | Path) -> list[tuple[Path, IDProfile]]:
     """The files that `PartialProfile` left in a folder, whatever their settings."""
     return [(path, IDProfile.read(path)) for path in sorted(Path(folder).glob("partial_*.json"))]
@@ -230,9 +243,9 @@ class PartialProfile:
         """Reads what earlier processes with the same settings have left.
 
         Args:
-            folder: of the profile.
+            folder: folder of the profile.
             settings: all that the IDs depend on.
-            rank: of this process.
+            rank: rank of this process.
         """
         self.folder, self.settings, self.rank = Path(folder), settings, rank
         self.mine: dict[str, LayerID] = {}

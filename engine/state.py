@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from configs import read_med_config
-from dimension.profile import model_hash
 from engine import checkpoints
+from engine.digests import model_hash
 from engine.loading import train_loader
 from engine.plan import StepPlan, plan_steps
 from engine.processes import barrier, gather_from_processes, seed_everything

@@ -2,8 +2,8 @@
 
 import inspect
 import urllib.request
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -36,28 +37,53 @@ class HubModel(NamedTuple):
     """A model with what prepares its inputs.
 
     Attributes:
-        model: in float32 and eval mode, on the CPU.
-        processor: of images, texts, or both, as Hugging Face's.
+        name: its name on the hub, or its folder.
+        model: the model in float32 and eval mode, on the CPU.
+        processor: Hugging Face's processor of images, texts, or both.
         untrained: layers whose weights the checkpoint lacks: poolers, that other models do without.
     """
 
+    name: str
     model: nn.Module
     processor: object
     untrained: list[str]
 
-    @property
-    def sees_images(self) -> bool:
-        """Whether the model's `forward` takes images."""
-        return _takes(self.model, "pixel_values")
-
-    @property
-    def sees_texts(self) -> bool:
-        """Whether the model's `forward` takes token ids."""
-        return _takes(self.model, "input_ids")
+    def takes(self, argument: str) -> bool:
+        """Whether the model's `forward` has such an argument."""
+        return argument in inspect.signature(self.model.forward).parameters
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
+def open_hub_model(name: str) -> HubModel:
+    """Opens a local folder, or a model of the hub, which is downloaded if it is not there yet.
+
+    Args:
+        name: a folder, or a name on the hub.
+
+    Raises:
+        UserError: it is not there, is no model that transformers can load, lacks weights or what
+            prepares its inputs, or takes neither images nor texts.
+    """
+    if not Path(name).is_dir():
+        _require_reachable(name)
+    with _loading(name), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same weights where the checkpoint has none
+        model, report = AutoModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        )
+    missing = sorted(report["missing_keys"])
+    untrained = sorted({key.rpartition(".")[0] for key in missing})
+    hub = HubModel(name, model.eval(), None, untrained)
+    if not hub.takes("pixel_values") and not hub.takes("input_ids"):
+        raise UserError(f"--hf {name} takes neither images nor texts, but {model.main_input_name}")
+    with _loading(name):
+        processor = AutoProcessor.from_pretrained(name)
+    needed = [key for key in missing if "pooler" not in key]
+    if needed:
+        raise UserError(
+            f"--hf {name}: {len(needed)} weights are missing, for instance {needed[0]}; the folder "
+            "must hold the whole model"
+        )
+    return hub._replace(processor=processor)
 
 
 @contextmanager
@@ -71,37 +97,6 @@ def _loading(name: str) -> Iterator[None]:
         ) from error
 
 
-def open_hub_model(name: str) -> HubModel:
-    """Opens a local folder, or a model of the hub, which is downloaded if it is not there yet.
-
-    Args:
-        name: of the folder or on the hub.
-
-    Raises:
-        UserError: it is not there, is no model that transformers can load, lacks weights or what
-            prepares its inputs, or takes neither images nor texts.
-    """
-    if not Path(name).is_dir():
-        _require_reachable(name)
-    with _loading(name):
-        model, report = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-    if not _takes(model, "pixel_values") and not _takes(model, "input_ids"):
-        raise UserError(f"--hf {name} takes neither images nor texts, but {model.main_input_name}")
-    with _loading(name):
-        processor = AutoProcessor.from_pretrained(name)
-    missing = sorted(report["missing_keys"])
-    needed = [key for key in missing if "pooler" not in key]
-    if needed:
-        raise UserError(
-            f"--hf {name}: {len(needed)} weights are missing, for instance {needed[0]}; the folder "
-            "must hold the whole model"
-        )
-    untrained = sorted({key.rpartition(".")[0] for key in missing})
-    return HubModel(model.eval(), processor, untrained)
-
-
 def _require_reachable(name: str) -> None:
     """Tries once, and not for long, whether a model is in the hub's cache or the hub answers.
 
@@ -112,11 +107,10 @@ def _require_reachable(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise UserError(f"--hf {name}: there is no such folder") from None
-    try:
+    with suppress(OSError, ValueError):
         AutoConfig.from_pretrained(name, local_files_only=True)
         return
-    except (OSError, ValueError):
-        reason = "HF_HUB_OFFLINE is set"
+    reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
         try:
             address = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
@@ -153,36 +147,42 @@ def read_texts(path: str) -> list[str]:
 
 
 class HubInputs:
-    """Batches of pictures, texts or pairs of them, as the model's processor makes them."""
+    """Batches of pictures, texts or pairs of them, as the model's processor makes them.
+
+    All texts are padded at their end and to one length, so that equal places of two texts are
+    compared and nothing depends on the batch.
+    """
 
     def __init__(
-        self,
-        hub: HubModel,
-        name: str,
-        images: list[Path] | None,
-        texts: list[str] | None,
-        batch_size: int,
+        self, hub: HubModel, images: list[Path] | None, texts: list[str] | None, batch_size: int
     ):
         """Checks that the model takes what is given; reads no picture yet.
 
         Args:
             hub: the model.
-            name: of it, for messages.
-            images: files.
-            texts: one for each picture, if the model takes both.
-            batch_size: in samples.
+            images: files; None for a model of texts.
+            texts: a text for each picture, if the model takes both; None for a model of images.
+            batch_size: samples in a forward pass.
 
         Raises:
             UserError: something the model needs is missing, or it does not take what is given.
         """
-        self.processor = processor = hub.processor
-        kinds = BaseImageProcessor, PreTrainedTokenizerBase
-        both = processor, getattr(processor, "image_processor", None)
-        has_images = any(isinstance(part, kinds[0]) for part in both)
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        _require(hub.sees_images, images is not None, has_images, name, "images", "--images FOLDER")
-        has_texts = isinstance(self.tokenizer, kinds[1])
-        _require(hub.sees_texts, texts is not None, has_texts, name, "texts", "--texts FILE")
+        self.hub, self.processor = hub, hub.processor
+        both = hub.processor, getattr(hub.processor, "image_processor", None)
+        has_images = any(isinstance(part, BaseImageProcessor) for part in both)
+        self.tokenizer = getattr(hub.processor, "tokenizer", hub.processor)
+        has_texts = isinstance(self.tokenizer, PreTrainedTokenizerBase)
+        for what, argument, given, prepared, flag, maker in (
+            ("images", "pixel_values", images, has_images, "--images FOLDER", "image processor"),
+            ("texts", "input_ids", texts, has_texts, "--texts FILE", "tokenizer"),
+        ):
+            takes = hub.takes(argument)
+            if given is not None and not takes:
+                raise UserError(f"--hf {hub.name} takes no {what}: leave {flag} out")
+            if takes and given is None:
+                raise UserError(f"--hf {hub.name} takes {what}: give {flag}")
+            if takes and not prepared:
+                raise UserError(f"--hf {hub.name} takes {what}, but comes without {maker}")
         if images is not None and texts is not None and len(images) != len(texts):
             raise UserError(
                 f"--texts has {len(texts)} lines, --images {len(images)} pictures: give a text for "
@@ -190,15 +190,12 @@ class HubInputs:
             )
         self.images, self.texts, self.batch_size = images, texts, batch_size
         self.lengths: list[int] = []  # of the texts, in tokens
+        self.padded = None  # length to which the processor pads them
         if texts is not None:
-            self._prepare_texts(hub.model, name)
+            self._prepare_texts()
 
-    def _prepare_texts(self, model: nn.Module, name: str) -> None:
-        """Padding at the end, so that equal places of two texts are compared.
-
-        All texts are padded to the longest one, so that nothing depends on the batch: a model that
-        joins image and text also gives outputs for the padding. Where a prompt says where its
-        picture goes, the processor makes it longer, and pads a batch to its longest.
+    def _prepare_texts(self) -> None:
+        """Sets the padding, the place of a picture in a prompt, and the texts' lengths.
 
         Raises:
             UserError: the tokenizer knows no word.
@@ -207,32 +204,61 @@ class HubInputs:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         mark = getattr(self.processor, "image_token", None) if self.images else None
-        self.prompts = mark is not None
-        if self.prompts:
-            self.texts = [x if mark in x else f"{mark}\n{x}" for x in self.texts]
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
-        limit = {} if self.prompts else {"truncation": True, "max_length": longest}
+        self.prompts = mark is not None  # which the processor makes longer by the picture's tokens
+        if self.prompts and not self._sets_marks(str(mark)):
+            self.texts = [x if str(mark) in x else f"{mark}\n{x}" for x in self.texts]
+        most = self.tokenizer.model_max_length
+        text_config = self.hub.model.config.get_text_config()
+        most = min(most, getattr(text_config, "max_position_embeddings", None) or most)
+        limit = {} if self.prompts else {"truncation": True, "max_length": most}
         ids = self.tokenizer(self.texts, **limit)["input_ids"]
         if set().union(*ids) <= set(self.tokenizer.all_special_ids):
             files = ", ".join(self.tokenizer.vocab_files_names.values())
             raise UserError(
-                f"--hf {name}: the tokenizer, of {len(self.tokenizer)} tokens, knows no word of "
-                f"--texts; see whether its files are there ({files})"
+                f"--hf {self.hub.name}: the tokenizer, of {len(self.tokenizer)} tokens, knows no "
+                f"word of --texts; see whether its files are there ({files})"
             )
         self.lengths = list(map(len, ids))
 
+    def _sets_marks(self, mark: str) -> bool:
+        """Whether the processor itself puts a picture's tokens into a text."""
+        with suppress(Exception):  # of whatever kind a processor finds where the mark is missing
+            picture = Image.new("RGB", (64, 64))
+            ids = self.processor(images=[picture], text=["a"], return_tensors="pt")["input_ids"]
+            return self.tokenizer.convert_tokens_to_ids(mark) in ids
+        return False
+
     def samples(self) -> int:
-        """How many there are."""
+        """Number of samples."""
         return len(self.texts if self.images is None else self.images)
 
     def take(self, chosen: list[int]) -> None:
-        """Keeps some samples only, in this order."""
+        """Keeps some samples only, in this order, and runs the model on one with the longest text.
+
+        Raises:
+            UserError: its picture cannot be read, or the model does not take what its processor
+                makes of the sample.
+        """
         if self.images is not None:
             self.images = [self.images[i] for i in chosen]
         if self.texts is not None:
             self.texts = [self.texts[i] for i in chosen]
             self.lengths = [self.lengths[i] for i in chosen]
+        longest, made = max(self.lengths, default=0), {}
+        try:
+            made = self.batch([self.lengths.index(longest) if self.lengths else 0])
+            with torch.no_grad():
+                self.hub.model(**made)
+        except BadImageError:
+            raise
+        except Exception as error:  # of whatever kind a model or processor finds
+            text = f", whose text of {longest} tokens is the longest" if longest else ""
+            raise UserError(
+                f"--hf {self.hub.name}: the model does not take what its processor makes of a "
+                f"sample{text} ({', '.join(made) or 'nothing'}): {_first_line(error)}"
+            ) from error
+        if self.texts is not None:
+            self.padded = made["input_ids"].shape[1]
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -241,56 +267,21 @@ class HubInputs:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """The batches, in order."""
         for start in range(0, self.samples(), self.batch_size):
-            yield self.batch(range(start, min(start + self.batch_size, self.samples())))
+            yield self.batch(list(range(start, min(start + self.batch_size, self.samples()))))
 
-    def batch(self, rows: Iterable[int]) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """What the processor makes of some samples."""
         inputs = {}
         if self.images is not None:
             inputs["images"] = [open_image(self.images[i], on_white=True) for i in rows]
         if self.texts is not None:
+            most = self.padded or max(self.lengths)
             inputs |= {"text": [self.texts[i] for i in rows], "padding": True}
+            if self.padded or not self.prompts:
+                inputs |= {"padding": "max_length", "max_length": most}
             if not self.prompts:
-                most = max(self.lengths)
-                inputs |= {"padding": "max_length", "max_length": most, "truncation": True}
+                inputs["truncation"] = True
         return dict(self.processor(**inputs, return_tensors="pt"))
-
-
-def _require(takes: bool, given: bool, prepares: bool, name: str, what: str, flag: str) -> None:
-    """Compares what a model takes with what is given.
-
-    Raises:
-        UserError: they differ, or nothing prepares it.
-    """
-    if given and not takes:
-        raise UserError(f"--hf {name} takes no {what}: leave {flag} out")
-    if takes and not given:
-        raise UserError(f"--hf {name} takes {what}: give {flag}")
-    if takes and not prepares:
-        made = "image processor (preprocessor_config.json)" if what == "images" else "tokenizer"
-        raise UserError(f"--hf {name} takes {what}, but comes without {made}")
-
-
-def check_forward(hub: HubModel, inputs: HubInputs, name: str) -> None:
-    """Runs one sample, of those with texts the longest.
-
-    Raises:
-        UserError: its picture cannot be read, or the model does not take what its processor makes
-            of the sample.
-    """
-    lengths, made = inputs.lengths or [0], {}
-    try:
-        made = inputs.batch([lengths.index(max(lengths))])
-        with torch.no_grad():
-            hub.model(**made)
-    except BadImageError:
-        raise
-    except Exception as error:  # of whatever kind a model or processor finds
-        text = f", whose text of {max(lengths)} tokens is the longest" if inputs.lengths else ""
-        raise UserError(
-            f"--hf {name}: the model does not take what its processor makes of a sample{text} "
-            f"({', '.join(made) or 'nothing'}): {_first_line(error)}"
-        ) from error
 
 
 def layer_kinds(model: nn.Module, names: list[str]) -> dict[str, str]:
@@ -300,8 +291,8 @@ def layer_kinds(model: nn.Module, names: list[str]) -> dict[str, str]:
     its own. A model whose config has no such parts is of the kind of its main input.
 
     Args:
-        model: of Hugging Face's transformers.
-        names: of its layers.
+        model: a model of Hugging Face's transformers.
+        names: names of its layers.
     """
     parts = {key: getattr(model.config, key, None) for key in PARTS}
     kinds = {part.model_type: PARTS[key] for key, part in parts.items() if part is not None}

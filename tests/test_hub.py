@@ -12,8 +12,10 @@ from PIL import Image
 from torch import nn
 
 import ComputeID
-from dimension.profile import IDProfile
+from dimension.profile import IDProfile, PartialProfile
+from engine import profile as profiling
 from models import hub
+from tests.runs import finish, start
 from utils import UserError
 
 N = 30
@@ -43,17 +45,6 @@ def clip():
     return transformers.CLIPModel(config), transformers.CLIPProcessor(images, tokenizer())
 
 
-def flava():
-    config = transformers.FlavaConfig(
-        image_config=WIDTH | IMAGES,
-        text_config=WIDTH | {"vocab_size": len(WORDS)},
-        multimodal_config=WIDTH,
-        hidden_size=16,
-    )
-    images = image_processor(transformers.FlavaImageProcessor)
-    return transformers.FlavaModel(config), transformers.FlavaProcessor(images, tokenizer())
-
-
 def llava():
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**WIDTH, **IMAGES),
@@ -73,6 +64,32 @@ def llava():
     return transformers.LlavaForConditionalGeneration(config), processor
 
 
+def blip2():
+    """Its processor puts the pictures' tokens into the texts, its layers see a learned query."""
+    parts = WIDTH | {"hidden_size": 16}
+    text = transformers.OPTConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    config = transformers.Blip2Config(
+        vision_config=parts | IMAGES,
+        qformer_config=parts
+        | {"vocab_size": len(WORDS), "encoder_hidden_size": 16, "cross_attention_frequency": 1},
+        text_config=text.to_dict(),
+        num_query_tokens=2,
+        image_token_index=WORDS.index("<image>"),
+    )
+    images = transformers.BlipImageProcessor(size=SQUARE)
+    processor = transformers.Blip2Processor(images, tokenizer(), num_query_tokens=2)
+    return transformers.Blip2ForConditionalGeneration(config), processor
+
+
 def vit():
     config = transformers.ViTConfig(**WIDTH, **IMAGES)
     return transformers.ViTModel(config), image_processor(transformers.ViTImageProcessor)
@@ -83,25 +100,28 @@ def bert():
     return transformers.BertForMaskedLM(config), tokenizer()
 
 
-KINDS = {kind.__name__: kind for kind in (clip, flava, llava, vit, bert)}
+KINDS = {kind.__name__: kind for kind in (clip, llava, blip2, vit, bert)}
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
-    """A model's folder, whose name is its kind."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("hub") / request.param
-    save(request.param, path)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model's folder by its kind; for changes of it, copy it."""
+    path = tmp_path_factory.mktemp("hub")
+    for kind, make in KINDS.items():
+        torch.manual_seed(0)
+        model, processor = make()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(path / kind)
+        processor.save_pretrained(path / kind)
     return path
 
 
-def save(kind, path):
-    model, processor = KINDS[kind]()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
+@pytest.fixture
+def copied(folders, tmp_path):
+    """Copies a kind's folder, for changes."""
+    return lambda kind: Path(shutil.copytree(folders / kind, tmp_path / kind))
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +146,11 @@ def flags(data, *what):
 
 
 BOTH = ("images", "texts")
-INPUTS = {"clip": BOTH, "flava": BOTH, "llava": BOTH, "vit": ("images",), "bert": ("texts",)}
+INPUTS = {"clip": BOTH, "llava": BOTH, "blip2": BOTH, "vit": ("images",), "bert": ("texts",)}
 MEASURED = {  # of one block each: layers by kind
     "clip": {"vision": 6, "language": 6, "other": 2},
-    "flava": {"vision": 7, "language": 7, "other": 9},
     "llava": {"vision": 6, "language": 7, "other": 2},
+    "blip2": {"vision": 4, "language": 7, "other": 11},
     "vit": {"vision": 7},
     "bert": {"language": 6},
 }
@@ -143,42 +163,35 @@ def run(path, to, *more):
     return IDProfile.read(to)
 
 
-def test_measures(folder, data, tmp_path, capsys):
-    kind = folder.name
-    profile = run(folder, tmp_path / "id", *flags(data, *INPUTS[kind]))
+@pytest.mark.parametrize("kind", KINDS)
+def test_measures(kind, folders, data, tmp_path, capsys):
+    profile = run(folders / kind, tmp_path / "id", *flags(data, *INPUTS[kind]))
     counts = {}
     for name, layer in profile.layers.items():
         counts.setdefault(layer.kind, []).append(name)
-        assert layer.id > 0
     assert {kind: len(names) for kind, names in counts.items()} == MEASURED[kind]
     for part, names in counts.items():
-        if kind in ("vit", "bert"):
-            continue
         inside = {
-            "vision": r"^(vision_model|image_model|vision_tower)\.",
+            "vision": r"^(vision_model|vision_tower)\.",
             "language": r"^(text_model|language_model)\.",
-            "other": r"projection$|^multimodal_model|^multi_modal_projector|_to_mm_",
+            "other": r"projection$|^multi_modal_projector|^qformer",
         }[part]
-        assert all(re.search(inside, name) for name in names), names
+        assert kind in ("vit", "bert") or all(re.search(inside, name) for name in names), names
     out = capsys.readouterr().out
     for part, count in MEASURED[kind].items():
         assert f"{part}: {count} layers, mean ID" in out
-    assert profile.settings["hf"] == str(folder)
+    assert profile.settings["hf"] == str(folders / kind)
     assert profile.settings["nsamples"] == N
     assert "--id_profile" not in out
     assert {"ID.png", "scale.png", "ID.txt"} <= {path.name for path in (tmp_path / "id").iterdir()}
-    if kind == "bert":  # whose checkpoint is of a masked language model
-        assert "left out, for the checkpoint lacks them: pooler.dense" in profile.remarks
+    left_out = "left out: pooler.dense: the checkpoint lacks its weights"
+    assert (left_out in profile.remarks) == (kind == "bert")  # of a masked language model
 
 
-@pytest.mark.parametrize("kind", ["bert", "flava", "llava"])
-def test_batch_size_changes_nothing(kind, data, tmp_path, monkeypatch):
-    """Also not in FLAVA's layers that see image and text, and give outputs for the padding.
-
-    In float64, where the batch does not move the roundings that are kept.
-    """
-    save(kind, tmp_path / kind)
-    opened = hub.open_hub_model
+@pytest.mark.parametrize("kind", ["bert", "llava"])
+def test_batch_size_changes_nothing(kind, folders, data, tmp_path, monkeypatch):
+    """In float64, where the batch does not move the roundings that are kept."""
+    opened = profiling.open_hub_model
 
     def doubled(module, args, inputs):
         return args, {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
@@ -188,9 +201,9 @@ def test_batch_size_changes_nothing(kind, data, tmp_path, monkeypatch):
         found.model.register_forward_pre_hook(doubled, with_kwargs=True)
         return found._replace(model=found.model.double())
 
-    monkeypatch.setattr(ComputeID, "open_hub_model", in_float64)
+    monkeypatch.setattr(profiling, "open_hub_model", in_float64)
     found = [
-        run(tmp_path / kind, tmp_path / size, *flags(data, *INPUTS[kind]), "--batch_size", size)
+        run(folders / kind, tmp_path / size, *flags(data, *INPUTS[kind]), "--batch_size", size)
         for size in ("4", "30")  # of which the first has not the longest text
     ]
     features = [{n: x.features for n, x in profile.layers.items()} for profile in found]
@@ -199,25 +212,52 @@ def test_batch_size_changes_nothing(kind, data, tmp_path, monkeypatch):
     assert ids[0] == pytest.approx(ids[1], rel=1e-6)  # as test_measure.PROMISED
 
 
-def test_takes_random_samples_where_there_are_more(data, tmp_path):
-    save("vit", tmp_path / "vit")
+def test_goes_on_where_it_was_stopped(folders, data, tmp_path, monkeypatch):
+    """With the same texts only."""
+    texts = tmp_path / "texts"
+    shutil.copy(data / "texts.txt", texts)
+    add, seen = PartialProfile.add, []
+
+    def stopped(self, name, layer):
+        add(self, name, layer)
+        raise KeyboardInterrupt
+
+    for change in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(PartialProfile, "add", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                run(folders / "bert", tmp_path / "id", "--texts", texts)
+        if change:
+            texts.write_text("\n".join(texts.read_text().splitlines()[::-1]))
+        with monkeypatch.context() as patch:
+            patch.setattr(PartialProfile, "add", lambda self, *x: seen.append(1) or add(self, *x))
+            profile = run(folders / "bert", tmp_path / "id", "--texts", texts)
+        assert len(seen) == len(profile.layers) - (not change)
+        seen.clear()
+    assert run(folders / "bert", tmp_path / "whole", "--texts", texts).layers == profile.layers
+
+
+def test_two_processes_give_the_same_bits(folders, data, tmp_path):
+    argv = ["--hf", str(folders / "bert"), *flags(data, "texts"), "--cpu", "--save_distances"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ComputeID.main(ComputeID.parse_args([*argv, "--Path", str(tmp_path / "one")]))
+    torch.set_num_threads(threads)
+    assert finish(start([*argv, "--Path", str(tmp_path / "two")], 2, "ComputeID")) == [0, 0]
+    one, two = (IDProfile.read(tmp_path / name) for name in ("one", "two"))
+    assert one == two
+    ComputeID.main(ComputeID.parse_args(["-s", "--Path", str(tmp_path / "two")]))
+    assert IDProfile.read(tmp_path / "two").layers == one.layers
+
+
+def test_takes_random_samples_where_there_are_more(folders, data, tmp_path):
     found = [
-        run(tmp_path / "vit", tmp_path / "id", *flags(data, "images"), "-n", 25, "--seed", seed)
-        for seed in (0, 0, 1)
+        run(folders / "vit", tmp_path / "id", *flags(data, "images"), "-n", 25, "--seed", seed)
+        for seed in (0, 1)
     ]
-    assert found[0] == found[1]
     assert found[0].settings["nsamples"] == 25
-    first, _, other = ([layer.id for layer in profile.layers.values()] for profile in found)
+    first, other = ([layer.id for layer in profile.layers.values()] for profile in found)
     assert not set(first) & set(other)
-
-
-def test_compares_with_others_by_kind(data, tmp_path):
-    save("vit", tmp_path / "vit")
-    run(tmp_path / "vit", tmp_path / "id", *flags(data, "images"))
-    published = "configs/id/blip_coco.json"
-    more = ["--compare", tmp_path / "id", published]
-    run(tmp_path / "vit", tmp_path / "again", *flags(data, "images"), *more)
-    assert (tmp_path / "again" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
 MISTAKES = {
@@ -231,17 +271,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes(case, data, tmp_path):
+def test_mistakes(case, folders, data, tmp_path):
     (kind, other), given, message = MISTAKES[case]
-    save(kind, tmp_path / kind)
     (tmp_path / "empty").mkdir()
-    path = tmp_path / (other or kind)
+    path = folders / kind if other is None else tmp_path / other
     with pytest.raises(UserError, match=message):
         run(path, tmp_path / "id", *flags(data, *given.split()))
 
 
-def test_mistakes_in_pictures_and_texts(data, tmp_path):
-    save("clip", tmp_path / "clip")
+def test_mistakes_in_pictures_and_texts(folders, data, tmp_path):
     to, (_, pictures, _, texts) = tmp_path / "id", flags(data, *BOTH)
     (tmp_path / "none").mkdir()
     lines = Path(texts).read_text().splitlines()
@@ -259,30 +297,29 @@ def test_mistakes_in_pictures_and_texts(data, tmp_path):
     ]
     for images, lines, message in cases:
         with pytest.raises(UserError, match=message):
-            run(tmp_path / "clip", to, "--images", images, "--texts", lines)
+            run(folders / "clip", to, "--images", images, "--texts", lines)
     (tmp_path / "none" / "broken.png").write_text("not a picture")
     (tmp_path / "one").write_text("word1")
     with pytest.raises(UserError, match="cannot read image .*broken.png: .* Mend or replace it$"):
-        run(tmp_path / "clip", to, "--images", tmp_path / "none", "--texts", tmp_path / "one")
+        run(folders / "clip", to, "--images", tmp_path / "none", "--texts", tmp_path / "one")
 
 
-def test_mistakes_in_folders(data, tmp_path):
-    save("vit", tmp_path / "vit")
+def test_mistakes_in_folders(folders, data, tmp_path):
     lacking = tmp_path / "lacking"
-    shutil.copytree(tmp_path / "vit", lacking)
+    shutil.copytree(folders / "vit", lacking)
     model = transformers.ViTModel.from_pretrained(lacking)
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith("layernorm")}
     model.save_pretrained(lacking, state_dict=kept)
     with pytest.raises(UserError, match="2 weights are missing, for instance layernorm.bias"):
         run(lacking, tmp_path / "id", *flags(data, "images"))
     blind = tmp_path / "blind"
-    shutil.copytree(tmp_path / "vit", blind)
+    shutil.copytree(folders / "vit", blind)
     for file in blind.glob("*processor*"):
         file.unlink()
     with pytest.raises(UserError, match="blind"):
         run(blind, tmp_path / "id", *flags(data, "images"))
     sized = tmp_path / "sized"
-    shutil.copytree(tmp_path / "vit", sized)
+    shutil.copytree(folders / "vit", sized)
     (settings,) = sized.glob("*processor*")
     content = json.loads(settings.read_text())
     content["size"] = {"height": 24, "width": 24}
@@ -304,15 +341,15 @@ def changed(path, file, **content):
         ({"hidden_size": "16"}, "transformers cannot load it: Strict.*hidden_size"),
     ],
 )
-def test_damaged_folders(config, message, data, tmp_path):
-    save("vit", tmp_path / "vit")
+def test_damaged_folders(config, message, copied, data, tmp_path):
+    path = copied("vit")
     if config is None:
-        weights = tmp_path / "vit" / "model.safetensors"
+        weights = path / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:2000])
     else:
-        changed(tmp_path / "vit", "config.json", **config)
+        changed(path, "config.json", **config)
     with pytest.raises(UserError, match=f"--hf .*vit: {message}"):
-        run(tmp_path / "vit", tmp_path / "id", *flags(data, "images"))
+        run(path, tmp_path / "id", *flags(data, "images"))
 
 
 def test_a_model_of_neither_images_nor_texts(data, tmp_path):
@@ -326,13 +363,13 @@ def test_a_model_of_neither_images_nor_texts(data, tmp_path):
         run(tmp_path / "wav", tmp_path / "id")
 
 
-def test_a_tokenizer_that_cannot_pad(data, tmp_path):
-    save("bert", tmp_path / "bert")
+def test_a_tokenizer_that_cannot_pad(copied, data, tmp_path):
+    path = copied("bert")
     kind = "PreTrainedTokenizerFast"
     settings = {"pad_token": None, "eos_token": None, "tokenizer_class": kind}
-    changed(tmp_path / "bert", "tokenizer_config.json", **settings)
+    changed(path, "tokenizer_config.json", **settings)
     with pytest.raises(UserError, match="makes of a sample.*: Asking to pad but"):
-        run(tmp_path / "bert", tmp_path / "id", *flags(data, "texts"))
+        run(path, tmp_path / "id", *flags(data, "texts"))
 
 
 def test_the_longest_text_is_tried_first(data, tmp_path):
@@ -351,13 +388,13 @@ def test_the_longest_text_is_tried_first(data, tmp_path):
         run(tmp_path / "roberta", tmp_path / "id", "--texts", tmp_path / "long")
 
 
-def test_a_tokenizer_without_its_files_is_refused(data, tmp_path):
+def test_a_tokenizer_without_its_files_is_refused(copied, data, tmp_path):
     """transformers makes one of two tokens, to which all texts are alike."""
-    save("clip", tmp_path / "clip")
-    for file in (tmp_path / "clip").glob("token*"):
+    path = copied("clip")
+    for file in path.glob("token*"):
         file.unlink()
     with pytest.raises(UserError, match=r"of 2 tokens, knows no word .*files are .*vocab.json"):
-        run(tmp_path / "clip", tmp_path / "id", *flags(data, *BOTH))
+        run(path, tmp_path / "id", *flags(data, *BOTH))
 
 
 def test_a_name_of_the_hub_gets_one_quick_attempt(data, tmp_path, monkeypatch):
@@ -376,22 +413,3 @@ def test_a_name_of_the_hub_gets_one_quick_attempt(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         run("some-one/not-here", tmp_path, *flags(data, "images"))
     assert len(asked) == 1
-
-
-def test_flags_that_do_not_go_together(capsys):
-    for argv, message in (
-        (["--images", "x"], "--images goes with --hf"),
-        (["--hf", "x", "-s"], "--skip does not go with --hf"),
-        (["--hf", "x", "--pruned", "y"], "--pruned does not go with --hf"),
-    ):
-        with pytest.raises(SystemExit):
-            ComputeID.parse_args(argv)
-        assert message in capsys.readouterr().err
-
-
-def test_one_process(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        ComputeID, "init_distributed", lambda device: ComputeID.Process(0, 2, torch.device("cpu"))
-    )
-    with pytest.raises(UserError, match="--hf runs in one process"):
-        run(tmp_path, tmp_path, *flags(data, "images"))

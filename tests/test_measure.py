@@ -1,12 +1,8 @@
 """IDs of models that are not ours, against plain hooks and the block analysis."""
 
-import subprocess
-import sys
-import textwrap
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ from torch.utils.data import DataLoader
 
 import dimension.budget as planning
 from dimension import measure
-from dimension.any_model import ForwardCapture
 from dimension.figures import plot_comparison, plot_depth, plot_scale
 from dimension.profile import IDProfile, block_permutations, load_kinds, measure_layer
 from dimension.twonn import pairwise_distances
@@ -30,18 +25,16 @@ GB = 10**9
 # points of a fit, so that an ID moves by far less than this, which is what is promised.
 PROMISED = 1e-6
 TRACES = 2  # forwards before the first pass; with texts one more
-WIDTH = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+WIDTH = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 WIDTH |= {"num_attention_heads": 2}
 IMAGES = {"image_size": 16, "patch_size": 8}
 
 
-def texts(ids_from=3, vocabulary=40, longest=9):
+def texts(vocabulary=40, longest=9):
     """Token ids and mask, (N, longest), of texts of five to nine tokens."""
     lengths = torch.randint(5, longest + 1, (N, 1))
-    lengths[-1] = longest  # so that the first batch is not the longest
-    lengths[:8] = 6
     mask = (torch.arange(longest) < lengths).long()
-    return torch.randint(ids_from, vocabulary, mask.shape) * mask, mask
+    return torch.randint(3, vocabulary, mask.shape) * mask, mask
 
 
 def pixels():
@@ -55,19 +48,6 @@ def clip():
     ids[torch.arange(N), mask.sum(1) - 1] = 39
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels()}
     return transformers.CLIPModel(config), inputs
-
-
-def flava():
-    config = transformers.FlavaConfig(
-        image_config=WIDTH | IMAGES,
-        text_config=WIDTH | {"vocab_size": 40},
-        multimodal_config=WIDTH,
-        hidden_size=16,
-        projection_dim=8,
-    )
-    ids, mask = texts()
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels()}
-    return transformers.FlavaModel(config), inputs
 
 
 def llava():
@@ -99,7 +79,21 @@ def bert():
     return model, {"input_ids": ids, "attention_mask": mask}
 
 
-FOREIGN = {kind.__name__: kind for kind in (clip, flava, llava, vit, bert)}
+def t5(given="decoder_input_ids"):
+    """Padded texts and whole ones of the same length, or labels, for the decoder."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, vocab_size=40, decoder_start_token_id=0)
+    ids, mask = texts()
+    inputs = {"input_ids": ids, "attention_mask": mask, given: torch.randint(3, 40, ids.shape)}
+    kind = transformers.T5ForConditionalGeneration if given == "labels" else transformers.T5Model
+    return kind(config), inputs
+
+
+def t5_with_labels():
+    return t5("labels")
+
+
+FOREIGN = {kind.__name__: kind for kind in (clip, llava, vit, bert, t5, t5_with_labels)}
 
 
 def foreign(kind):
@@ -112,16 +106,8 @@ def foreign(kind):
 
 
 def in_batches(inputs, size=8):
-    """Mappings as processors return them, padded to a batch's longest text."""
-    batches = []
-    for start in range(0, N, size):
-        batch = {name: values[start : start + size] for name, values in inputs.items()}
-        if "attention_mask" in batch:
-            longest = int(batch["attention_mask"].sum(1).max())
-            for name in ("input_ids", "attention_mask"):
-                batch[name] = batch[name][:, :longest]
-        batches.append(batch)
-    return batches
+    """Mappings, as processors return them."""
+    return [{k: x[i : i + size] for k, x in inputs.items()} for i in range(0, N, size)]
 
 
 def hooked(model, batches, mask=None):
@@ -140,14 +126,14 @@ def hooked(model, batches, mask=None):
             model(**batch)
     for hook in hooks:
         hook.remove()
-    joined = {}
-    for name, outputs in kept.items():
-        outputs = [x if x.dim() > 2 else x[:, None] for x in outputs]
-        longest = max(x.shape[1] for x in outputs)
-        padded = [nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in outputs]
-        joined[name] = torch.cat(padded)
-        if mask is not None and "vision" not in name and longest == mask.shape[1]:
-            joined[name] = joined[name] * mask[..., None]
+    joined = {
+        name: torch.cat([x if x.dim() > 2 else x[:, None] for x in kept[name]]) for name in kept
+    }
+    for name, x in joined.items():
+        of_decoder = name.startswith(("decoder", "lm_head")) and "EncDecAttention.k" not in name
+        of_decoder &= "EncDecAttention.v" not in name
+        if mask is not None and x.shape[1] == mask.shape[1] and not of_decoder:
+            joined[name] = x if "vision" in name else x * mask[..., None]
     return joined
 
 
@@ -161,6 +147,10 @@ def expected_ids(outputs):
 
 def ids(profile):
     return {name: layer.id for name, layer in profile.layers.items()}
+
+
+def left_out(profile):
+    return "\n".join(remark for remark in profile.remarks if remark.startswith("left out"))
 
 
 @pytest.fixture
@@ -179,23 +169,37 @@ def count_passes(model):
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-@pytest.mark.parametrize("share", [1, 0.4, 0.15])
-def test_equals_plain_hooks(kind, share, nothing_fixed):
-    """Under any budget, in as many passes as its share of all outputs makes necessary."""
+def test_equals_plain_hooks(kind, nothing_fixed):
+    """The padding of a mask counts as zero where outputs have it; a decoder has its own texts."""
     model, inputs = foreign(kind)
-    batches = in_batches(inputs)
-    outputs = hooked(model, batches, inputs.get("attention_mask"))
-    room = lambda x: 16 * -(-x.shape[1] * x.shape[2] // 16)  # noqa: E731
-    elements = sum(room(x) for x in outputs.values())
-    expected = expected_ids(outputs)
-    runs = count_passes(model)
-    profile = measure(model, batches, memory_gb=share * (N + 1) * elements * 4 * 1.02 / GB)
-    assert set(profile.layers) == set(expected)
-    assert ids(profile) == pytest.approx(expected, rel=PROMISED)
-    passes = (len(runs) - TRACES - ("attention_mask" in inputs)) / len(batches)
-    assert passes == 1 if share == 1 else 1 / share <= passes <= 1.5 / share + 1
+    outputs = hooked(model, in_batches(inputs), inputs.get("attention_mask"))
+    profile = measure(model, in_batches(inputs), memory_gb=1)
+    assert ids(profile) == pytest.approx(expected_ids(outputs), rel=PROMISED)
     features = {name: x[0].numel() for name, x in outputs.items()}
     assert {name: layer.features for name, layer in profile.layers.items()} == features
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_any_budget_gives_the_same_bits(kind, nothing_fixed):
+    """In about as many passes as the budget's share of all outputs makes necessary."""
+    model, inputs = foreign(kind)
+    batches = in_batches(inputs)
+    whole = measure(model, batches, memory_gb=1)
+    room = sum(16 * -(-layer.features // 16) for layer in whole.layers.values())
+    runs = count_passes(model)
+    parts = measure(model, batches, memory_gb=0.3 * (N + 1) * room * 4 / GB)
+    assert parts.layers == whole.layers
+    assert 4 <= (len(runs) - TRACES - 1) / len(batches) <= 6
+
+
+def test_the_decoders_own_padding(nothing_fixed):
+    model, inputs = foreign("t5")
+    mask = inputs["attention_mask"].flip(0)
+    profile = measure(model, in_batches(inputs | {"decoder_attention_mask": mask}))
+    batches = in_batches(inputs | {"decoder_attention_mask": mask})
+    name = "decoder.block.0.layer.0.SelfAttention.q"
+    outputs = hooked(model, batches)[name] * mask[..., None]
+    assert ids(profile)[name] == pytest.approx(expected_ids({name: outputs})[name], rel=PROMISED)
 
 
 class Chain(nn.Module):
@@ -221,7 +225,7 @@ def layer_bytes(layers, tokens=6, width=16):
 
 
 def test_passes_and_where_they_stop(nothing_fixed, capsys):
-    """Room for two of five layers: three passes, that call 5, 3 and 1 layers."""
+    """Room for two of five layers: three passes, that call 1, 3 and 5 layers."""
     model, batches = Chain(), chain_inputs()
     calls = dict.fromkeys(range(5), 0)
     for number, step in enumerate(model.steps):
@@ -236,18 +240,14 @@ def test_passes_and_where_they_stop(nothing_fixed, capsys):
     out = capsys.readouterr().out
     assert "45 samples, 5 layers" in out
     assert "forward work 1.80 plain forwards" in out  # (5 + 3 + 1) / 5
-
-
-def test_too_small_a_budget(nothing_fixed):
     with pytest.raises(UserError, match=r"--memory_gb 1e-06 is too little: the model needs"):
-        measure(Chain(), chain_inputs(), memory_gb=1e-6)
+        measure(model, batches, memory_gb=1e-6)
 
 
 def test_a_layer_that_never_runs_is_named():
     profile = measure(Chain(), chain_inputs())
-    assert "unused" not in profile.layers
-    assert "left out, for they did not run in the first batch: unused" in profile.remarks
-    with pytest.raises(UserError, match="no layer is left.*did not run in the first batch: unused"):
+    assert left_out(profile) == "left out: unused: no call in the first batch"
+    with pytest.raises(UserError, match="no layer is left.*unused: no call"):
         measure(Chain(), chain_inputs(), layers="unused")
 
 
@@ -274,10 +274,8 @@ def test_calls_of_one_layer_are_one_representation(nothing_fixed, layers):
         once = model.shared(x)
         between = model.between(once)
         again = model.shared(torch.tanh(between)[:, :4])
-    both = torch.cat([once, again], 1)
-    assert ids(profile) == pytest.approx(
-        expected_ids({"shared": both, "between": between}), rel=PROMISED
-    )
+    outputs = {"shared": torch.cat([once, again], 1), "between": between}
+    assert ids(profile) == pytest.approx(expected_ids(outputs), rel=PROMISED)
     assert profile.layers["shared"].features == (6 + 4) * 16
     assert list(profile.layers) == ["between", "shared"]  # in forward order
 
@@ -309,8 +307,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_takes_the_first_tensor_of_an_output(form):
     model = nn.Sequential(nn.Linear(16, 16), Returns(FORMS[form]))
-    batches = chain_inputs()
-    profile = measure(model, batches, layers=["0", "1"])
+    profile = measure(model, chain_inputs(), layers=["0", "1"])
     assert profile.layers["0"] == profile.layers["1"]
 
 
@@ -333,11 +330,11 @@ class Odd(nn.Module):
 def test_outputs_that_are_no_representations_are_named():
     profile = measure(Odd(), chain_inputs(), layers=["*", "total", "index", "nothing"])
     assert list(profile.layers) == ["line"]
-    text = "\n".join(profile.remarks)
-    assert "total, for its output (8,) has fewer than two dimensions" in text
-    assert "index, for its output is of int64" in text
-    assert "nothing, for its output holds no tensor" in text
-    assert "table, for its output (5, 16) does not divide into 8 samples" in text
+    text = left_out(profile)
+    assert "total: its output (2,) has fewer than two dimensions" in text
+    assert "index: its output is of int64" in text
+    assert "nothing: its output holds no tensor" in text
+    assert "table: its output (5, 16) does not divide into 2 samples" in text
 
 
 def test_windows_in_the_first_dimension_belong_to_their_samples():
@@ -368,23 +365,20 @@ def test_a_layer_in_which_few_samples_differ_is_left_out():
         "layer prompt: 0 of 45 samples have two neighbours at different distances (45 are "
         "duplicates), and three are needed; take more different samples"
     )
-    assert f"left out: {message}" in profile.remarks
+    assert message in left_out(profile)
     with pytest.raises(UserError, match="no layer is left to measure.*layer prompt: 0 of 45"):
         measure(Gate(), batches, layers="prompt")
 
 
-@pytest.mark.parametrize("n", [0, -3, 1, 2])
-def test_too_few_samples_for_an_id(n):
-    with pytest.raises(UserError, match=f"an ID needs 3 samples at least, not {n}"):
-        measure(Chain(), chain_inputs(), n=n)
+def test_arguments_out_of_range():
+    for n in (0, 2):
+        with pytest.raises(UserError, match=f"an ID needs 3 samples at least, not {n}"):
+            measure(Chain(), chain_inputs(), n=n)
     with pytest.raises(UserError, match="an ID needs 3 samples at least, not 2"):
         measure(Chain(), [torch.randn(2, 6, 16)])
-
-
-@pytest.mark.parametrize("fraction", [0.0, -1.0, 2.0, float("nan")])
-def test_a_fraction_out_of_range(fraction):
-    with pytest.raises(UserError, match=f"fraction {fraction} is not in"):
-        measure(Chain(), chain_inputs(), fraction=fraction)
+    for fraction in (0.0, 2.0, float("nan")):
+        with pytest.raises(UserError, match=f"fraction {fraction} is not in"):
+            measure(Chain(), chain_inputs(), fraction=fraction)
 
 
 def test_the_linear_layers_of_gpt2(nothing_fixed):
@@ -400,10 +394,6 @@ def test_the_linear_layers_of_gpt2(nothing_fixed):
     assert profile.layers["h.0.attn.c_attn"].id == pytest.approx(expected, rel=PROMISED)
 
 
-def test_an_attention_elsewhere_does_not_matter():
-    assert list(measure(TokensFirst(), chain_inputs(), layers="before").layers) == ["before"]
-
-
 class TokensFirst(nn.Module):
     """Works in (L, B, D), as XLNet and torch's attention by default, between two that do not."""
 
@@ -417,20 +407,48 @@ class TokensFirst(nn.Module):
         return self.after(self.attention(x, x, x)[0].transpose(0, 1))
 
 
-@pytest.mark.parametrize("tokens, size", [(8, 8), (16, 8), (2, 2), (3, 3), (7, 8)])
-def test_rows_that_are_no_samples_are_left_out(tokens, size):
-    """Also where they are as many as samples, or a multiple."""
-    model, x = TokensFirst(), torch.randn(N, tokens, 16)
-    profile = measure(model, x.split(size))
+class TokensOfAll(TokensFirst):
+    """Its rows are the tokens of all samples, tokens first."""
+
+    def forward(self, x):
+        y = self.inside(self.before(x).transpose(0, 1).flatten(0, 1))
+        self.attention.out_proj(y)  # called by itself, but what stands for it is not
+        return self.after(y.unflatten(0, x.shape[1::-1]).transpose(0, 1))
+
+
+class Experts(TokensFirst):
+    """The layer between takes half of all tokens, whosever they are."""
+
+    def forward(self, x):
+        tokens = self.before(x).flatten(0, 1)
+        chosen = tokens.sum(1).topk(len(tokens) // 2).indices
+        self.inside(tokens[chosen])
+        self.attention.out_proj(tokens)
+        return self.after(x)
+
+
+class Remembers(TokensFirst):
+    """The layer between sees what it gave in the call before, too."""
+
+    state = 0.0
+
+    def forward(self, x):
+        y = self.inside(self.before(x) + self.state)
+        self.state = y.detach()[:1]
+        self.attention.out_proj(y)
+        return self.after(x)
+
+
+@pytest.mark.parametrize("kind", [TokensFirst, TokensOfAll, Experts, Remembers])
+@pytest.mark.parametrize("tokens, size", [(8, 8), (16, 8), (2, 2), (6, 8)])
+def test_rows_that_are_no_samples_are_left_out(kind, tokens, size):
+    """Also where they are as many as samples, or a multiple: a sample's row depends on others."""
+    profile = measure(kind(), torch.randn(N, tokens, 16).split(size))
     assert list(profile.layers) == ["before", "after"]
-    left_out = [x for x in profile.remarks if "left out" in x]
-    assert [x.split(",")[0] for x in left_out] == [
-        "left out: inside",
-        "left out: attention.out_proj",
-    ]
-    if tokens == 16:
-        assert "(16, 8, 16) for 8 samples is (16, 2, 16) for 2, so its rows" in left_out[0]
-        assert "give batches of one sample" in left_out[0]
+    assert "inside" in left_out(profile)
+    if kind is TokensFirst and size == 8:
+        assert "its rows are not the samples" in left_out(profile)
+        assert "give batches of one sample" in left_out(profile)
 
 
 def test_every_row_of_a_batch_of_one_sample_is_its_own(nothing_fixed):
@@ -441,38 +459,6 @@ def test_every_row_of_a_batch_of_one_sample_is_its_own(nothing_fixed):
     expected = expected_ids({"inside": inside})["inside"]
     assert profile.layers["inside"].id == pytest.approx(expected, rel=PROMISED)
     assert list(profile.layers) == ["before", "inside", "attention.out_proj", "after"]
-    with pytest.raises(UserError, match="batch 1 has 44 samples and the first only one"):
-        measure(model, x.split([1, 44]))
-
-
-class Packed(nn.Module):
-    """Pictures of different sizes, whose patches follow each other, beside their titles."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch, self.title = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, titles, patches, sizes=None):
-        if sizes is not None:
-            assert len(patches) == sum(sizes)
-        return self.patch(patches), self.title(titles)
-
-
-def test_packed_patches_are_no_samples():
-    """16 rows of two samples are not eight each."""
-    batches = [(torch.randn(2, 4, 16), torch.randn(16, 16)) for _ in range(20)]
-    profile = measure(Packed(), batches)
-    assert list(profile.layers) == ["title"]
-    assert any(
-        "patch, for its output (16, 16) for 2 samples is (16, 16)" in x for x in profile.remarks
-    )
-    sized = [(*batch, [4, 12]) for batch in batches]
-    with pytest.raises(
-        UserError, match="take 1 of the first batch's 2 samples alone .AssertionErr"
-    ):
-        measure(Packed(), sized)
-    single = [(x[:1], y[: 4 + i % 9], [4 + i % 9]) for i, (x, y) in enumerate(batches)]
-    assert measure(Packed(), single).layers["patch"].features == 12 * 16
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -483,20 +469,6 @@ def test_values_that_are_not_finite_name_the_layer(value):
         measure(model, chain_inputs())
 
 
-def test_a_generator_serves_one_pass(nothing_fixed):
-    model, batches = Chain(), chain_inputs()
-    found = measure(model, iter(batches), n=N)
-    assert found.layers == measure(model, batches).layers
-    with pytest.raises(UserError, match="only once, but 3 passes are needed"):
-        measure(model, iter(batches), n=N, memory_gb=layer_bytes(2) / GB)
-
-
-def test_a_generator_whose_batches_grow_beyond_one_pass(nothing_fixed):
-    batches = [*torch.randn(40, 6, 16).split(8), torch.randn(5, 9, 16)]
-    with pytest.raises(UserError, match="only once, but 2 passes are needed"):
-        measure(Chain(), iter(batches), n=N, memory_gb=layer_bytes(6) / GB)
-
-
 def test_batches_must_stay_the_same(nothing_fixed):
     loader = DataLoader(torch.randn(N, 6, 16), batch_size=8, shuffle=True)
     measure(Chain(), loader)  # one pass
@@ -504,84 +476,61 @@ def test_batches_must_stay_the_same(nothing_fixed):
         measure(Chain(), loader, memory_gb=layer_bytes(2) / GB)
 
     class Shrinking:
-        def __init__(self, batches):
-            self.batches = batches
+        batches, iterations = chain_inputs(), 0
 
         def __iter__(self):
-            yield from self.batches
-            self.batches.pop()
+            self.iterations += 1  # the first one is for the first batch alone
+            return iter(self.batches[: 5 if self.iterations == 3 else 6])
 
     with pytest.raises(UserError, match="45 samples in the first pass and now 40"):
-        measure(Chain(), Shrinking(chain_inputs()), n=N, memory_gb=layer_bytes(2) / GB)
+        measure(Chain(), Shrinking(), n=N, memory_gb=layer_bytes(2) / GB)
 
 
 @pytest.mark.parametrize(
     "batches, message",
     [
+        (torch.randn(N, 6, 16), "a Tensor is one batch; give a list"),
+        ({"x": torch.randn(N, 6, 16)}, "a dict is one batch"),
         ([], "there are none"),
+        (iter(torch.randn(N, 6, 16).split(8)), "a generator is read only once"),
         (["text"], "str is no batch"),
-        ([torch.zeros(0, 6, 16)], "Tensor is no batch; give tensors"),
-        (torch.zeros(N, 6, 16), "a Tensor is one batch"),
-        ({"x": torch.zeros(8, 6, 16)}, "a dict is one batch"),
+        ([torch.zeros(0, 16)] * 4, "Tensor is no batch"),
+        ([torch.randn(4, 6, 16), torch.randn(41, 6, 16)], "batch 1 has 41 samples and the first"),
+        ([torch.randn(9, 6, 16).to_sparse()] * 5, "a tensor is sparse"),
+        ([(torch.randn(6, 9, 16), torch.randn(5, 9, 16))] * 5, r"here are \(6, 9, 16\), \(5, 9"),
+        ([(torch.randn(9, 6, 16), torch.randn(9), torch.zeros(9))] * 5, "does not take 2 of"),
     ],
 )
-def test_what_is_no_batches(batches, message):
+def test_what_is_no_list_of_batches(batches, message):
+    """The last is what a data set of pictures and labels gives."""
     with pytest.raises(UserError, match=message):
         measure(Chain(), batches)
 
 
-def test_batches_of_all_forms_and_the_first_n(nothing_fixed):
-    model, values = Chain(), torch.cat(chain_inputs())
-    expected = ids(measure(model, [values[:30]]))
-    forms = [
-        values.split(8),
-        [(x, None) for x in values.split(8)],
-        [{"x": x, "scale": 2.0} for x in values.split(8)],
-        DataLoader(torch.utils.data.TensorDataset(values), batch_size=8),
-    ]
-    for batches in forms:
-        profile = measure(model, batches, n=30)
-        assert profile.settings["nsamples"] == 30
-        assert ids(profile) == pytest.approx(expected, rel=PROMISED)
+def test_models_that_show_no_layers():
+    batches = list(torch.randn(N, 16).split(8))
+    for model, message in (
+        (nn.Linear(16, 8).to("meta"), "does not take 2 of the first"),
+        (nn.Sequential(nn.Tanh()), "it has no linear layer"),
+        (torch.jit.trace(nn.Linear(16, 8), batches[0]), "TorchScript"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measure(model, batches)
 
 
-def test_later_batches_must_not_be_larger_unless_counted(nothing_fixed):
-    class Sized:
-        def __init__(self, batches):
-            self.batches = batches
-
-        def __len__(self):
-            return len(self.batches)
-
-        def __iter__(self):
-            return iter(self.batches)
-
-    batches = [torch.randn(4, 6, 16), torch.randn(41, 6, 16)]
-    assert measure(Chain(), batches).settings["nsamples"] == N
-    with pytest.raises(UserError, match="batch 1 is larger than the first"):
-        measure(Chain(), Sized(batches))
-
-
-@pytest.mark.parametrize("kind", ["bert", "clip"])
-@pytest.mark.parametrize("share", [1, 0.2])
-def test_padding_does_not_count(kind, share, nothing_fixed):
-    """Batches padded each to its longest text give what one padded batch gives.
-
-    In float64, where the batch does not move the roundings that are kept.
-    """
-    model, inputs = foreign(kind)
-    model = model.double()
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].double()
-    whole = measure(model, [inputs], memory_gb=1)
-    elements = sum(layer.features for layer in whole.layers.values())
-    parts = measure(
-        model, in_batches(inputs, 7), memory_gb=share * (N + 1) * elements * 4 * 1.1 / GB
-    )
-    assert ids(parts) == pytest.approx(ids(whole), rel=PROMISED)
-    assert {n: x.features for n, x in parts.layers.items()} == {
-        n: x.features for n, x in whole.layers.items()
-    }
+@pytest.mark.parametrize("forms", ["tuple", "list", "mapping", "loader"])
+def test_batches_of_any_usual_form(forms):
+    model, x = Chain(), torch.randn(N, 6, 16)
+    parts = x.split(8)
+    batches = {
+        "tuple": [(part, None) for part in parts],
+        "list": [[part] for part in parts],
+        "mapping": [{"x": part, "scale": 2} for part in parts],
+        "loader": DataLoader(x, batch_size=8),
+    }[forms]
+    profile = measure(model, batches, n=30)
+    assert profile.settings["nsamples"] == 30
+    assert profile.layers == measure(model, list(x[:30].split(8))).layers
 
 
 class Alike(nn.Module):
@@ -589,14 +538,16 @@ class Alike(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table, self.asked = nn.Embedding(40, 16), nn.Parameter(torch.randn(9, 16))
+        self.table, self.asked = nn.Embedding(40, 16), nn.Parameter(torch.randn(1, 9, 16))
         self.words, self.regions, self.queries = (nn.Linear(16, 16) for _ in range(3))
+        self.ask = nn.Linear(16, 16)
 
     def forward(self, attention_mask, features, input_ids=None, boxes=None, inputs_embeds=None):
         embedded = self.table(input_ids) if inputs_embeds is None else inputs_embeds
         words = self.words(embedded if boxes is None else embedded + boxes.repeat(1, 1, 4))
         mean = (words * attention_mask[..., None]).mean(1, keepdim=True)
         self.regions(features + mean)
+        self.ask(self.asked)  # a learned query, which no sample changes
         self.queries(self.asked + mean)
 
 
@@ -609,23 +560,15 @@ def test_only_what_is_as_long_as_the_texts_has_their_padding(form, size, nothing
         inputs["boxes"] = torch.randint(0, 9, (N, 9, 4))
     if form == "embedded":
         inputs["inputs_embeds"] = model.table(inputs.pop("input_ids")).detach()
-    batches = [
-        dict(zip(inputs, x, strict=True))
-        for x in zip(*(x.split(size) for x in inputs.values()), strict=True)
-    ]
-    outputs = hooked(model, batches)
+    batches = in_batches(inputs, size)
+    outputs = {k: x for k, x in hooked(model, batches).items() if k != "ask"}
     outputs["words"] = outputs["words"] * mask[..., None]
-    assert ids(measure(model, batches)) == pytest.approx(expected_ids(outputs), rel=PROMISED)
-
-
-def test_an_image_with_as_many_tokens_as_the_texts(nothing_fixed):
-    model, inputs = foreign("clip")
-    whole = inputs["attention_mask"][:, :5]
-    inputs |= {"input_ids": inputs["input_ids"][:, :5], "attention_mask": whole.clone()}
-    inputs["attention_mask"][::2, 3:] = 0
-    batches = [{k: x[i : i + 8] for k, x in inputs.items()} for i in range(0, N, 8)]
-    expected = expected_ids(hooked(model, batches, inputs["attention_mask"]))
-    assert ids(measure(model, batches)) == pytest.approx(expected, rel=PROMISED)
+    layers = ["words", "regions", "queries"]
+    assert ids(measure(model, batches, layers)) == pytest.approx(
+        expected_ids(outputs), rel=PROMISED
+    )
+    if size == 8:
+        assert "ask: its output (1, 9, 16) does not divide" in left_out(measure(model, batches))
 
 
 def test_a_model_of_one_length_of_texts_is_masked_by_length(nothing_fixed):
@@ -636,47 +579,42 @@ def test_a_model_of_one_length_of_texts_is_masked_by_length(nothing_fixed):
 
     model, (tokens, mask) = OneLength(), texts()
     batch = {"attention_mask": mask, "features": torch.randn(N, 9, 16), "input_ids": tokens}
-    profile = measure(model, [batch])
+    profile = measure(model, [batch], ["words", "regions"])
     masked = {name: x * mask[..., None] for name, x in hooked(model, [batch]).items()}
-    assert ids(profile) == pytest.approx(expected_ids(masked), rel=PROMISED)
-    assert any("not take shorter texts (AssertionError: nine words" in x for x in profile.remarks)
+    expected = expected_ids({name: masked[name] for name in profile.layers})
+    assert ids(profile) == pytest.approx(expected, rel=PROMISED)
+    assert any("not take shorter texts" in x for x in profile.remarks)
 
 
-def test_shorter_batches_end_in_zeros(nothing_fixed):
-    """Without a mask: outputs of a shorter batch are padded, not its inputs."""
-    model = Chain()
-    batches = [torch.randn(20, 4, 16), torch.randn(20, 7, 16), torch.randn(5, 3, 16)]
-    outputs = hooked(model, [{"x": x} for x in batches])
-    found = ids(measure(model, batches, memory_gb=layer_bytes(2, tokens=7) / GB))
-    assert found == pytest.approx(expected_ids(outputs), rel=PROMISED)
+def test_layers_that_differ_between_batches_are_left_out(nothing_fixed):
+    """In several passes, too: texts of another length, layers that stop or are called more."""
 
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.picture, self.word, self.again = (nn.Linear(16, 16) for _ in range(3))
 
-def test_held_outputs_stay_within_the_budget(nothing_fixed, monkeypatch):
-    """Also where batches grow longer in the midst of a pass."""
-    batches = [torch.randn(9, tokens, 16) for tokens in (2, 5, 3, 8, 9)]
-    held, hold = [], ForwardCapture._hold
+        def forward(self, picture, words):
+            for _ in range(1 + (len(words) == 5)):
+                self.again(picture)
+            if words.shape[1] < 9:
+                self.word(words)
+            return self.picture(picture)
 
-    def spy(self, make):
-        hold(self, make)
-        held.append(sum(values.nbytes for values in self.held.values()))
-
-    monkeypatch.setattr(ForwardCapture, "_hold", spy)
-    budget = layer_bytes(2, tokens=9)
-    model = Chain()
-    found = ids(measure(model, batches, memory_gb=budget / GB))
-    assert 0.8 * budget < max(held) <= budget
-    outputs = hooked(model, [{"x": x} for x in batches])
-    assert found == pytest.approx(expected_ids(outputs), rel=PROMISED)
-
-
-def test_a_layer_that_stops_running_is_named():
-    class Moody(Chain):
-        def forward(self, x):
-            return super().forward(x) if len(x) != 5 else self.steps[0](x)
-
-    names = ", ".join(f"steps.{i}" for i in range(1, 5))
-    with pytest.raises(UserError, match=f"layers {names}: not called as often in batch 5"):
-        measure(Moody(), chain_inputs())
+    model, picture = Two(), torch.randn(N, 6, 16)
+    for lengths, message in (
+        ([4, 4, 6, 4, 4, 4], r"word: its output has \(6, 16\) values a sample in batch 2 and \(4"),
+        ([4, 4, 9, 4, 4, 4], "word: called 0 times in batch 2, 1 in the first"),
+    ):
+        words = [torch.randn(len(x), n, 16) for n, x in zip(lengths, picture.split(8), strict=True)]
+        batches = list(zip(picture.split(8), words, strict=True))
+        for budget in (1, layer_bytes(1) / GB):
+            profile = measure(model, batches, memory_gb=budget)
+            assert list(profile.layers) == ["picture"]
+            assert message.replace("\\", "") in left_out(profile).replace("\\", "")
+            assert "again: called 2 times in batch 5, 1 in the first" in left_out(profile)
+    alone = measure(model, batches, layers="picture")
+    assert alone.layers == profile.layers
 
 
 class Noisy(Chain):
@@ -690,107 +628,30 @@ def test_a_model_that_draws_gives_the_same_in_each_pass_and_run(nothing_fixed):
     model, batches = Noisy(), chain_inputs()
     before = torch.get_rng_state()
     once = measure(model, batches)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before) and len(once.layers) == 5
     torch.rand(7)
     thrice = measure(model, batches, memory_gb=layer_bytes(2) / GB)
-    assert ids(thrice) == pytest.approx(ids(once), rel=PROMISED)
+    assert thrice.layers == once.layers
     other = measure(model, batches, seed=1)
     assert all(abs(ids(other)[name] / ids(once)[name] - 1) > 1e-3 for name in ids(once))
     repeated = measure(model, [batches[0]] * 5)  # what is drawn differs between batches
     assert all(layer.duplicates == 0 for layer in repeated.layers.values())
 
 
-class Cell(nn.Module):
-    """Calls one layer for each token, and others before and after."""
-
-    def __init__(self):
-        super().__init__()
-        self.before, self.cell, self.after = (nn.Linear(16, 16) for _ in range(3))
-
-    def forward(self, x):
-        x = self.before(x)
-        state = torch.zeros_like(x[:, 0])
-        for token in x.unbind(1):
-            state = torch.tanh(self.cell(state + token))
-        return self.after(state)
-
-
-@pytest.mark.parametrize("lengths, layers", [((3, 9), ["cell"]), ((9, 3), None), ((3, 9), None)])
-def test_layers_called_another_number_of_times_are_named(nothing_fixed, lengths, layers):
-    """Also after the last output that is kept, and in the first of several passes."""
-    model = Cell()
-    batches = [torch.randn(n, x, 16) for n, x in zip((23, 22), lengths, strict=True)]
-    runs = count_passes(model)
-    with pytest.raises(UserError, match="layers cell: not called as often in batch 1 as in"):
-        measure(model, batches, layers, memory_gb=layer_bytes(9) / GB)
-    assert len(runs) == TRACES + 2
-    whole = ids(measure(model, batches, ["before", "after"]))
-    kept = hooked(model, [{"x": x} for x in batches])
-    expected = expected_ids({name: kept[name] for name in whole})
-    assert whole == pytest.approx(expected, rel=PROMISED)
-
-
-class Experts(nn.Module):
-    """The first token of a sample says which expert its tokens go to."""
-
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Linear(16, 2)
-        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-
-    def forward(self, x):
-        self.router(x)
-        for number, expert in enumerate(self.experts):
-            chosen = x[x[:, 0, 0] == number]
-            if len(chosen):
-                expert(chosen.flatten(0, 1))
-
-
-def test_layers_that_see_some_samples_only():
-    """In proportion in the first batch, another number of rows later."""
-    x = torch.randn(N, 6, 16)
-    x[:, 0, 0] = 1
-    x[:8:2, 0, 0] = x[9:16, 0, 0] = 0  # experts 0 and 1 get 24 rows each of the first batch
-    with pytest.raises(
-        UserError, match=r"experts.0: its output \(42, 16\) .*leave it out \(layers"
-    ):
-        measure(Experts(), x.split(8))
-    x[:2, 0, 0] = 2
-    profile = measure(Experts(), x.split(8))
-    assert list(profile.layers) == ["router"]
-    text = "\n".join(profile.remarks)
-    assert "experts.0, for its output (18, 16) does not divide" in text
-    assert "experts.2, for its output (12, 16) does not divide" in text
-
-
-def test_a_layer_of_changing_width_is_named():
-    class Wide(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.step = nn.Linear(16, 16)
-
-        def forward(self, x):  # (B, L, H, 16)
-            return self.step(x)
-
-    batches = [torch.randn(8, 2, height, 16) for height in (3, 4)]
-    with pytest.raises(UserError, match="layer step: 64 values .* another batch has 48"):
-        measure(Wide(), batches)
-
-
 def test_modes_gradients_and_hooks_are_restored():
     model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 16))
     model[1].eval()
+    model[0].bias.requires_grad_(False)
     model[2].weight.data[0, 0] = float("nan")
     modes = [module.training for module in model.modules()]
-    seen = []
-    model[1].register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    learned = [parameter.requires_grad for parameter in model.parameters()]
     for layers in ("0", "*"):
         with pytest.raises(UserError) if layers == "*" else nullcontext():
             measure(model, chain_inputs(), layers=layers)
         assert [module.training for module in model.modules()] == modes
+        assert [parameter.requires_grad for parameter in model.parameters()] == learned
         assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
         assert not model[0]._forward_hooks and not model[2]._forward_hooks
-    assert not any(seen)
     assert model(chain_inputs()[0]).requires_grad
 
 
@@ -805,48 +666,33 @@ def test_names_and_patterns():
 def test_attention_stands_for_its_out_proj():
     """torch's encoder, whose fused form would call no layer, and never calls out_proj."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    model, batches = nn.TransformerEncoder(layer, 2), chain_inputs()
+    model, batches = nn.TransformerEncoder(layer, 1), chain_inputs()
     profile = measure(model, batches)
     names = ["self_attn.out_proj", "linear1", "linear2"]
-    assert list(profile.layers) == [f"layers.{i}.{name}" for i in range(2) for name in names]
+    assert list(profile.layers) == [f"layers.0.{name}" for name in names]
     with torch.no_grad():
         x = torch.cat(batches)
         attended = model.layers[0].eval().self_attn(x, x, x)[0]
     name = "layers.0.self_attn.out_proj"
     expected = expected_ids({name: attended})[name]
     assert profile.layers[name].id == pytest.approx(expected, rel=PROMISED)
-    masked = [(x, None, torch.arange(6).expand(len(x), 6) > 3) for x in batches]
-    assert list(measure(model, masked, layers="*linear2").layers) == [
-        f"layers.{i}.linear2" for i in (0, 1)
-    ]
 
 
-@pytest.mark.parametrize("kind", ["vit", "bert"])
-def test_prunes_a_model_that_is_not_ours(kind):
+def test_prunes_a_model_that_is_not_ours():
     """Measured IDs weight the scores of `Pruner` by name; layers of high ID keep more."""
-    model, inputs = foreign(kind)
-    profile = measure(model, in_batches(inputs), layers="encoder.*" if kind == "bert" else None)
+    model, inputs = foreign("bert")
+    profile = measure(model, in_batches(inputs), layers="encoder.*")
     layer_id = ids(profile)
     highest = max(layer_id, key=layer_id.get)
+    schedule = {"total_steps": 4, "delta_t": 1, "final_threshold": 0.5}
+    schedule |= {"initial_warmup": 0, "final_warmup": 1, "warmup_steps": 1}
     remaining = {}
     for weights in (None, layer_id | {highest: 1e9}):
         copy = deepcopy(model)
-        pruner = Pruner(
-            copy,
-            layers=profile.layers,
-            method="Magnitude",
-            total_steps=4,
-            delta_t=1,
-            final_threshold=0.5,
-            initial_warmup=0,
-            final_warmup=1,
-            warmup_steps=1,
-            layer_id=weights,
-        )
+        names = list(profile.layers)
+        pruner = Pruner(copy, layers=names, method="Magnitude", **schedule, layer_id=weights)
         for step in range(1, 5):
             pruner.step(step)
-        zeros = sum(int((x == 0).sum()) for x in pruner.parameters.values())
-        assert abs(zeros / pruner.numel - 0.5) < 0.1  # biases begin as zeros
         remaining[weights is None] = (copy.get_submodule(highest).weight != 0).float().mean()
     assert remaining[False] == 1 > remaining[True]
 
@@ -864,24 +710,3 @@ def test_profile_files_keep_the_kind(tmp_path):
     points = {x.get_label(): x for x in figure.axes[0].lines}
     assert {"vision", "language", "other"} <= set(points)
     assert len(plot_scale(profile).axes[0].lines) == 5
-
-
-def test_the_readmes_example_runs_in_a_process_of_its_own(tmp_path):
-    lines = Path("README.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if "from dimension import measure" in line)
-    stop = next(i for i in range(start, len(lines)) if lines[i].startswith("`measure` takes"))
-    code = textwrap.dedent("\n".join(lines[start:stop]))
-    for written, smaller in (
-        ("vit_base_patch16_224", "test_vit"),
-        ("pretrained=True", "pretrained=False"),
-        ("ID/vit", str(tmp_path / "ID")),
-        ("n=2000", "n=40"),
-    ):
-        assert code.count(written) == 1
-        code = code.replace(written, smaller)
-    pictures = "import torch; pictures = torch.rand(40, 3, 160, 160)"
-    code = f"{pictures}\n{code}\nprint(sorted(pruner.layers) == sorted(profile.layers))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True"
-    assert (tmp_path / "ID/profile.json").exists()

@@ -20,7 +20,6 @@ from dimension.profile import (
     load_profile,
     make_remarks,
     measure_layer,
-    model_hash,
     save_distances,
 )
 from dimension.twonn import block_analysis, draw_permutations, pairwise_distances
@@ -149,14 +148,6 @@ def test_partial_profiles_of_two_processes(profile, tmp_path):
     assert PartialProfile(tmp_path, settings).found == {}
 
 
-def test_model_hash():
-    model = torch.nn.Linear(3, 2)
-    before = model_hash(model)
-    assert before == model_hash(model)
-    model.bias.data[1] += 1e-6
-    assert model_hash(model) != before
-
-
 def test_kinds_of_layers():
     assert [layer_kind(name) for name in NAMES] == list(KINDS)
 
@@ -213,6 +204,16 @@ def test_comparison_figure_has_every_profile_over_relative_depth():
     marked = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
     points = sorted(y for line in marked for y in line.get_ydata())
     assert points == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("label", ["_old", "_", "ID/$a$_$b$"])
+def test_the_legend_names_every_profile(label, tmp_path):
+    """Of a path that begins with an underscore, or holds what matplotlib takes for a formula."""
+    figure = plot_comparison({label: {NAMES[0]: 1.0}, "new": {NAMES[0]: 2.0}})
+    shown, other, *_ = legend(figure)
+    assert shown.removeprefix("./").replace(r"\$", "$") == label and other == "new"
+    assert shown.count("$") == shown.count(r"\$")
+    save_figure(figure, tmp_path / "compare.png")
 
 
 def test_figures_are_written(profile, tmp_path):

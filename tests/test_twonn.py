@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.id import sorted_blocks
 from dimension import twonn
 from dimension.twonn import (
     BLOCK_COUNTS,
@@ -117,9 +116,9 @@ def test_golden(golden, cloud, fraction):
 @pytest.mark.parametrize("cloud", ["gauss5in20", "highdim"])
 def test_float32_products_suffice(golden, cloud):
     """The golden clouds in many dimensions: what distances are off by moves the IDs no further."""
-    points = golden[f"{cloud}.points"]
+    points = golden[f"{cloud}.points"][:400]
     points = points @ torch.randn(points.shape[1], WIDE) + torch.randn(WIDE)
-    permutations = golden[f"{cloud}.permutations"]
+    permutations = twonn.draw_permutations(400)
     distances, exact = pairwise_distances(points), direct_distances(points)
     error = relative_error(distances, exact)
     assert error <= product_error(points)
@@ -295,16 +294,6 @@ def test_blocks_equal_full_sorts(monkeypatch, neighbours):
     mean, std, bounds = by_full_sorts(distances, permutations)  # of the same distances
     assert ((found.mean - mean).abs() <= bounds).all()
     assert ((found.std - std).abs() <= bounds).all()
-
-
-def test_benchmarks_full_sorts_of_few_points():
-    """Where blocks are too small at most levels."""
-    distances, permutations = pairwise_distances(torch.randn(12, 8)), twonn.draw_permutations(12)
-    found = block_analysis(distances, permutations=permutations)
-    mean, std = sorted_blocks(distances, permutations)
-    bound = 4 * (12 + 20) * ROUNDING64  # see `by_full_sorts`
-    torch.testing.assert_close(mean, found.mean[:4], rtol=bound, atol=0)
-    torch.testing.assert_close(std, found.std[:4], rtol=0, atol=bound * mean.max().item() * 4)
 
 
 def test_permutations_from_the_generator():

@@ -1,0 +1,375 @@
+"""What ComputeID.py does: samples, a share of the layers for each process, resuming, files."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.image_dataset import ImageDataset
+from data.images import find_pictures
+from dimension import any_model
+from dimension.budget import StageShape, default_budget, plan_capture, share_layers
+from dimension.capture import Capture, Samples, counted_positions, trace_stages
+from dimension.figures import draw_profile
+from dimension.profile import (
+    Estimation,
+    IDProfile,
+    LayerID,
+    PartialProfile,
+    TooFewPoints,
+    clear_distances,
+    load_distances,
+    load_profile,
+    make_remarks,
+    partial_profiles,
+    save_distances,
+)
+from engine.digests import content_hash, data_digests, model_hash
+from engine.processes import (
+    Process,
+    barrier,
+    free_memory,
+    gather_from_processes,
+    init_distributed,
+    keep_freed_memory,
+    main_process_first,
+)
+from engine.tasks import TASKS
+from models.checkpoint import load_trained
+from models.hub import HubInputs, layer_kinds, open_hub_model, read_texts
+from models.layers import modality, prunable_layers
+from models.weight_files import fetch
+from utils import UserError, available_cpus
+
+# keys of a config that the representations depend on
+MODEL_AND_DATA_KEYS = (
+    "task vit clip image_size tokenizer image_root ann_root prompt max_words max_tokens"
+).split()
+HUB_BATCH_SIZE = 8
+PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
+
+
+def run(args: argparse.Namespace, config: dict | None) -> None:
+    """Measures or estimates again, then writes and draws the profile.
+
+    Args:
+        args: flags of ComputeID.py.
+        config: a config of `load_config`; None with --hf and -s.
+
+    Raises:
+        UserError: a flag, file or sample is wrong; the message names it.
+    """
+    for path in args.compare:
+        load_profile(path)  # a mistake here must not wait for the end
+    folder = Path(args.Path)
+    require_writable(folder)
+    if args.skip:
+        profile = estimate_again(folder, Estimation(args.fraction, args.seed))
+    else:
+        process = init_distributed(chosen_device(args.cpu, args.gpu), timeout_s=PATIENCE_S)
+        keep_freed_memory(process.device)
+        profile = measure_hub(args, process) if args.hf else measure_task(args, process, config)
+        if not process.is_main:
+            return
+    profile.write(folder)
+    if not args.skip:
+        PartialProfile(folder, profile.settings).clear()
+    figures = draw_profile(profile, folder, args.compare)
+    print(summary(profile))
+    print(f"wrote to {folder}: profile.json, {', '.join(figures)}")
+    if not args.hf:
+        print(f"prune with these IDs: --id_profile {folder}")
+
+
+def require_writable(folder: Path) -> None:
+    """Makes the folder of the results and tries to write to it, before the work for them begins.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to --Path {folder}: {error}; choose another") from error
+
+
+def chosen_device(cpu: bool, gpu: int | None) -> str:
+    """The device for `init_distributed`, from --cpu and --gpu.
+
+    Raises:
+        UserError: one GPU is named for several processes.
+    """
+    if cpu or gpu is None:
+        return "cpu" if cpu else "auto"
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError(f"--gpu {gpu}: torchrun gives every process a GPU; leave --gpu out")
+    present = torch.accelerator.current_accelerator(check_available=True)
+    return f"{present.type if present else 'cuda'}:{gpu}"
+
+
+def measure_task(args: argparse.Namespace, process: Process, config: dict) -> IDProfile:
+    """Measures the layers of trained or pruned weights, with samples of the training set."""
+    weights = args.pruned or config["pretrained"]
+    if not weights:
+        raise UserError("nothing to measure: give --pretrained or --pruned")
+    task, n = TASKS[config["task"]], args.nsamples
+    dataset = task.build_datasets(config, args.seed)[0]
+    dataset.skip_bad_images = args.skip_bad_images
+    dataset.check()
+    indices, bad = choose_samples(dataset, n, args.seed)
+    model = task.build_model(config)
+    with main_process_first():  # which downloads, where it is an address
+        fetch(weights)
+    report = load_trained(model, weights)
+    if process.is_main:
+        print(report, flush=True)
+    model.to(process.device).eval()
+    batch_size = args.batch_size or config["eval_batch_size"]
+    ids, mask = model.tokenize([dataset.text(index) for index in indices])
+    samples = Samples(
+        tensors={"input_ids": ids, "attention_mask": mask},
+        images={name: Images(dataset, indices, which) for which, name in enumerate(task.images)},
+        text=counted_positions(mask, batch_size, args.keep_padding),
+        batch_size=batch_size,
+        num_workers=config["num_workers"],
+    )
+    layers = prunable_layers(model)
+    shapes = trace_stages(model.stages(), layers, samples, process.device)
+    settings = {
+        "bad_images": bad,
+        "keep_padding": args.keep_padding,
+        "batch_size": batch_size,
+        "config": {key: config[key] for key in MODEL_AND_DATA_KEYS if key in config},
+        "checkpoint": weights,
+        "checkpoint_sha256": model_hash(model),
+        "contents": data_digests(config, dataset.records),
+    }
+    share = Share(args, process, settings, n)
+    measured, _ = share.measure(shapes, layers, samples)
+    found = {name: measured[name] for name in layers}
+    return IDProfile(share.settings, found, make_remarks(n, found, bad))
+
+
+def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
+    """Measures the linear layers of any model of Hugging Face's.
+
+    Raises:
+        UserError: a file is not there, or see `HubInputs`; or no layer is left.
+    """
+    pictures = None
+    if args.images is not None:
+        if not Path(args.images).is_dir():
+            raise UserError(f"--images: there is no folder {args.images}")
+        pictures = find_pictures([Path(args.images)])
+    lines = None if args.texts is None else read_texts(args.texts)
+    with main_process_first():
+        hub = open_hub_model(args.hf)
+    batch_size = args.batch_size or HUB_BATCH_SIZE
+    inputs = HubInputs(hub, pictures, lines, batch_size)
+    n = min(args.nsamples, inputs.samples())
+    generator = torch.Generator().manual_seed(args.seed)
+    inputs.take(sorted(torch.randperm(inputs.samples(), generator=generator)[:n].tolist()))
+    model = hub.model.to(process.device)
+    settings = {
+        "model": type(model).__name__,
+        "hf": args.hf,
+        "images": args.images,
+        "texts": args.texts,
+        "batch_size": batch_size,
+        "checkpoint_sha256": model_hash(model),
+        "contents": {
+            "names of the pictures": content_hash([path.name for path in inputs.images or []]),
+            "texts": content_hash(inputs.texts),
+        },
+    }
+    batches = any_model.Batches(model, inputs, n, args.seed)
+    modules = any_model.choose_layers(model)
+    modules = {name: module for name, module in modules.items() if name not in hub.untrained}
+    share = Share(args, process, settings, n)
+    with any_model.prepared(model, process.device):
+        shape, left_out, remarks = any_model.trace_forward(model, modules, batches)
+        measured, dropped = share.measure([shape], modules, batches)
+    left_out |= dropped | dict.fromkeys(hub.untrained, "the checkpoint lacks its weights")
+    remarks += any_model.left_out_remarks(left_out)
+    names = dict.fromkeys(layer.name for layer in shape.layers if layer.name in measured)
+    any_model.require_layers(names, remarks)
+    kinds = layer_kinds(model, list(names))
+    found = {name: replace(measured[name], kind=kinds[name]) for name in names}
+    return IDProfile(share.settings, found, make_remarks(n, found) + remarks)
+
+
+@dataclass
+class Images(Sequence):
+    """One image of each of some samples, transformed as for evaluation; the second with `which` 1.
+
+    A sequence of tensors (3, S, S), which are read when they are asked for.
+    """
+
+    dataset: ImageDataset
+    indices: list[int]
+    which: int
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Tensor:
+        """Reads an image."""
+        paths = self.dataset.image_paths(self.indices[position])
+        return self.dataset.open(paths[self.which])
+
+
+def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int], int]:
+    """Indices of n random samples, and how many had to be passed over for them.
+
+    With `dataset.skip_bad_images` the images are read once for it: a sample with one that cannot
+    be read gives way to the next of the random order.
+
+    Raises:
+        UserError: there are fewer samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    chosen = order[:n]
+    seen = len(chosen)
+    if dataset.skip_bad_images:
+        chosen, seen = [], 0
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            while len(chosen) < n and seen < len(order):
+                tried = order[seen : seen + n - len(chosen)]
+                good = pool.map(dataset.is_readable, tried)
+                chosen += [index for index, ok in zip(tried, good, strict=True) if ok]
+                seen += len(tried)
+    if len(chosen) < n:
+        bad = len(order) - len(chosen) if dataset.skip_bad_images else 0
+        damaged = f", of which {bad} have images that cannot be read" if bad else ""
+        raise UserError(f"-n {n}: the training set has only {len(order)} samples{damaged}")
+    return chosen, seen - n
+
+
+class Share:
+    """A process's share of the layers: planned, measured, and gathered with those of the others.
+
+    Attributes:
+        settings: all that the IDs depend on.
+    """
+
+    def __init__(self, args: argparse.Namespace, process: Process, settings: dict, n: int):
+        """Reads what a run with the same settings has left in the folder.
+
+        Args:
+            args: flags of ComputeID.py.
+            process: this process.
+            settings: what the IDs depend on beside flags and device.
+            n: number of samples.
+        """
+        self.args, self.process, self.n = args, process, n
+        self.estimation = Estimation(args.fraction, args.seed)
+        self.settings = {"nsamples": n, "seed": args.seed, "device": process.device.type}
+        self.settings |= {"dtype": "float32", "save_distances": args.save_distances}
+        self.settings |= self.estimation.settings | settings
+        self.partial = PartialProfile(args.Path, self.settings, process.rank)
+
+    def measure(
+        self,
+        shapes: list[StageShape],
+        layers: dict[str, nn.Module],
+        inputs: Samples | any_model.Batches,
+    ) -> tuple[dict[str, LayerID], dict[str, str]]:
+        """Measures the layers that are not done, and writes each as soon as it is finished.
+
+        Args:
+            shapes: the model's stages.
+            layers: layer name to module.
+            inputs: what the model sees; of any model's layers some may be left out.
+
+        Returns:
+            The layers of all processes; and name to reason of the layers that are left out.
+        """
+        args, process, partial = self.args, self.process, self.partial
+        foreign = isinstance(inputs, any_model.Batches)
+        budget = self._budget()
+        names = {layer.name for shape in shapes for layer in shape.layers} - set(partial.found)
+        share = share_layers(shapes, names, process.world_size)[process.rank]
+        plan = plan_capture(shapes, share, inputs, self.n, budget, to_the_end=foreign)
+        if process.is_main:
+            print(
+                f"{self.n} samples, {len(layers)} layers, {len(partial.found)} of them done "
+                f"before, {len(share)} for this process of {process.world_size}\n{plan}",
+                flush=True,
+            )
+        self._clear_other_runs()
+        capture = Capture(plan, layers, inputs, process.device, progress=process.is_main)
+        for name, features, distances in capture:
+            try:
+                measured = self.estimation.measure(name, features, distances)
+            except TooFewPoints as error:
+                if not foreign:
+                    raise
+                capture.left_out[name] = str(error)
+                continue
+            if args.save_distances:
+                save_distances(args.Path, name, distances)
+            partial.add(name, measured)
+        found, left_out = {}, {}
+        for one in gather_from_processes((partial.found | partial.mine, capture.left_out)):
+            found, left_out = found | one[0], left_out | one[1]
+        return {name: layer for name, layer in found.items() if name not in left_out}, left_out
+
+    def _budget(self) -> int:
+        """Bytes for activations, states and matrices."""
+        device = self.process.device
+        if self.args.memory_gb is not None:
+            return int(self.args.memory_gb * 1e9)
+        free, budget = free_memory(device), default_budget(device)
+        if self.process.is_main:
+            print(f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process")
+        return budget
+
+    def _clear_other_runs(self) -> None:
+        """Removes what a run with other settings left, unless this run goes on where it was."""
+        barrier()  # all processes have read what is there
+        if self.process.is_main and not self.partial.found:
+            self.partial.clear()
+            if self.args.save_distances:
+                clear_distances(self.args.Path)
+        barrier()  # before any process writes
+
+
+def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:
+    """Other IDs from the distances that an earlier run kept, without the model.
+
+    Raises:
+        UserError: it kept none, or a later run has begun to replace them.
+    """
+    before = IDProfile.read(folder)
+    if any(profile.settings["save_distances"] for _, profile in partial_profiles(folder)):
+        raise UserError(
+            f"a later run in {folder} has not finished and may have replaced distances: give "
+            "its command again, then -s"
+        )
+    if not before.settings.get("save_distances"):  # any that are there belong to another run
+        raise UserError(f"-s needs a profile measured with --save_distances; {folder} is not")
+    layers = {}
+    for name, layer in before.layers.items():
+        measured = estimation.measure(name, layer.features, load_distances(folder, name))
+        layers[name] = replace(measured, kind=layer.kind)
+    settings = before.settings | estimation.settings | {"block_seed": estimation.seed}
+    remarks = make_remarks(settings["nsamples"], layers, settings.get("bad_images", 0))
+    return replace(before, settings=settings, layers=layers, remarks=remarks)
+
+
+def summary(profile: IDProfile) -> str:
+    """Lines with the mean ID of each modality, and the remarks."""
+    ids: dict[str, list[float]] = {}
+    for name, layer in profile.layers.items():
+        ids.setdefault(layer.kind or modality(name), []).append(layer.id)
+    lines = [f"{k}: {len(v)} layers, mean ID {sum(v) / len(v):.2f}" for k, v in ids.items()]
+    return "\n".join([*lines, *(f"remark: {remark}" for remark in profile.remarks)])
