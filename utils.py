@@ -33,17 +33,12 @@ ANSWER_SECONDS = 30  # that a download waits for its server
 class UserError(ValueError):
     """A mistake in what the user gave: flags, config, files, data. The message says the remedy.
 
-    `launch` ends a script with this one sentence and exit code 2. Every other exception
-    is a fault of the program and keeps its traceback.
+    `launch` ends a script with this sentence and exit code 2.
     """
 
 
 def lazy_names(places: dict[str, str]) -> Callable[[str], object]:
-    """A package's `__getattr__` (PEP 562): names that import their module when first used.
-
-    Args:
-        places: name to the module that defines it.
-    """
+    """A package's `__getattr__` (PEP 562): names that import their module when first used."""
 
     def find(name: str):
         if name not in places:
@@ -86,11 +81,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
 
 
 def mistaken_for(path: str | Path) -> str:
-    """What lies where a file of data was expected, if that is known at a glance, and what to do.
-
-    Returns:
-        A clause about a file that is empty, a pointer of git-lfs, a page or an archive; or "".
-    """
+    """What lies where a file of data was expected, if that is known at a glance, and what to do."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -153,9 +144,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     """Runs a script's `main`; a user's mistake ends it with its sentence instead of a traceback.
 
     Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError` (or the death
-    of an image loading process), whose sentence every process that met it prints; 75
-    (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT stopped training, and the same command goes
-    on from the newest checkpoint.
+    of an image loading process), which every process that met it prints; 75
+    (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT stopped training.
 
     Of several processes, one that fails leaves at once: the end of its process group would wait for
     the others, which wait for it.

@@ -19,24 +19,14 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a range. One check serves flags (as argparse's `type`) and config values.
-
-    Args:
-        kind: int or float.
-        least: smallest value allowed.
-        most: largest value allowed.
-    """
+    """An int or float in a range, ends included: argparse's `type`, and a config's rule."""
 
     kind: type
     least: float = -math.inf
     most: float = math.inf
 
     def __call__(self, text: str) -> int | float:
-        """Reads a flag.
-
-        Raises:
-            argparse.ArgumentTypeError: it is no number, or out of range.
-        """
+        """Reads a flag."""
         try:
             return self.check(self.kind(text))
         except ValueError:
@@ -48,13 +38,11 @@ class Number:
         Raises:
             ValueError: says what the value must be.
         """
-        if isinstance(value, bool) or not isinstance(
-            value, int if self.kind is int else int | float
-        ):
-            raise ValueError(f"must be {self}")
-        if not self.least <= value <= self.most or abs(value) == math.inf:
-            raise ValueError(f"must be {self}")
-        return self.kind(value)
+        kinds = int if self.kind is int else int | float
+        if isinstance(value, kinds) and not isinstance(value, bool):
+            if self.least <= value <= self.most and abs(value) < math.inf:
+                return self.kind(value)
+        raise ValueError(f"must be {self}")
 
     def __str__(self) -> str:
         """The range in words."""
@@ -70,21 +58,19 @@ class Text(NamedTuple):
     words: tuple[str, ...] = ()
 
     def check(self, value) -> str:
-        """The value. Raises ValueError with what it must be."""
-        if not isinstance(value, str) or (self.words and value not in self.words):
-            raise ValueError(f"must be {self}")
-        return value
-
-    def __str__(self) -> str:
-        """The choice in words."""
-        return "one of " + ", ".join(self.words) if self.words else "text"
+        """The value; errors as of `Number.check`."""
+        if isinstance(value, str) and (not self.words or value in self.words):
+            return value
+        raise ValueError(
+            f"must be one of {', '.join(self.words)}" if self.words else "must be text"
+        )
 
 
 class Place(Text):
     """A path or address, in which `~` and environment variables stand for what a shell reads."""
 
     def check(self, value) -> str:
-        """The value. Raises ValueError with what it must be."""
+        """The value; errors as of `Number.check`."""
         return os.path.expandvars(os.path.expanduser(super().check(value)))
 
 
@@ -92,23 +78,21 @@ class Switch(NamedTuple):
     """true or false."""
 
     def check(self, value) -> bool:
-        """The value. Raises ValueError with what it must be."""
+        """The value; errors as of `Number.check`."""
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
         return value
 
 
-class Sizes(NamedTuple):
+class Sizes(Text):
     """The sizes of a model: a name or path, or a mapping, which the model's builder checks."""
 
-    words: tuple[str, ...] = ()
-
     def check(self, value) -> str | dict:
-        """The value. Raises ValueError with what it must be."""
+        """The value; errors as of `Number.check`."""
         if isinstance(value, dict):
             return dict(value)
         try:
-            return Text(self.words).check(value)
+            return super().check(value)
         except ValueError as error:
             raise ValueError(f"{error}, or a mapping of sizes") from None
 

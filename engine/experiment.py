@@ -13,8 +13,8 @@ from utils import UserError, write_json
 
 OVERRIDES = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers")  # flags and keys
 # What may change between a stop and a resume: places, speed, evaluation, what is printed and kept.
-# Files count by their content, --max_steps, --warmup_steps and --max_epoch as the steps that they
-# come to. A flag or key that is not named here must stay the same.
+# Files count by their content, --max_steps and the like as the steps that they come to. A flag or
+# key that is not named here must stay the same.
 FREE_FLAGS = frozenset(
     """
     config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile

@@ -29,48 +29,36 @@ def trainer_parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run = parser.add_argument_group("the run").add_argument
-    run("--config", type=PLACE, default=TASKS[task].config, help="YAML file of the experiment")
-    run("--output_dir", type=PLACE, default="output", help="results: OUTPUT_DIR/MODEL_DIR")
-    run("--model_dir", help="folder of this run's results (default: the config's name)")
-    run("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu (default: auto)")
-    run("--seed", type=FROM_ZERO, default=42, help="seed (default: 42)")
-    run("--check", action="store_true", help="list what is missing or wrong, and stop")
-    run("--resume", type=PLACE, default="auto", help="auto (newest checkpoint), off, or a file")
-    run(
-        "--checkpoint_steps",
-        type=FROM_ZERO,
-        default=0,
-        help="optimizer steps between checkpoints; 0: each epoch's end and every ten minutes, or "
-        "less often, so that writing takes at most a twentieth of the time (default: 0)",
-    )
-    run("--keep_checkpoints", type=COUNT, default=2, help="checkpoints that stay (default: 2)")
-    run("--skip_bad_images", action="store_true", help="next sample for an unreadable image")
-    run(
-        "--amp",
-        choices=["auto", "bf16", "off"],
-        default="auto",
-        help="bf16 autocast; auto: on accelerators that compute it (default: auto)",
-    )
-    run("--compile", action="store_true", help="torch.compile the model")
-    run(
-        "--gradient_accumulation_steps",
-        type=COUNT,
-        default=1,
-        metavar="BATCHES",
-        help="batches of each process in an optimizer step (default: 1)",
-    )
-    run("--max_steps", type=COUNT, help="optimizer steps, in place of max_epoch")
+    run = parser.add_argument_group("the run")
+    add, on = run.add_argument, {"action": "store_true"}
+    add("--config", type=PLACE, default=TASKS[task].config, help="YAML file of the experiment")
+    add("--output_dir", type=PLACE, default="output", help="results: OUTPUT_DIR/MODEL_DIR")
+    add("--model_dir", help="folder of this run's results (default: the config's name)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu (default: auto)")
+    add("--check", **on, help="list what is missing or wrong, and stop")
+    add("--resume", type=PLACE, default="auto", help="auto (newest checkpoint), off, or a file")
+    add("--skip_bad_images", **on, help="next sample for an unreadable image")
+    add("--compile", **on, help="torch.compile the model")
+    amp = "bf16 autocast; auto: on accelerators that compute it (default: auto)"
+    add("--amp", choices=["auto", "bf16", "off"], default="auto", help=amp)
+    _number(run, "--seed", FROM_ZERO, 42, "seed")
+    interval = "optimizer steps between checkpoints; 0: each epoch's end and every ten minutes, or "
+    interval += "less often, so that writing takes at most a twentieth of the time"
+    _number(run, "--checkpoint_steps", FROM_ZERO, 0, interval)
+    _number(run, "--keep_checkpoints", COUNT, 2, "checkpoints that stay")
+    parts = "batches of each process in an optimizer step"
+    _number(run, "--gradient_accumulation_steps", COUNT, 1, parts)
+    _number(run, "--max_steps", COUNT, None, "optimizer steps, in place of max_epoch")
 
     evaluation = parser.add_argument_group("evaluation")
     add = evaluation.add_argument
-    add("--evaluate", action="store_true", help="score the held-out splits, without training")
+    add("--evaluate", **on, help="score the held-out splits, without training")
     add("--split", choices=TASKS[task].held_out, help="with --evaluate: this split alone")
     add("--eval_samples", type=FROM_ZERO, default=0, help="first samples of a split; 0: all")
     add("--pruned", type=PLACE, help="with --evaluate: weights, or the folder of a run")
-    add("--sparse", action="store_true", help="with --evaluate: on the CPU, nonzeros alone")
-    add("--eval_epochs", type=FROM_ZERO, default=1, help="epochs between validations; 0: none")
-    add("--eval_test", action="store_true", help="validate on the test split, too")
+    add("--sparse", **on, help="with --evaluate: on the CPU, nonzeros alone")
+    _number(evaluation, "--eval_epochs", FROM_ZERO, 1, "epochs between validations; 0: none")
+    add("--eval_test", **on, help="validate on the test split, too")
 
     override = parser.add_argument_group("in place of the config's values").add_argument
     override("--pretrained", help="weights to start from; '': random ones")
@@ -79,7 +67,23 @@ def trainer_parser(
     override("--batch_size", type=COUNT, help="training samples per process")
     override("--num_workers", type=FROM_ZERO, help="image loading processes")
 
-    _add_pruning_flags(parser.add_argument_group("pruning").add_argument, *TASKS[task].warmups)
+    prune = parser.add_argument_group("pruning")
+    add, warmups = prune.add_argument, TASKS[task].warmups
+    score = {"choices": ["PLATON", "Taylor", "Magnitude"], "default": "PLATON"}
+    add("--pruner_name", **score, help="importance score (default: PLATON)")
+    _number(prune, "--beta1", FRACTION, 0.85, "decay of the importance")
+    _number(prune, "--beta2", FRACTION, 0.95, "decay of the uncertainty")
+    _number(prune, "--deltaT", COUNT, 10, "PLATON's window, and steps between masks")
+    remains = "fraction of weights that remains; 1: no pruning"
+    _number(prune, "--initial_threshold", FRACTION, 1.0, f"initial {remains}")
+    _number(prune, "--final_threshold", FRACTION, 0.2, f"final {remains}")
+    add("--warmup_steps", type=FROM_ZERO, help="steps of a warm-up (default: one epoch)")
+    units = "in units of --warmup_steps"
+    _number(prune, "--initial_warmup", FROM_ZERO, warmups[0], f"steps before pruning, {units}")
+    final = f"steps at the final sparsity, {units}"
+    _number(prune, "--final_warmup", FROM_ZERO, warmups[1], final)
+    add("--useID", **on, help="weight scores by the IDs of the config's id_profile")
+    add("--id_profile", type=PLACE, help="profile or folder of ComputeID.py; implies --useID")
     for flag in ("--n_gpu", "--world_size", "--dist_url", "--distributed", "--local_rank"):
         # accepted, as scripts of the original code pass them; torchrun's variables count
         parser.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
@@ -88,43 +92,11 @@ def trainer_parser(
     return parser, evaluation
 
 
-def _add_pruning_flags(add, initial_warmup: int, final_warmup: int) -> None:
-    add(
-        "--pruner_name",
-        choices=["PLATON", "Taylor", "Magnitude"],
-        default="PLATON",
-        help="importance score (default: PLATON)",
-    )
-    add("--beta1", type=FRACTION, default=0.85, help="decay of the importance (default: 0.85)")
-    add("--beta2", type=FRACTION, default=0.95, help="decay of the uncertainty (default: 0.95)")
-    add("--deltaT", type=COUNT, default=10, help="PLATON's window, steps between masks (10)")
-    add(
-        "--initial_threshold",
-        type=FRACTION,
-        default=1.0,
-        help="initial fraction of weights that remains (default: 1)",
-    )
-    add(
-        "--final_threshold",
-        type=FRACTION,
-        default=0.2,
-        help="final fraction of weights that remains; 1: no pruning (default: 0.2)",
-    )
-    add("--warmup_steps", type=FROM_ZERO, help="steps of a warm-up (default: one epoch)")
-    add(
-        "--initial_warmup",
-        type=FROM_ZERO,
-        default=initial_warmup,
-        help=f"steps before pruning, in units of --warmup_steps (default: {initial_warmup})",
-    )
-    add(
-        "--final_warmup",
-        type=FROM_ZERO,
-        default=final_warmup,
-        help=f"steps at the final sparsity, in units of --warmup_steps (default: {final_warmup})",
-    )
-    add("--useID", action="store_true", help="weight scores by the IDs of the config's id_profile")
-    add("--id_profile", type=PLACE, help="profile or folder of ComputeID.py; implies --useID")
+def _number(group, flag: str, kind: Number, default: float | None, what: str) -> None:
+    """A flag that is a number, with its default in the help."""
+    known = "" if default is None else f" (default: {default})"
+    metavar = flag.strip("-").rpartition("_")[2].upper()
+    group.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{what}{known}")
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:

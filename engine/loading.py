@@ -18,10 +18,7 @@ from utils import UserError, available_cpus
 
 
 class _Fetched(Dataset):
-    """Items as loading processes send them: an item and how many samples it skips, or a mistake.
-
-    A mistake travels as a value, for torch would send it as a traceback in text.
-    """
+    """Items and the samples skipped for them, or mistakes: torch would send these as tracebacks."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -37,7 +34,7 @@ class _Fetched(Dataset):
 
 
 def _collate(items: list) -> tuple[tuple, int] | UserError:
-    """A batch of tensors and lists, and how many samples were skipped; or the first mistake."""
+    """A batch of tensors and lists, and the samples skipped for it; or the first mistake."""
     for item in items:
         if isinstance(item, UserError):
             return item
@@ -46,10 +43,10 @@ def _collate(items: list) -> tuple[tuple, int] | UserError:
 
 
 def read(loader: DataLoader) -> Iterator[tuple[tuple, int]]:
-    """The batches of a loader of this module, each with how many samples were skipped for it.
+    """The batches of a loader of this module, each with the samples skipped for it.
 
     Raises:
-        UserError: of the data set, for instance an image that cannot be read.
+        UserError: an image cannot be read, say.
     """
     for batch in loader:
         if isinstance(batch, UserError):
@@ -96,14 +93,9 @@ class EvalOptions:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def batches(self, dataset: Dataset, what: str) -> Iterator[tuple]:
-        """This process's batches of a split, in order, its tensors on the device.
+        """This process's batches of a split, in order, with tensors on the device.
 
-        Args:
-            dataset: the split; each item is in the share of one process.
-            what: name of the items for the progress bar.
-
-        Raises:
-            UserError: an image cannot be read.
+        Each item is in the share of one process. Errors as of `read`; `what` names the items.
         """
         size = self.config["eval_batch_size"]
         loader = DataLoader(
@@ -137,9 +129,9 @@ def _loader_options(config: dict, device: torch.device, seed: int) -> dict:
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Lets a loading process live on when a signal goes to all processes of a run.
 
-    The trainer needs it to finish its step. Terminals and torchrun signal process groups, job
-    schedulers every process. Only the trainer's own SIGTERM ends it; when the trainer is killed,
-    torch's watch in the process does. macOS cannot tell who sent a SIGTERM: there it ends it.
+    The trainer needs it to finish its step. Only the trainer's own SIGTERM ends it; when the
+    trainer is killed, torch's watch in the process does. On macOS, which does not tell the sender,
+    any SIGTERM ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -108,7 +108,6 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                     process.is_main and checkpoint_is_due(run.flags.checkpoint_steps, state),
                 ]
             )
-
             if hasattr(state.model, "on_step"):  # its loss depends on how far the run is
                 state.model.on_step(progress.epoch + progress.step_in_epoch / steps)
             try:

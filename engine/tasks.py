@@ -9,11 +9,7 @@ from dataclasses import dataclass
 
 
 def later(place: str) -> Callable:
-    """A function that imports itself when it is called.
-
-    Args:
-        place: "module:name" of the function.
-    """
+    """The function "module:name", imported when it is called."""
     module, name = place.split(":")
 
     def call(*args, **options):
@@ -33,18 +29,17 @@ class Task:
         warmups: defaults of --initial_warmup and --final_warmup, in units of --warmup_steps.
         held_out: names of the two held-out splits; the first validates.
         best_by: score, the higher the better, that chooses among the epochs' weights.
-        results: file of an evaluation's scores by split, beside `scores.json`, and the one score
-            that it holds ("" for all); ("", "") for none.
+        results: file with an evaluation's scores by split, and the one score that it holds ("" for
+            all); ("", "") for none.
         images: names of the model's image inputs.
         tokens: text length of the published multiply-adds; None for the model's `context_length`.
         build_datasets: (config, seed) -> training set and the two held-out sets.
-        build_model: config -> model with random weights. `model.prepare(*inputs)` turns a batch of
-            the training set into the arguments of `model(...)`, which returns the mean loss, and
-            counts the terms of that mean. Optional: `model.on_step(epochs)` gets the epochs done
-            before each step, `model.check_batch(samples)` the global batch before the first.
+        build_model: config -> model with random weights. `model.prepare(*inputs)` turns a training
+            batch into the arguments of `model(...)`, which returns the mean loss, and counts its
+            terms. Optional: `model.on_step(epochs done)` comes before each step,
+            `model.check_batch(samples)` with the global batch before the first.
         evaluate: (model in eval mode, held-out set, its name, `engine.loading.EvalOptions`) ->
-            report with "scores" (name to value) on the main process at least, and "notes"
-            (sentences). All processes call it.
+            report with "scores" by name on the main process at least, and "notes" (sentences).
     """
 
     name: str

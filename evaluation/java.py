@@ -15,13 +15,10 @@ LAST = "lastsentence"  # one token
 
 
 def tokenize(references: dict, captions: dict) -> list[dict]:
-    """Tokenizes both with Stanford's tokenizer.
+    """Tokenizes both, a sentence a line, with Stanford's tokenizer.
 
-    Each sentence must be one line. A last one that is known shows whether as many lines came back:
-    a line more or less would give every sentence after it to the one before or after.
-
-    Raises:
-        RuntimeError: Java gives back more or fewer lines than it got.
+    A known last line shows whether as many came back: a line more or less would give every sentence
+    after it to another one. `RuntimeError` if not.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 

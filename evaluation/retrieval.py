@@ -40,14 +40,9 @@ def evaluate_retrieval(
 
 
 def _features(encode: Callable, batches: Iterable[tuple]) -> Tensor:
-    """Normalised features (N, D) float32 on the CPU, equal on every process.
+    """Normalised features (N, D) float32 on the CPU of all processes' inputs, in their order.
 
-    Args:
-        encode: from a batch's inputs to features (B, D).
-        batches: this process's inputs, with their numbers (B,) in the split.
-
-    Returns:
-        Features of the inputs in all processes' batches, in the order of numbers.
+    Batches are of inputs and their numbers (B,) in the split. The result is equal everywhere.
     """
     own = [(F.normalize(encode(inputs).float(), dim=-1).cpu(), n.cpu()) for inputs, n in batches]
     shares = gather_from_processes(own)
@@ -60,10 +55,10 @@ def _features(encode: Callable, batches: Iterable[tuple]) -> Tensor:
 def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions.
 
-    Text recall is the share of images for which one of their own texts is among the k texts most
-    similar to them; image recall the share of texts whose image is among the k images most similar.
-    Of equal similarities the wrong ones come first, and what is not a number comes last when it is
-    right and first when it is wrong: so a model that tells nothing apart finds nothing.
+    Text recall is the share of images with one of their own texts among the k most similar texts;
+    image recall the share of texts with their image among the k most similar images. Of equal
+    similarities the wrong ones come first, and NaN comes last when it is right and first when it is
+    wrong: a model that tells nothing apart finds nothing.
 
     Args:
         similarities: (I, T), of every image to every text.

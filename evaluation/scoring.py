@@ -54,10 +54,7 @@ def score_again(path: Path, config: dict, spice: bool) -> None:
 
 
 def write_captions(path: Path, report: dict) -> None:
-    """Writes a report of `score_captions` beside the captions NAME.json.
-
-    `NAME_images.json` has caption, CIDEr and references of each image, `NAME_scores.json` the rest.
-    """
+    """Writes a report of `score_captions` as `NAME_images.json` and `NAME_scores.json`."""
     rest = {key: value for key, value in report.items() if key != "images"}
     write_json(path.with_name(f"{path.stem}_images.json"), report["images"])
     write_json(path.with_name(f"{path.stem}_scores.json"), rest)
@@ -83,8 +80,8 @@ def score_captions(
         results: `{"image_id": int, "caption": str}` an image, of exactly the references' images.
         references: image id to its captions.
         source: file of the references, for errors.
-        spice: also SPICE, whose first use downloads CoreNLP's models (about 0.4 GB).
-        meteor: also METEOR, which takes some ten seconds whatever the number of images.
+        spice: SPICE, too, whose first use downloads CoreNLP's models (about 0.4 GB).
+        meteor: METEOR, too, which takes some ten seconds.
 
     Returns:
         `scores` {metric: float}, `left_out` {metric: why}, `tokenizer` (a sentence), `remarks`
@@ -149,8 +146,7 @@ def _remarks(references: dict[str, list[str]], captions: dict[str, list[str]]) -
 def _tokenize(references: dict, captions: dict) -> tuple[dict, dict, str]:
     """References and captions in tokens, by image id as text, and a sentence on the tokenizer.
 
-    Every sentence is first made one line, for tokens come back by line: one line end inside a
-    sentence would give all tokens after it to other images.
+    Every sentence is first made one line, because tokens come back by line.
     """
     lines = [
         {str(image): [text.translate(LINE_ENDS) for text in texts] for image, texts in of.items()}
@@ -164,11 +160,7 @@ def _tokenize(references: dict, captions: dict) -> tuple[dict, dict, str]:
 
 
 def _run_java(names: list[str], references: dict, captions: dict) -> tuple[dict, dict[str, str]]:
-    """Runs jobs of `java.py` side by side, each in a process group of its own.
-
-    Returns:
-        Outputs by name, and a sentence for each job without one.
-    """
+    """Runs jobs of `java.py` side by side: outputs by name, and why there is none for a job."""
     if shutil.which("java") is None:
         return {}, dict.fromkeys(names, NO_JAVA)
     outputs, failures, processes = {}, {}, {}

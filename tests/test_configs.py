@@ -168,7 +168,7 @@ CHANGES = st.sampled_from(sorted(SCHEMAS["caption"])).flatmap(
 )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(changes=st.lists(CHANGES, min_size=1, max_size=2))
 def test_any_value_trains_a_step_or_is_a_users_mistake(changes, fuzzed):
     scenes, folder, trained = fuzzed
@@ -183,4 +183,4 @@ def test_any_value_trains_a_step_or_is_a_users_mistake(changes, fuzzed):
 
 
 def test_some_of_these_values_train(fuzzed):
-    assert len(fuzzed[2]) > 10
+    assert len(fuzzed[2]) > 5

@@ -1,122 +1,310 @@
-"""Captions of a split over processes, and the contact sheet."""
+"""What evaluations of the three tasks compute, over processes too, and the files that keep it."""
 
 import json
+import os
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
+import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
+from torch.utils.data import Dataset
 
-from data.caption_dataset import CaptionEvalDataset
-from data.samplers import EvalSampler
-from evaluation.captions import caption_split, generate_captions
-from models import build_captioner
-from reports.figures import contact_sheet, draw_sheet
-from tests.runs import on_two_processes
+import train_caption
+from configs import load_config
+from data.caption_dataset import CaptionTrainDataset, build_caption_datasets
+from data.nlvr_dataset import build_nlvr_datasets
+from data.records import read_references
+from engine import main as engine_main
+from engine.experiment import read_experiment
+from engine.loading import EvalOptions
+from engine.main import evaluate, run_task
+from engine.run import start
+from engine.tasks import CAPTION, NLVR, RETRIEVAL, TASKS
+from evaluation import captions as captioning
+from evaluation.captions import evaluate_captions
+from evaluation.nlvr import evaluate_statements
+from evaluation.results import write_scores
+from models import prunable_layers
+from pruners.sparsity import sparsity_report
+from tests.runs import TINY_TEXT, TINY_VIT, make_scenes, on_two_processes, write_config
 
-IMAGES, BATCH = 101, 8
-DECODING = {"num_beams": 3, "max_length": 12, "min_length": 5}
+SIZES = {"image_size": 32, "vit": TINY_VIT, "med_config": TINY_TEXT, "augment": False}
 
 
-def caption(rank, world_size, model_config, path):
-    """Captions the split with a model whose captions differ from image to image."""
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.fixture
+def caption_config(scenes, tmp_path):
+    return load_config(write_config(tmp_path / "c.yaml", scenes, num_beams=2, eval_batch_size=4))
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+
+
+def captioner(config):
+    """A model whose captions differ from image to image."""
     torch.manual_seed(0)
-    model = build_captioner(model_config).eval()
+    model = CAPTION.build_model(config).eval()
     with torch.no_grad():
         for weight in model.text_decoder.parameters():
             weight.mul_(10)
-    # Ids descend, so that the file's order is not the split's.
-    split = TensorDataset(torch.randn(IMAGES, 3, 32, 32), 1000 - torch.arange(IMAGES))
-    sampler = EvalSampler(IMAGES, rank, world_size, BATCH)
-    loader = DataLoader(split, BATCH, sampler=sampler)
-    results = caption_split(model, loader, DECODING, torch.device("cpu"), path)
-    assert (results is None) == (rank > 0)
+    return model
 
 
-def test_two_processes_write_the_captions_of_one(caption_tiny_config, tmp_path):
-    caption(0, 1, caption_tiny_config, tmp_path / "one.json")
-    on_two_processes(caption, 2, caption_tiny_config, tmp_path / "two.json")
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert [result["image_id"] for result in one] == list(range(900, 1001))
-    assert len({result["caption"] for result in one}) > 20
-    assert two == one
+@torch.no_grad()
+def mean_loss(model, pairs):
+    """Over all predicted tokens or statements of items as in training, one by one."""
+    total, terms = 0.0, 0
+    for *inputs, last in (pairs[index] for index in range(len(pairs))):
+        last = last[None] if isinstance(last, torch.Tensor) else [last]
+        batch = [x[None] if isinstance(x, torch.Tensor) else [x] for x in inputs]
+        tensors, count = model.prepare(*batch, last)
+        total += float(model(*tensors)) * count
+        terms += count
+    return total / terms
 
 
-def test_captions_are_decoded_as_the_config_says():
+# --- captions ------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_captions_is_the_mean_over_the_tokens_of_all_references(caption_config):
+    """Each image is encoded once; some have fewer references. Float32 sums of some 350 terms of
+    about 5, one by one and in batches, differ by a few times 6e-8 of themselves."""
+    model, split = captioner(caption_config), build_caption_datasets(caption_config)[1]
+    file = Path(caption_config["coco_gt_root"], "coco_karpathy_val_gt.json")
+    content = json.loads(file.read_text())
+    whole = file.read_text()
+    content["annotations"] = content["annotations"][:-3]  # the last image has two of five
+    file.write_text(json.dumps(content))
+    encoded = []
+    encode = model.encode_image
+    model.encode_image = lambda image: encoded.append(len(image)) or encode(image)
+    try:
+        scores = evaluate_captions(model, split, "val", EvalOptions(caption_config))["scores"]
+        references = read_references(file)
+    finally:
+        file.write_text(whole)
+    assert encoded == [4, 2]
+    del model.encode_image
+    records = [
+        {"image": record["image"], "caption": caption}
+        for record in split.records
+        for caption in references[record["image_id"]]
+    ]
+    prompt, words = caption_config["prompt"], caption_config["max_words"]
+    pairs = CaptionTrainDataset(records, split.image_root, split.transform, prompt, words)
+    assert scores["loss"] == pytest.approx(mean_loss(model, pairs), rel=1e-6)
+
+
+def caption_a_split(rank, config, folder):
+    os.environ["PATH"] = ""  # no Java
+    split = build_caption_datasets(config)[1]
+    options = EvalOptions(config, results=folder)
+    report = evaluate_captions(captioner(config), split, "val", options)
+    assert ("CIDEr" in report["scores"]) == (rank == 0)
+
+
+def test_two_processes_caption_and_score_as_one(caption_config, tmp_path):
+    """Ids descend, so that the file's order is not the split's."""
+    annotation = Path(caption_config["ann_root"], "coco_karpathy_val.json")
+    whole = annotation.read_text()
+    annotation.write_text(json.dumps(json.loads(whole)[::-1]))
+    config = caption_config | {"eval_batch_size": 2}
+    try:
+        caption_a_split(0, config, tmp_path / "one")
+        on_two_processes(caption_a_split, config, tmp_path / "two")
+    finally:
+        annotation.write_text(whole)
+    files = ("val.json", "val_images.json", "val_scores.json")
+    one, two = ([json.loads((tmp_path / n / f).read_text()) for f in files] for n in ("one", "two"))
+    assert [r["image_id"] for r in one[0]] == sorted(r["image_id"] for r in one[0])
+    assert len({result["caption"] for result in one[0]}) > 1
+    losses = [files[2]["scores"].pop("loss") for files in (one, two)]
+    assert one == two
+    # of equal batches, but threads may add a batch's float32 numbers in another order (2^-24)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_captions_are_decoded_as_the_config_says(caption_config):
+    model, asked = captioner(caption_config), []
+    model.caption = lambda encoded, **lengths: asked.append(lengths) or ["a"] * len(encoded)
+    config = caption_config | {"num_beams": 2, "max_length": 9, "min_length": 6}
+    evaluate_captions(model, build_caption_datasets(config)[1], "val", EvalOptions(config))
+    assert asked == [{"num_beams": 2, "max_length": 9, "min_length": 6}] * 2
+
+
+# --- statements ----------------------------------------------------------------------------------
+
+
+def test_statements_are_judged_and_their_loss_is_that_of_training(scenes):
+    config = {**SIZES, "tokenizer": str(scenes / "tokenizer"), "max_words": 40}
+    config |= {"ann_root": scenes / "annotation", "image_root": scenes / "images"}
+    config |= {"eval_batch_size": 3, "num_workers": 0}
+    model, split = NLVR.build_model(config).eval(), build_nlvr_datasets(config)[1]
+    scores = evaluate_statements(model, split, "dev", EvalOptions(config))["scores"]
+    with torch.no_grad():
+        right = [
+            int(model.logits(left[None], right[None], [sentence]).argmax()) == int(label)
+            for left, right, sentence, label in (split[index] for index in range(len(split)))
+        ]
+    assert scores["accuracy"] == sum(right) / len(right)
+    # float32: eight losses of about 0.7, in batches of three or one by one
+    assert scores["loss"] == pytest.approx(mean_loss(model, split), rel=1e-6)
+
+
+# --- precision, and scripts ----------------------------------------------------------------------
+
+IMAGE, SAMPLES = torch.zeros(3, 2, 2), 5
+
+
+class Items(Dataset):
+    """A split as the loaders read it."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def fetch(self, index):
+        return self.items[index], 0
+
+
+class Recorder(nn.Module):
+    """Stands for the model of each task, and notes in which precision products are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.precisions = nn.Linear(2, 2), set()
+
+    def encode_image(self, images):
+        self.precisions.add(self.layer(torch.ones(1, 2)).dtype)
+        return torch.eye(SAMPLES)[: len(images)]
+
+    encode_text = encode_image
+
+    def tokenize(self, texts):
+        return torch.zeros(len(texts), 2), None
+
+    def caption(self, encoded, **lengths):
+        return ["a dog"] * len(encoded)
+
+    def prepare(self, encoded, texts):
+        return (encoded,), 1
+
+    def text_loss(self, encoded):
+        return encoded.sum()
+
+    def logits(self, left, right, statements):
+        self.encode_image(left)
+        return torch.zeros(len(left), 2)
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_evaluation_computes_in_the_precision_that_is_asked_for(task, bf16, dtype, monkeypatch):
+    references = {number: ["a dog"] for number in range(SAMPLES)}
+    monkeypatch.setattr(captioning, "read_references", lambda path: references)
+    items = [(IMAGE, IMAGE, "left", 0)] * SAMPLES
+    split = Items(items if task is NLVR else [(IMAGE, number) for number in range(SAMPLES)])
+    split.texts = Items([("text", number) for number in range(SAMPLES)])
+    split.image_of_text = torch.arange(SAMPLES)
+    config = {"eval_batch_size": SAMPLES, "num_workers": 0, "coco_gt_root": "", "max_words": 9}
+    config |= {"num_beams": 2, "max_length": 9, "min_length": 3, "prompt": ""}
+    model = Recorder().eval()
+    task.evaluate(model, split, task.held_out[0], EvalOptions(config, bf16=bf16))
+    assert model.precisions == {dtype}
+
+
+@pytest.fixture
+def evaluation(caption_config, tmp_path):
+    """A run of an evaluation with some more flags."""
+
+    def begin(*flags, task=CAPTION):
+        argv = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path), "--evaluate"]
+        experiment = read_experiment(train_caption.parse_args([*argv, *flags]), "caption")
+        return replace(start(experiment), task=task)
+
+    return begin
+
+
+@pytest.mark.parametrize("spice", [False, True])
+def test_scores_are_printed_and_written(evaluation, spice, tmp_path, capsys):
+    """With METEOR, which a validation does without, and notes once for all splits."""
     asked = []
 
-    class Model(torch.nn.Module):
-        def generate(self, images, **lengths):
-            asked.append(lengths)
-            return ["a"] * len(images)
+    def score(model, dataset, split, options):
+        asked.append((split, options.meteor, options.spice, options.results))
+        return {"scores": {"CIDEr": 0.5}, "notes": ["tokens: x", f"note: {dataset}"]}
 
-    split = TensorDataset(torch.zeros(3, 3, 2, 2), torch.arange(3))
-    lengths = {"num_beams": 2, "max_length": 9, "min_length": 3}
-    config = {**lengths, "batch_size": 7}
-    generate_captions(Model(), DataLoader(split, 2), config, torch.device("cpu"))
-    assert asked == [lengths] * 2
-
-
-def colours(path) -> set[tuple]:
-    """Those that fill a good part of a picture, white aside."""
-    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-    values, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {tuple(map(int, v)) for v in values[counts > len(pixels) / 50]} - {(255, 255, 255)}
-
-
-def test_contact_sheet_shows_captioned_images(tmp_path):
-    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    for number, colour in enumerate((red, green, blue)):
-        Image.new("RGB", (8, 6), colour).save(tmp_path / f"{number}.png")
-    records = [{"image": f"{n}.png", "image_id": n} for n in range(3)]
-    split = CaptionEvalDataset(records, tmp_path, transform=None)
-    dense = [{"image_id": n, "caption": f"picture {n}"} for n in range(3)]
-    sheet = tmp_path / "sheets" / "test.png"
-
-    contact_sheet(split, {"dense": dense}, sheet, samples=5)
-    assert colours(sheet) == {red, green, blue}
-    contact_sheet(split, {"dense": dense, "pruned": dense[1:]}, sheet, samples=5)
-    assert colours(sheet) == {green, blue}
-    contact_sheet(split, {"dense": dense, "pruned": dense[1:]}, sheet, samples=1)
-    assert colours(sheet) == {green}
-    twice = CaptionEvalDataset([records[0], *records], tmp_path, transform=None)
-    contact_sheet(twice, {"dense": dense}, sheet, samples=2)  # the first and the third of four
-    assert colours(sheet) == {red, green}
+    run = evaluation(*["--spice"] * spice, task=replace(CAPTION, evaluate=score))
+    model = CAPTION.build_model(run.config)
+    evaluate(run, model, {"val": 1, "test": 1})
+    results = tmp_path / "c/results"
+    assert asked == [(split, True, spice, results) for split in ("val", "test")]
+    said = capsys.readouterr().out.splitlines()
+    scores = ['val: {"CIDEr": 0.5}', 'test: {"CIDEr": 0.5}']
+    assert said[-5:] == [*scores, "tokens: x", "note: 1", f"wrote {results}"]
+    sparsity = json.loads((tmp_path / "c/sparsity.json").read_text())
+    assert sparsity == sparsity_report(prunable_layers(model))
+    written = json.loads((results / "scores.json").read_text())
+    assert written == {"val": {"CIDEr": 0.5}, "test": {"CIDEr": 0.5}}
 
 
-def test_contact_sheet_shows_the_captions(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "4.png")
-    split = CaptionEvalDataset([{"image": "4.png", "image_id": 4}], tmp_path, transform=None)
-    ink = []
-    for words in ("a", "a dog and a cat", "a dog and a cat on a bed"):
-        contact_sheet(
-            split, {"dense": [{"image_id": 4, "caption": words}]}, tmp_path / "sheet.png", samples=1
-        )
-        grey = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
-        ink.append(int((grey < 128).sum()))
-    assert ink[0] < ink[1] < ink[2]
+def test_sparse_evaluation_reports_the_zeros_before_it_leaves_them_out(evaluation, tmp_path):
+    seen = []
+
+    def score(model, dataset, split, options):
+        seen.extend(type(layer).__name__ for layer in model.modules())
+        return {"scores": {}}
+
+    run = evaluation("--sparse", task=replace(CAPTION, evaluate=score))
+    model = CAPTION.build_model(run.config)
+    for name, p in model.named_parameters():
+        if name.endswith("fc1.weight"):
+            p.data = torch.zeros(256, 256)  # large enough to gain
+    evaluate(run, model, {"val": None})
+    sparsity = json.loads((tmp_path / "c/sparsity.json").read_text())
+    assert sparsity["by_layer"]["visual_encoder.blocks.0.mlp.fc1"] > 0.99
+    assert "SparseLinear" in seen
 
 
-def test_captions_stay_in_their_column_and_row_and_lose_no_character():
-    long, wide = "a dog on a bed " * 9, "W" * 150
-    captions = [long, wide, "a $5 and a $10 note", f"{long} {wide}", "", "x"]
-    sizes = [(40, 60), (10, 90), (90, 10), (30, 30), (60, 40), (5, 90)]
-    pictures = [Image.new("RGB", size) for size in sizes]
-    texts = [{"dense": caption, "pruned": caption[::-1]} for caption in captions]
-    figure = draw_sheet(pictures, texts)
-    figure.canvas.draw()
+def test_scores_of_several_evaluations_are_joined_by_split(tmp_path):
+    for task, first, second, file, expected in [
+        (NLVR, {"accuracy": 0.5, "loss": 1.0}, {"accuracy": 1.0, "loss": 0.5}, "accuracy", 0.5),
+        (RETRIEVAL, {"r_mean": 9.0}, {"r_mean": 8.0}, "recalls", {"r_mean": 9.0}),
+    ]:
+        folder = tmp_path / task.name
+        write_scores(folder, "first", {"old": 0.0}, *task.results[:1])
+        write_scores(folder, "first", first, *task.results)
+        write_scores(folder, "second", second, *task.results)
+        assert json.loads((folder / "scores.json").read_text()) == {
+            "first": first,
+            "second": second,
+        }
+        assert json.loads((folder / f"{file}.json").read_text())["first"] == expected
 
-    renderer = figure.canvas.get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in figure.texts]
-    images = [axes.images[0].get_window_extent(renderer) for axes in figure.axes]
-    for n, (box, image) in enumerate(zip(boxes, images, strict=True)):
-        assert box.x0 >= image.x0 - 1 and box.y1 <= image.y0 and box.y0 >= 0  # pixels
-        if n + 1 < len(boxes) and n % 4 < 3:
-            assert box.x1 <= boxes[n + 1].x0 and box.x1 <= images[n + 1].x0
-        if n + 4 < len(boxes):
-            assert box.y0 >= images[n + 4].y1
-        assert box.x1 <= figure.bbox.x1
-    for text, caption in zip(figure.texts, captions, strict=True):
-        shown = f"dense: {caption} pruned: {caption[::-1]}"
-        assert "".join(text.get_text().split()) == "".join(shown.split())
-        assert not text.get_parse_math()
+
+def test_an_evaluation_takes_one_split_without_dropout(evaluation, monkeypatch, tmp_path):
+    """Models are built in training mode."""
+    modes = []
+
+    def score(model, dataset, split, options):
+        modes.append((split, model.training))
+        return {"scores": {"CIDEr": 0.5}}
+
+    run = evaluation("--split", "test", task=replace(CAPTION, evaluate=score))
+    torch.save({"model": CAPTION.build_model(run.config).state_dict()}, tmp_path / "w.pt")
+    run.flags.pruned = str(tmp_path / "w.pt")
+    monkeypatch.setattr(engine_main, "start", lambda experiment: run)
+    run_task(run)
+    assert modes == [("test", False)]
+    record = json.loads((tmp_path / "c/evaluation.json").read_text())
+    assert record["argv"][-2:] == ["--split", "test"]
+    assert not (tmp_path / "c/config.json").exists()  # that is of training

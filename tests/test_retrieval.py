@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
 from data.flickr_dataset import TextDataset
-from data.samplers import EvalSampler
-from evaluation.retrieval import recalls, retrieval_features
+from engine.loading import EvalOptions
+from evaluation import retrieval
+from evaluation.retrieval import evaluate_retrieval, recalls
 from tests.conftest import read_golden
 from tests.runs import on_two_processes
 
@@ -100,42 +101,49 @@ class Towers(nn.Module):
         return self.text(ids[:, 0])
 
 
-def split() -> tuple[list, TextDataset]:
+class Split(Dataset):
     """Numbered images and texts; more texts than the 512 at which the original stopped."""
-    torch.manual_seed(1)
-    images = [(torch.randn(3, 2, 2), number) for number in range(IMAGES)]
-    return images, TextDataset([f"text {number}" for number in range(TEXTS)])
+
+    def __init__(self):
+        torch.manual_seed(1)
+        self.images = torch.randn(IMAGES, 3, 2, 2)
+        self.texts = TextDataset([f"text {number}" for number in range(TEXTS)])
+        self.image_of_text = torch.arange(TEXTS) % IMAGES
+
+    def __len__(self):
+        return IMAGES
+
+    def fetch(self, index):
+        return (self.images[index], index), 0
 
 
-def split_features(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    loaders = [
-        DataLoader(part, BATCH, sampler=EvalSampler(len(part), rank, world_size, BATCH))
-        for part in split()
-    ]
-    return retrieval_features(Towers().eval(), *loaders, torch.device("cpu"))
+def scores(similarities, image_of_text) -> dict:
+    """In the place of recalls: what they get."""
+    return {"similarities": similarities, "image_of_text": image_of_text}
 
 
-def work(rank: int, folder: Path):
-    """A process: its features of the split."""
-    torch.save(split_features(rank, 2), folder / f"{rank}.pt")
+def evaluate(rank: int, folder: Path):
+    """A process: the similarities that it scores."""
+    torch.set_num_threads(1)
+    retrieval.recalls = scores
+    options = EvalOptions({"eval_batch_size": BATCH, "num_workers": 0})
+    found = evaluate_retrieval(Towers().eval(), Split(), "val", options)
+    torch.save(found["scores"], folder / f"{rank}.pt")
 
 
-def test_features_are_unit_vectors_of_all_images_and_texts_in_order():
-    images, texts = split_features(0, 1)
-    model, (pictures, _) = Towers(), split()
-    raw_images = model.image(torch.stack([image.flatten() for image, _ in pictures]))
-    for features, raw in ((images, raw_images), (texts, model.text.weight)):
-        torch.testing.assert_close(features, (raw / raw.norm(dim=1, keepdim=True)).detach())
-        assert not features.requires_grad
-
-
-def test_every_process_has_the_features_of_all(tmp_path):
-    on_two_processes(work, tmp_path)
+def test_similarities_are_cosines_of_all_images_and_texts_in_order(tmp_path, monkeypatch):
+    """Equal on every process to the bit, whatever their number."""
+    monkeypatch.setattr(retrieval, "recalls", retrieval.recalls)  # put back after the test
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes
-    alone = split_features(0, 1)
+    evaluate(0, tmp_path)
     torch.set_num_threads(threads)
+    alone = torch.load(tmp_path / "0.pt")
+    model, split = Towers(), Split()
+    images, texts = model.image(split.images.flatten(1)), model.text.weight
+    cosines = torch.cosine_similarity(images[:, None], texts[None], dim=-1).detach()
+    torch.testing.assert_close(alone["similarities"], cosines, rtol=0, atol=1e-6)
+    assert torch.equal(alone["image_of_text"], split.image_of_text)
+    on_two_processes(evaluate, tmp_path)
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt")
-        assert all(map(torch.equal, together, alone))
-    assert [len(features) for features in alone] == [IMAGES, TEXTS]
+        assert torch.equal(together["similarities"], alone["similarities"])

@@ -13,9 +13,10 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from evaluation import metrics, scoring
+from data.records import read_references
+from evaluation import java, scoring
 from evaluation.ptb import ptb_tokenize
-from evaluation.scoring import score_captions, score_results
+from evaluation.scoring import score_again
 from utils import UserError
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java on PATH")
@@ -83,6 +84,11 @@ def fake_java(tmp_path, monkeypatch, script: str) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
+def score_captions(results: list[dict], path: Path, **options) -> dict:
+    """The scores by references in a file."""
+    return scoring.score_captions(results, read_references(path), path, **options)
+
+
 def results() -> list[dict]:
     return [{"image_id": image, "caption": caption} for image, caption in CAPTIONS.items()]
 
@@ -97,8 +103,8 @@ def expected_scores(references: dict, captions: dict) -> tuple[dict, dict]:
 
 
 def python_tokens() -> tuple[dict, dict]:
-    references = {i: list(map(ptb_tokenize, REFERENCES[i])) for i in CAPTIONS}
-    return references, {i: [ptb_tokenize(caption)] for i, caption in CAPTIONS.items()}
+    references = {str(i): list(map(ptb_tokenize, REFERENCES[i])) for i in REFERENCES}
+    return references, {str(i): [ptb_tokenize(caption)] for i, caption in CAPTIONS.items()}
 
 
 @pytest.mark.parametrize("caption", TOKENS)
@@ -125,7 +131,7 @@ def test_without_java_all_but_meteor_is_scored(gt_path, without_java):
     for image in report["images"]:
         assert image["caption"] == CAPTIONS[image["image_id"]]
         assert image["references"] == REFERENCES[image["image_id"]]
-        assert image["CIDEr"] == pytest.approx(of_images[image["image_id"]], rel=1e-9)
+        assert image["CIDEr"] == pytest.approx(of_images[str(image["image_id"])], rel=1e-9)
 
 
 def test_perfect_captions_score_one(gt_path, without_java):
@@ -156,7 +162,7 @@ def test_java_counts_in_english(tmp_path, monkeypatch):
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=it -Duser.country=IT")
     ask = f"exec {shutil.which('java')} -XshowSettings:locale -version > {tmp_path}/said 2>&1"
     fake_java(tmp_path, monkeypatch, ask)
-    scoring._run(["tokenize"], {"1": ["a dog"]}, {"1": ["a dog"]}, timeout_s=60.0)
+    scoring._run_java(["tokenize"], {"1": ["a dog"]}, {"1": ["a dog"]})
     assert "default locale = English (United States)" in (tmp_path / "said").read_text()
 
 
@@ -171,9 +177,9 @@ def test_java_that_fails_leaves_the_other_scores(gt_path, tmp_path, monkeypatch)
 
 def test_java_that_hangs_is_ended_at_the_time_limit(tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; exec sleep 600")
-    references, captions = python_tokens()
-    outputs, failures = scoring._run(["METEOR"], references, captions, timeout_s=5.0)
-    assert (outputs, failures) == ({}, {"METEOR": "did not finish within 5 s"})
+    monkeypatch.setattr(scoring, "TIMEOUT", 2.0)
+    outputs, failures = scoring._run_java(["METEOR"], *python_tokens())
+    assert (outputs, failures) == ({}, {"METEOR": "did not finish within 2 s"})
     state = Path("/proc", (tmp_path / "pid").read_text().strip(), "status")
     deadline = time.monotonic() + 10
     while state.exists() and "State:\tZ" not in state.read_text() and time.monotonic() < deadline:
@@ -181,13 +187,22 @@ def test_java_that_hangs_is_ended_at_the_time_limit(tmp_path, monkeypatch):
     assert not state.exists() or "State:\tZ" in state.read_text()
 
 
-def test_a_results_file_is_scored_again(gt_path, tmp_path, without_java):
+def test_a_results_file_is_scored_again(gt_path, tmp_path, without_java, capsys):
     path = tmp_path / "val.json"
     path.write_text(json.dumps(results()))
-    report = score_results(path, gt_path)
-    expected = score_captions(results(), gt_path)
+    gt_path.rename(tmp_path / "coco_karpathy_val_gt.json")
+    score_again(path, {"coco_gt_root": tmp_path}, spice=True)
+    expected = score_captions(results(), tmp_path / "coco_karpathy_val_gt.json", spice=True)
     assert json.loads((tmp_path / "val_images.json").read_text()) == expected.pop("images")
-    assert report == expected == json.loads((tmp_path / "val_scores.json").read_text())
+    assert json.loads((tmp_path / "val_scores.json").read_text()) == expected
+    assert json.loads((tmp_path / "scores.json").read_text()) == {"val": expected["scores"]}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"val: {json.dumps(expected['scores'])}"
+    assert said[1].startswith("tokens: PTB rules in Python")
+    assert said[2:4] == [f"{name} is left out: {scoring.NO_JAVA}" for name in ("METEOR", "SPICE")]
+    assert said[4].startswith("note: 1 of 4 captions have no word")
+    with pytest.raises(UserError, match="takes the val.json or test.json of an evaluation"):
+        score_again(tmp_path / "train.json", {"coco_gt_root": tmp_path}, spice=False)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +216,8 @@ def test_captions_of_other_images_are_an_error(gt_path, captions):
 
 
 def test_an_unreadable_results_file_is_an_error_that_names_it(gt_path, tmp_path):
-    with pytest.raises(ValueError, match="cannot read .*absent.json"):
-        score_results(tmp_path / "absent.json", gt_path)
+    with pytest.raises(UserError, match="cannot read .*val.json"):
+        score_again(tmp_path / "val.json", {"coco_gt_root": tmp_path}, spice=False)
 
 
 # --- sentences that are not one line
@@ -230,11 +245,14 @@ def broken_lines(gt_path, splitter: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("splitter", SPLITTERS)
-def test_line_ends_inside_sentences_change_no_token_of_the_python_tokenizer(splitter, gt_path):
+def test_line_ends_inside_sentences_change_no_token_of_the_python_tokenizer(
+    splitter, gt_path, monkeypatch
+):
     captions = {
         result["image_id"]: [result["caption"]] for result in broken_lines(gt_path, splitter)
     }
-    *tokenized, _ = scoring._tokenize(captions, captions, java=False, timeout_s=1.0)
+    monkeypatch.setattr(scoring.shutil, "which", lambda name: None)
+    *tokenized, _ = scoring._tokenize(captions, captions)
     assert tokenized == [python_tokens()[1]] * 2
 
 
@@ -257,13 +275,13 @@ def test_more_or_fewer_lines_than_sentences_are_noticed(script, tmp_path, monkey
     fake_java(tmp_path, monkeypatch, f"for last; do :; done; {script}")
     captions = {"1": ["a dog"], "2": ["a cat"], "3": ["a bird"]}
     with pytest.raises(RuntimeError, match="more or fewer"):
-        metrics.tokenize(captions, captions)
+        java.tokenize(captions, captions)
 
 
 def test_as_many_lines_as_sentences_are_taken(tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, 'for last; do :; done; cat "$last"')
     references, captions = {"1": ["a dog", ""], "2": ["a cat"]}, {"1": [""], "2": ["cats"]}
-    assert metrics.tokenize(references, captions) == [references, captions]
+    assert java.tokenize(references, captions) == [references, captions]
 
 
 # --- remarks, and files by other hands
@@ -308,4 +326,4 @@ def test_of_ordinary_captions_there_is_nothing_to_remark(gt_path, without_java):
 def test_a_results_file_of_another_kind_is_told(content, message, gt_path, tmp_path):
     (tmp_path / "val.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"val.json.* {message}"):
-        score_results(tmp_path / "val.json", gt_path)
+        score_again(tmp_path / "val.json", {"coco_gt_root": tmp_path}, spice=False)

@@ -15,7 +15,8 @@ from data.flickr_dataset import build_flickr_datasets
 from data.nlvr_dataset import build_nlvr_datasets
 from data.scenes import __main__ as scenes
 from data.scenes import attribute_accuracy
-from evaluation.retrieval import recalls, retrieval_features
+from engine.loading import EvalOptions
+from evaluation.retrieval import evaluate_retrieval
 from models import build_captioner, build_clip, build_nlvr, load_checkpoint
 
 SCENES = 100
@@ -78,9 +79,6 @@ def test_nlvr_model_judges_statements(root):
 def test_clip_finds_the_captions_of_pictures(root):
     config, model = shipped(root, "retrieval", build_clip)
     val = build_flickr_datasets(config)[1]
-    images, texts = (
-        default_collate([part[index] for index in range(len(part))]) for part in (val, val.texts)
-    )
-    image, text = retrieval_features(model, [images], [texts], torch.device("cpu"))
-    found = recalls(image @ text.T, val.image_of_text)
+    options = EvalOptions(config | {"num_workers": 0})
+    found = evaluate_retrieval(model, val, "val", options)["scores"]
     assert found["txt_r1"] >= 80 and found["img_r1"] >= 80
