@@ -79,6 +79,7 @@ class EvalOptions:
         results: folder of the captions and their scores; None writes none.
         meteor: METEOR of captions, which takes ten seconds to start.
         spice: SPICE of captions.
+        samples: first samples that a split was cut to; 0 for the whole split.
     """
 
     config: dict
@@ -87,6 +88,7 @@ class EvalOptions:
     results: Path | None = None
     meteor: bool = False
     spice: bool = False
+    samples: int = 0
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""

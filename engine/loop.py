@@ -247,7 +247,13 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
 def validate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> dict[str, float]:
     """Scores of held-out sets, `<split>_<score>` to value; on the main process at least."""
     model.eval()
-    options = EvalOptions(run.config, run.process.device, run.bf16, run.folder / "results")
+    options = EvalOptions(
+        run.config,
+        run.process.device,
+        run.bf16,
+        run.folder / "results",
+        samples=run.flags.eval_samples,
+    )
     scores = {}
     for split, dataset in list(held_out.items())[: None if run.flags.eval_test else 1]:
         report = run.task.evaluate(model, dataset, split, options)

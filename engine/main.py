@@ -100,7 +100,9 @@ def evaluate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> None:
     if run.flags.sparse:
         run.say(str(sparsify_(model)))
     spice = getattr(run.flags, "spice", False)
-    options = EvalOptions(run.config, run.process.device, run.bf16, results, True, spice)
+    options = EvalOptions(
+        run.config, run.process.device, run.bf16, results, True, spice, run.flags.eval_samples
+    )
     for split, dataset in held_out.items():
         report = run.task.evaluate(model, dataset, split, options)
         if run.process.is_main:

@@ -35,8 +35,10 @@ def evaluate_captions(model: nn.Module, dataset: Dataset, split: str, options: E
     """
     config = options.config
     file = references_path(config, split)
-    references = read_references(file)  # of a dataset that was cut, its own alone
-    references = {record["image_id"]: references[record["image_id"]] for record in dataset.records}
+    references = read_references(file)
+    if options.samples:  # the split was cut to its first samples
+        ids = [record["image_id"] for record in dataset.records]
+        references = {image: references[image] for image in ids}
     lengths = {key: config[key] for key in ("num_beams", "max_length", "min_length")}
     captions, loss, terms = [], 0.0, 0
     with options.autocast():

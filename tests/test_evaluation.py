@@ -98,7 +98,9 @@ def test_the_loss_of_captions_is_the_mean_over_the_tokens_of_all_references(capt
         for caption in references[record["image_id"]]
     ]
     prompt, words = caption_config["prompt"], caption_config["max_words"]
-    pairs = CaptionTrainDataset(records, split.image_root, split.transform, prompt, words)
+    pairs = CaptionTrainDataset(
+        records, split.image_root, split.transform, prompt=prompt, max_words=words
+    )
     assert scores["loss"] == pytest.approx(mean_loss(model, pairs), rel=1e-6)
 
 
