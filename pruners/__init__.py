@@ -8,6 +8,7 @@ __getattr__ = lazy_names(
         "NonFiniteScores": "pruners.pruner",
         "Pruner": "pruners.pruner",
         "off_target": "pruners.sparsity",
+        "prune_": "pruners.oneshot",
         "sparsity_report": "pruners.sparsity",
     }
 )

@@ -49,6 +49,11 @@ def choose_layers(
     return layers, left_out
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, or GPT-2's name for one."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def tied(left_out: dict[str, str]) -> str:
     """A clause that names the layers that `choose_layers` left out."""
     pairs = ", ".join(f"{name} (with {other})" for name, other in left_out.items())
@@ -58,7 +63,7 @@ def tied(left_out: dict[str, str]) -> str:
 def _why_refused(module: nn.Module | None) -> str | None:
     if module is None:
         return "is not a layer of the model"
-    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+    if not is_linear(module):
         return f"is no linear layer ({type(module).__name__})"
     own = {name for name, _ in module.named_parameters()}
     if not {"weight"} <= own <= {"weight", "bias"}:

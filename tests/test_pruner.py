@@ -123,29 +123,6 @@ def test_zeroes_the_exact_number_across_pieces():
     assert scores[scores > 0].min() == threshold
 
 
-def test_dimension_weights_weight_and_bias_of_its_layer():
-    pruner = pruner_of(
-        {"a.0.high": (2, 3), "b.0.low": (2, 3)}, 0.5, {"a.0.high": 30.0, "b.0.low": 2.0}
-    )
-    for parameter in pruner.parameters.values():
-        nn.init.uniform_(parameter, 0.5, 1.0)
-    pruner.parameters["b.0.low.bias"].data[0] = 8.0  # 16 when weighted
-    pruner.step(1)
-    zeros = {n: int((p == 0).sum()) for n, p in pruner.parameters.items()}
-    assert zeros["b.0.low.weight"] == 6 and zeros["b.0.low.bias"] == 1
-    assert zeros["a.0.high.weight"] == zeros["a.0.high.bias"] == 0
-
-
-def test_pruned_weight_may_revive():
-    pruner = pruner_of({"a.0.x": (2, 4)}, 0.5)
-    pruner.step(1)
-    weight = pruner.parameters["a.0.x.weight"]
-    dead = int((weight.view(-1) == 0).nonzero()[0])
-    weight.data.view(-1)[dead] = 9.0
-    pruner.step(2)
-    assert weight.view(-1)[dead] == 9.0
-
-
 def test_each_layers_bias_is_pruned_by_its_own_score():
     pruner = pruner_of({"a.0.x": (4, 4)}, 0.5)
     layer = pruner.layers["a.0.x"]

@@ -87,6 +87,11 @@ def test_a_flag_arrives(flags, plain, flag):
     assert ARRIVES[flag](built(flags, *room, *flag.split())[1])
 
 
+def test_mistakes_in_the_schedule_name_flags(flags):
+    with pytest.raises(UserError, match="window of --deltaT 99 .* lower --deltaT or .*--max_steps"):
+        built(flags, "--deltaT", "99")
+
+
 def test_weights_decay_by_the_configs_value(scenes, tmp_path):
     config = write_config(tmp_path / "c.yaml", scenes, weight_decay=0.125)
     _, of_run = built(["--config", config, "--output_dir", str(tmp_path), "--warmup_steps", "3"])

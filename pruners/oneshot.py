@@ -1,0 +1,322 @@
+"""Pruning of any model at once, without training: Magnitude and Wanda, shared out by a profile.
+
+    from pruners.oneshot import prune_
+    report = prune_(model, batches, sparsity=0.5, method="Wanda", allocation=ids)
+
+Scores of one layer are compared with each other alone. So a profile (intrinsic dimensions, or any
+other numbers by layer name) does not weight scores here: it says how much of each layer remains,
+more where it is higher. The paper itself prunes during training only.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models.layers import prunable_layers
+from pruners.layers import check_profile, choose_layers, is_linear
+from utils import UserError
+
+HEADS = ("*lm_head", "head", "*.head", "*classifier", "*cls_head", "*predictions.*", "score")
+METHODS = ("Magnitude", "Wanda")
+SORTED = 1 << 24  # weights that are sorted at a time
+
+
+@torch.no_grad()
+def prune_(
+    model: nn.Module,
+    batches: Iterable,
+    sparsity: float | None = None,
+    method: str = "Wanda",
+    allocation: Mapping[str, float] | None = None,
+    *,
+    layers: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    nm: tuple[int, int] | None = None,
+    sequential: bool = False,
+) -> dict:
+    """Zeroes weights of linear layers, in place; biases stay.
+
+    Args:
+        model: any, on its device.
+        batches: calibration samples, for instance 128, as tensors, tuples or mappings of the
+            model's arguments. Padding that an `attention_mask` names does not count. Magnitude
+            needs none.
+        sparsity: share of all weights of the layers that becomes zero, in (0, 1).
+        method: "Magnitude" removes the smallest |w| of a layer, "Wanda" the smallest
+            |w_ij| * ||x_j|| of each output row.
+        allocation: a positive number by layer name, see `allocate`; None: each layer alike.
+        layers: names; None takes `models.prunable_layers`, and of other models all linear layers
+            but output heads. Layers that share their weights are always left out.
+        skip: patterns of names to leave out, such as "*.lm_head".
+        nm: (2, 4) keeps two of four neighbours along the input, in place of a sparsity.
+        sequential: prune in forward order, each layer by inputs that the pruned layers before it
+            give, as the published code does by blocks; costs a forward a layer. Else all norms come
+            from one pass through the dense model.
+
+    Returns:
+        `layers`: zeros by layer name; `sparsity`: of all these layers; `left_out`: by layer name
+        the reason. Fit for JSON.
+
+    Raises:
+        UserError: an argument is out of range or does not fit the model, or no layer is called.
+
+    Source: Wanda, Sun et al., ICLR 2024 (arXiv 2306.11695), equation 1.
+    """
+    _check(sparsity, method, nm, allocation)
+    chosen, left_out = find_layers(model, layers, skip)
+    if allocation is not None:
+        check_profile(allocation, chosen, left_out)
+    batches = [] if method == "Magnitude" else list(batches)
+    norms = {}
+    if method == "Wanda":
+        if not batches:
+            raise UserError("Wanda needs calibration samples: batches is empty")
+        norms = input_norms(model, chosen, batches)
+        left_out |= {n: "not called by the calibration samples" for n in chosen if n not in norms}
+        chosen = {name: chosen[name] for name in norms}  # in forward order
+        if not chosen:
+            raise UserError("no layer to prune is called by the calibration samples")
+    if not nm:
+        zeros = allocate(
+            {n: matrix(m).shape for n, m in chosen.items()}, sparsity, method, allocation
+        )
+    elif odd := [name for name, layer in chosen.items() if matrix(layer).shape[1] % nm[1]]:
+        raise UserError(f"nm: the inputs of {odd[0]} are no multiple of {nm[1]}; skip it")
+    for name, layer in chosen.items():
+        if sequential and norms:
+            norms |= input_norms(model, {name: layer}, batches)
+        weight = matrix(layer)
+        scores = precise(weight).abs() * norms.get(name, 1.0)
+        if nm:
+            groups = scores.reshape(-1, nm[1])
+            pruned = lowest(groups, len(groups) * (nm[1] - nm[0]))
+        else:
+            groups = scores if method == "Wanda" else scores.reshape(1, -1)
+            pruned = lowest(groups, zeros[name])
+        weight.masked_fill_(pruned.view(weight.shape), 0)
+    done = {name: int((layer.weight == 0).sum()) for name, layer in chosen.items()}
+    total = sum(layer.weight.numel() for layer in chosen.values())
+    return {"layers": done, "sparsity": sum(done.values()) / total, "left_out": left_out}
+
+
+def _check(sparsity, method, nm, allocation) -> None:
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if nm is None:
+        if sparsity is None or not 0 < sparsity < 1:
+            raise UserError(f"sparsity is the share of zeros, above 0 and below 1; got {sparsity}")
+        return
+    if not 0 < nm[0] < nm[1]:
+        raise UserError(f"nm keeps n of m neighbours, 0 < n < m; got {nm[0]}:{nm[1]}")
+    if allocation is not None or sparsity not in (None, 1 - nm[0] / nm[1]):
+        raise UserError(
+            f"{nm[0]}:{nm[1]} makes the same share of every layer zero, {1 - nm[0] / nm[1]:.4g}: "
+            "leave out sparsity and allocation"
+        )
+
+
+def find_layers(
+    model: nn.Module, names: Iterable[str] | None, skip: Iterable[str]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to prune, and those that are left out, with the reason; see `prune_`."""
+    if names is None:
+        names = list(prunable_layers(model))
+    heads = () if names else HEADS
+    names = names or [name for name, module in model.named_modules() if is_linear(module)]
+    left_out = {}
+    for reason, patterns in (("output head", heads), ("skipped", skip)):
+        for name in names:
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                left_out[name] = reason
+    layers, shared = choose_layers(model, [name for name in names if name not in left_out])
+    return layers, left_out | {name: f"shares its weight with {n}" for name, n in shared.items()}
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """A view of the weight, (outputs, inputs); GPT-2's Conv1D stores it transposed."""
+    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+
+
+def precise(x: Tensor) -> Tensor:
+    """At least float32, in which scores are computed."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Where the lowest scores of each row are; of equal ones the first.
+
+    Args:
+        scores: (rows, columns).
+        count: in all; where the rows do not share it equally, the first ones have one more.
+
+    Returns:
+        (rows, columns) bool, `count` of them true.
+    """
+    each, more = divmod(count, len(scores))
+    found = torch.zeros_like(scores, dtype=torch.bool)
+    length = max(1, SORTED // scores.shape[1])  # rows at a time, for the order is 8 bytes a score
+    for first in range(0, len(scores), length):
+        rows = slice(first, first + length)
+        order = scores[rows].argsort(dim=1, stable=True)
+        found[rows].scatter_(1, order[:, :each], True)
+        extra = min(max(more - first, 0), len(order))
+        if extra:
+            found[rows][:extra].scatter_(1, order[:extra, each : each + 1], True)
+    return found
+
+
+def allocate(
+    shapes: dict[str, tuple[int, int]],
+    sparsity: float,
+    method: str,
+    profile: Mapping[str, float] | None = None,
+) -> dict[str, int]:
+    """How many weights of each layer become zero.
+
+    Without a profile the share of each comparison group is `sparsity`, rounded down, as published.
+    With one, a layer keeps the share r_l = min(1, c * w_l), where c is such that of all weights
+    together int(sparsity * N) become zero, exactly.
+
+    Args:
+        shapes: (outputs, inputs) by layer name.
+        sparsity: in (0, 1).
+        method: "Wanda" compares within rows, "Magnitude" within the layer.
+        profile: w_l > 0 by layer name.
+
+    Raises:
+        UserError: nothing of a layer would remain.
+    """
+    if profile is None:
+        groups = {n: (o, i) if method == "Wanda" else (1, o * i) for n, (o, i) in shapes.items()}
+        return {name: rows * int(columns * sparsity) for name, (rows, columns) in groups.items()}
+    sizes = {name: outputs * inputs for name, (outputs, inputs) in shapes.items()}
+    total = sum(sizes.values())
+    kept = total - int(total * sparsity)
+
+    def shares(c: float) -> dict[str, float]:
+        return {name: min(1.0, c * profile[name]) for name in sizes}
+
+    low, high = 0.0, 1 / min(profile[name] for name in sizes)  # there everything remains
+    for _ in range(200):
+        c = (low + high) / 2
+        enough = sum(share * sizes[name] for name, share in shares(c).items()) >= kept
+        low, high = (low, c) if enough else (c, high)
+    remain = {name: int(share * sizes[name]) for name, share in shares(low).items()}
+    for name in sorted(sizes, key=lambda n: shares(high)[n] * sizes[n] - remain[n], reverse=True):
+        remain[name] += int(sum(remain.values()) < kept and remain[name] < sizes[name])
+    if empty := [name for name, count in remain.items() if count < 1]:
+        raise UserError(
+            f"allocation: nothing of {empty[0]} would remain; take a lower sparsity or a profile "
+            "of a smaller range"
+        )
+    return {name: sizes[name] - remain[name] for name in sizes}
+
+
+def modality_means(profile: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
+    """A profile where each layer has the mean of its modality; `kinds` is by layer name."""
+    members: dict[str, list[float]] = {}
+    for name, value in profile.items():
+        members.setdefault(kinds[name], []).append(value)
+    means = {kind: sum(values) / len(values) for kind, values in members.items()}
+    return {name: means[kinds[name]] for name in profile}
+
+
+def inverse(profile: Mapping[str, float]) -> dict[str, float]:
+    """1 / w of each layer: the control that prunes where the profile spares."""
+    return {name: 1 / value for name, value in profile.items()}
+
+
+def input_norms(
+    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable
+) -> dict[str, Tensor]:
+    """||x_j||: the norm of each input feature over all tokens of all samples, from one pass.
+
+    Args:
+        model: in eval mode for the pass.
+        layers: those to watch, by name. `out_proj` of torch's MultiheadAttention is never called;
+            its input is the attention's context.
+        batches: as in `prune_`.
+
+    Returns:
+        (inputs,) by name, in the order of the first calls; layers not called are missing.
+    """
+    squares: dict[str, Tensor] = {}
+    padding: list[Tensor | None] = [None]  # attention_mask of the batch
+
+    def add(name: str, x: Tensor) -> None:
+        if padding[0] is not None and padding[0].shape == x.shape[:-1]:
+            x = x[padding[0].to(x.device).bool()]
+        found = precise(x).square().reshape(-1, x.shape[-1]).sum(0)
+        squares[name] = squares[name] + found if name in squares else found
+
+    def add_context(attention: nn.MultiheadAttention, arguments, options, name: str) -> None:
+        """The context is what an identity for `out_proj` puts out."""
+        plain = attention.out_proj
+        identity = {"out_proj.weight": torch.eye(plain.in_features).to(plain.weight)}
+        if plain.bias is not None:
+            identity["out_proj.bias"] = torch.zeros_like(plain.bias)
+        with _without_hooks(attention):
+            add(name, functional_call(attention, identity, arguments, options)[0])
+
+    hooks = []
+    for name, layer in layers.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            watch = lambda module, a, o, name=name: add_context(module, a, o, name)  # noqa: E731
+            hooks.append(parent.register_forward_pre_hook(watch, with_kwargs=True))
+        else:
+            watch = lambda module, a, o, name=name: add(name, (*a, *o.values())[0])  # noqa: E731
+            hooks.append(layer.register_forward_pre_hook(watch, with_kwargs=True))
+    try:
+        with _evaluating(model):
+            for batch in batches:
+                padding[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                _run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    bad = [name for name, square in squares.items() if not square.isfinite().all()]
+    if bad:
+        raise UserError(f"the inputs of {bad[0]} are not finite in the calibration samples")
+    return {name: square.sqrt() for name, square in squares.items()}
+
+
+@contextmanager
+def _without_hooks(module: nn.Module):
+    hooks, module._forward_pre_hooks = module._forward_pre_hooks, type(module._forward_pre_hooks)()
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks = hooks
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """Eval mode, and without torch's fused encoder layers, which pass hooks by."""
+    modes = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _run(model: nn.Module, batch) -> None:
+    """Calls the model with a tensor, a tuple or list of arguments, or a mapping of them."""
+    device = next(model.parameters()).device
+
+    def move(value):
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        model(**{name: move(value) for name, value in batch.items()})
+    else:
+        model(*map(move, batch if isinstance(batch, tuple | list) else (batch,)))
