@@ -63,33 +63,6 @@ def _splat(builder, scalar, vector):
     )
 
 
-def _loop(builder, start, stop, step: int, sums: list, body):
-    """Counts from `start` while below `stop`; `body(j, sums)` gives the next sums.
-
-    Returns:
-        The first index that was not reached, and the sums.
-    """
-    before = builder.block
-    test, inside, after = (
-        builder.function.append_basic_block(name) for name in ("test", "inside", "after")
-    )
-    builder.branch(test)
-    builder.position_at_end(test)
-    j = builder.phi(_I64)
-    j.add_incoming(start, before)
-    phis = [builder.phi(value.type) for value in sums]
-    for phi, value in zip(phis, sums, strict=True):
-        phi.add_incoming(value, before)
-    builder.cbranch(builder.icmp_signed("<", j, stop), inside, after)
-    builder.position_at_end(inside)
-    for phi, value in zip(phis, body(j, phis), strict=True):
-        phi.add_incoming(value, inside)
-    j.add_incoming(builder.add(j, _constant(step)), inside)
-    builder.branch(test)
-    builder.position_at_end(after)
-    return j, phis
-
-
 @intrinsic(prefer_literal=True)
 def _add_row(typing_context, tile, first, x, offsets, values, start, stop, y, bias):
     """y[:] = (bias if first else y) + sum of values[j] * x[offsets[j], :] for j in start..stop.
@@ -110,9 +83,11 @@ def _add_row(typing_context, tile, first, x, offsets, values, start, stop, y, bi
         kind = ir.FunctionType(vector, [vector] * 3)
         fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32")
 
-        def walk(step: int):
-            def body(j, sums):
-                sums = list(sums)
+        # LLVM keeps these in registers: nothing but loads and stores touches them
+        sums = [cgutils.alloca_once(builder, vector) for _ in range(count * chains)]
+
+        def walk(start, stop, step: int) -> None:
+            with cgutils.for_range_slice(builder, start, stop, _constant(step), _I64) as (j, _):
                 for chain in range(step):
                     at = builder.add(j, _constant(chain))
                     column = builder.zext(builder.load(builder.gep(offsets, [at])), _I64)
@@ -120,25 +95,26 @@ def _add_row(typing_context, tile, first, x, offsets, values, start, stop, y, bi
                     source = builder.gep(x, [builder.mul(column, _constant(size))])
                     for i in range(count):
                         tokens = _load(builder, source, _constant(i * lanes), vector)
-                        k = chain * count + i
-                        sums[k] = builder.call(fma, [value, tokens, sums[k]])
-                return sums
-
-            return body
+                        k = sums[chain * count + i]
+                        builder.store(builder.call(fma, [value, tokens, builder.load(k)]), k)
 
         if begins:
-            sums = [_splat(builder, bias, vector)] * count
+            begin = [_splat(builder, bias, vector)] * count
         else:
-            sums = [_load(builder, y, _constant(i * lanes), vector) for i in range(count)]
+            begin = [_load(builder, y, _constant(i * lanes), vector) for i in range(count)]
+        begin += [ir.Constant(vector, [0.0] * lanes)] * (len(sums) - count)
+        for value, place in zip(begin, sums, strict=True):
+            builder.store(value, place)
         if chains > 1:
-            sums += [ir.Constant(vector, [0.0] * lanes)] * (count * (chains - 1))
-            limit = builder.sub(stop, _constant(chains - 1))
-            start, sums = _loop(builder, start, limit, chains, sums, walk(chains))
-            while len(sums) > count:
-                half = len(sums) // 2
-                sums = [builder.fadd(a, b) for a, b in zip(sums[:half], sums[half:], strict=True)]
-        _, sums = _loop(builder, start, stop, 1, sums, walk(1))
-        for i, value in enumerate(sums):
+            rest = builder.srem(builder.sub(stop, start), _constant(chains))
+            walk(start, builder.sub(stop, rest), chains)
+            start = builder.sub(stop, rest)
+        walk(start, stop, 1)
+        parts = [builder.load(place) for place in sums]
+        while len(parts) > count:
+            halves = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+            parts = [builder.fadd(*pair) for pair in zip(*halves, strict=True)]
+        for i, value in enumerate(parts):
             _store(builder, value, y, _constant(i * lanes))
         return context.get_dummy_value()
 
