@@ -134,11 +134,7 @@ def trainer_flags(task: str, flags: list[str], **defaults) -> argparse.Namespace
 
 
 def open_study(args: argparse.Namespace) -> Study:
-    """The study of the flags, with the results in its file and in its cells' folders.
-
-    Raises:
-        UserError: the file is no study, or the file or a folder is of another study.
-    """
+    """The study of the flags, with the results in its file and in its cells' folders."""
     study = wanted = planned(args) if args.preset or args.config else None
     if wanted is None or args.file.exists():
         try:
@@ -187,9 +183,6 @@ def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float]:
     """The profile of a weighting: IDs, or controls that are IDs in all but one respect.
 
     Only the ratios of its numbers matter, because the threshold is global.
-
-    Raises:
-        UserError: there is no such weighting.
     """
     if weighting in (SHUFFLED, WITHIN, MEAN):
         parts, profile = defaultdict(list), {}

@@ -34,7 +34,8 @@ ANSWER_SECONDS = 30  # that a download waits for its server
 class UserError(ValueError):
     """A mistake in what the user gave: flags, config, files, data. The message says the remedy.
 
-    `launch` ends a script with this sentence and exit code 2.
+    `launch` ends a script with this sentence and exit code 2. Docstrings name the error only where
+    a caller handles it.
     """
 
 
@@ -54,9 +55,6 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
     """Opens a file that appears under its name whole or not at all.
 
     The bytes go to a temporary file beside it, which is synced to disk and then renamed.
-
-    Raises:
-        UserError: the place cannot be written, or the disk is full; what stood there is as before.
     """
     path = Path(path)
     temporary = None

@@ -234,11 +234,7 @@ def _check_lengths(path: str, config: dict) -> None:
 
 
 def read_med_config(med_config: str | dict) -> dict:
-    """The text transformer's sizes: the mapping itself, or that of a JSON file.
-
-    Raises:
-        UserError: the file cannot be read or is no mapping.
-    """
+    """The text transformer's sizes: the mapping itself, or that of a JSON file."""
     if isinstance(med_config, dict):
         return med_config
     try:

@@ -21,9 +21,6 @@ def annotation_files(*wanted: tuple[str | Path, str]) -> list[Path]:
 
     Returns:
         The paths of the files, which exist.
-
-    Raises:
-        UserError: files are missing and cannot be downloaded; names all of them, on every process.
     """
     paths = [Path(root) / name for root, name in wanted]
     reason = [_download_missing(paths) if is_main() else ""]

@@ -56,10 +56,6 @@ def read_evaluation(path: Path, references_path: Path) -> list[dict]:
     Args:
         path: records of the layout CAPTION_EVALUATION; several may be of one image.
         references_path: file for `read_references`.
-
-    Raises:
-        UserError: a file cannot be used, two images have one id, or the files do not belong
-            together.
     """
     records, references = read_all(
         lambda: read_records(path, CAPTION_EVALUATION), lambda: read_references(references_path)
@@ -87,11 +83,7 @@ def read_evaluation(path: Path, references_path: Path) -> list[dict]:
 def build_caption_datasets(
     config: dict, seed: int = 0
 ) -> tuple[CaptionTrainDataset, CaptionEvalDataset, CaptionEvalDataset]:
-    """Builds the training, validation and test set; missing annotations are downloaded.
-
-    Raises:
-        UserError: files are missing, or records are wrong; names all of them.
-    """
+    """Builds the training, validation and test set; missing annotations are downloaded."""
     coco = "coco_karpathy_{}.json".format
     files = annotation_files(
         *((config["ann_root"], coco(split)) for split in ("train", "val", "test")),

@@ -82,11 +82,7 @@ class TextDataset(Dataset):
 def build_flickr_datasets(
     config: dict, seed: int = 0
 ) -> tuple[FlickrTrainDataset, FlickrEvalDataset, FlickrEvalDataset]:
-    """Builds the training, validation and test set; missing annotations are downloaded.
-
-    Raises:
-        UserError: files are missing, or records are wrong; names all of them.
-    """
+    """Builds the training, validation and test set; missing annotations are downloaded."""
     root, words = config["image_root"], {"max_words": config["max_words"]}
     files = annotation_files(*((config["ann_root"], f"flickr30k_{split}.json") for split in SPLITS))
     layouts = (RETRIEVAL_TRAINING, RETRIEVAL_EVALUATION, RETRIEVAL_EVALUATION)

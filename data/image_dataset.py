@@ -113,11 +113,7 @@ class ImageDataset(Dataset):
         return True
 
     def check(self) -> None:
-        """Looks for all image files in the listings of their folders; reads none.
-
-        Raises:
-            UserError: the image root or an image (with `skip_bad_images` every one) is missing.
-        """
+        """Looks for all image files in the listings of their folders; reads none."""
         if not self.image_root.is_dir():
             raise UserError(
                 f"image folder {self.image_root} does not exist: set config key image_root to "

@@ -65,9 +65,6 @@ def find_pictures(places: list[Path]) -> list[Path]:
 
     Hidden files, such as the companions "._NAME" of Macs, are no pictures. What a folder has of
     subfolders and of photographs that Pillow cannot read is printed once.
-
-    Raises:
-        UserError: a folder has none.
     """
     known = Image.registered_extensions().items()  # which also fills OPEN
     known = {end for end, name in known if name in Image.OPEN and name not in UNREADABLE}

@@ -47,11 +47,7 @@ def mirror(sentence: str) -> str:
 def build_nlvr_datasets(
     config: dict, seed: int = 0
 ) -> tuple[NlvrDataset, NlvrDataset, NlvrDataset]:
-    """Builds the training, development and test set; missing annotations are downloaded.
-
-    Raises:
-        UserError: files are missing, or records are wrong; names all of them.
-    """
+    """Builds the training, development and test set; missing annotations are downloaded."""
     root, words = config["image_root"], {"max_words": config["max_words"]}
     splits = ("train", "dev", "test")
     files = annotation_files(*((config["ann_root"], f"nlvr_{split}.json") for split in splits))

@@ -148,9 +148,6 @@ def read_json(path: str | Path) -> Any:
     """The content of a JSON file, or the list of its lines' contents where each line is JSON.
 
     UTF-8, with or without a byte order mark, UTF-16 and UTF-32 are read.
-
-    Raises:
-        UserError: the file cannot be read.
     """
     try:
         raw = Path(path).read_bytes()
@@ -177,9 +174,6 @@ def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[
 
     Returns:
         Dictionaries of the layout's fields, with the values to use.
-
-    Raises:
-        UserError: the file cannot be read, or records are wrong; names the first of them.
     """
     content = read_json(path) if content is None else content
     if not isinstance(content, list) or not content:
@@ -228,9 +222,6 @@ def read_references(path: str | Path) -> dict[int, list[str]]:
 
     Returns:
         Image id to its captions, in the order of the file.
-
-    Raises:
-        UserError: the file cannot be read, or not all its annotations can be used.
     """
     content = read_json(path)
     if not isinstance(content, dict) or "annotations" not in content:
@@ -245,11 +236,7 @@ def read_references(path: str | Path) -> dict[int, list[str]]:
 
 
 def read_all(*readers: Callable[[], Any]) -> list:
-    """Calls each reader, and raises the mistakes of all together.
-
-    Raises:
-        UserError: some found one.
-    """
+    """Calls each reader, and raises the mistakes of all together."""
     results, mistakes = [], []
     for reader in readers:
         try:

@@ -27,9 +27,6 @@ class TrainBatchSampler(Sampler):
         seed: of all epochs' permutations.
         rank: this process.
         world_size: number of processes (W).
-
-    Raises:
-        UserError: the dataset has less than one global batch.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):

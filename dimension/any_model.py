@@ -122,9 +122,6 @@ def choose_layers(
     Args:
         model: any model.
         layers: names or patterns, as in `measure`.
-
-    Raises:
-        UserError: nothing has such a name, or the model is compiled by TorchScript.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("model: TorchScript shows no layer's output; give what it was made of")
@@ -193,9 +190,6 @@ class Batches:
             batches: batches, as in `measure`.
             n: number of samples at most.
             seed: seed of what the model draws.
-
-        Raises:
-            UserError: there is no batch, it is none, or the samples are too few.
         """
         if isinstance(batches, Tensor | Mapping):
             one = type(batches).__name__
@@ -220,11 +214,7 @@ class Batches:
         self.n = n
 
     def loader(self, name: str, device: torch.device) -> Iterator:
-        """One pass; the model's random numbers depend on the batch's number alone.
-
-        Raises:
-            UserError: a batch is larger than the first, or not what it was in the first pass.
-        """
+        """One pass; the model's random numbers depend on the batch's number alone."""
         for number, batch in enumerate(self.batches):
             samples, mark = count_samples(batch), _mark(batch)
             if samples > self.batch_size:
@@ -252,11 +242,7 @@ class Batches:
 
 
 def count_samples(batch) -> int:
-    """B, the length of a batch's first tensor.
-
-    Raises:
-        UserError: it holds no tensor or no sample, a sparse tensor, or tensors of different length.
-    """
+    """B, the length of a batch's first tensor."""
     tensors = [value for value in _tensors(batch) if value.dim()]
     lengths = list(dict.fromkeys(map(len, tensors)))
     if not lengths or not lengths[0]:
@@ -358,9 +344,6 @@ def trace_forward(
     Returns:
         The forward as a stage, in which all calls of a layer stand where its last one is. Layer
         name to reason of the layers that are left out. Sentences for the profile's reader.
-
-    Raises:
-        UserError: no layer is left, or the model does not take the samples.
     """
     counter = FlopCounterMode(display=False)
 

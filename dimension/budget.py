@@ -168,9 +168,6 @@ class CapturePlan:
         """Puts a stage's segments into passes, in order; one empty pass if there are none.
 
         The last passes are full, since they run furthest, and the first holds what is left.
-
-        Raises:
-            UserError: the budget is too small for one of the segments.
         """
         room = (self.budget - self.fixed - stage.carried) // self.row  # elements of one sample
         needed = max((segment.room for segment in segments), default=0)
@@ -224,9 +221,6 @@ def plan_capture(
         n: number of samples.
         budget: bytes for activations, states and matrices together.
         to_the_end: whether the last pass of the last stage runs to its end.
-
-    Raises:
-        UserError: the budget is too small for one segment of a layer.
     """
     wanted = [
         shape._replace(layers=tuple(layer for layer in shape.layers if layer.name in layers))

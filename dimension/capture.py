@@ -114,9 +114,6 @@ class Accumulator:
 
         Args:
             n: number of samples that arrived.
-
-        Raises:
-            UserError: a layer's values are not finite.
         """
         for segment, kept in [pair for pairs in self.held.values() for pair in pairs]:
             name = segment.layer.name

@@ -127,11 +127,7 @@ class IDProfile:
 
     @classmethod
     def read(cls, path: str | Path) -> "IDProfile":
-        """Reads the JSON of `write`, or a folder that holds it.
-
-        Raises:
-            UserError: there is no such file, or it is no profile of ours.
-        """
+        """Reads the JSON of `write`, or a folder that holds it."""
         path, content = _read_json(path)
         try:
             layers = {name: LayerID(**values) for name, values in content["layers"].items()}
@@ -282,11 +278,7 @@ def save_distances(folder: str | Path, name: str, distances: Tensor) -> None:
 
 
 def load_distances(folder: str | Path, name: str) -> Tensor:
-    """Distances (n, n) of `save_distances`, to the bit.
-
-    Raises:
-        UserError: they were not kept.
-    """
+    """Distances (n, n) of `save_distances`, to the bit."""
     path = Path(folder, DISTANCES, f"{name}.pt")
     try:
         values = torch.load(path, weights_only=True)

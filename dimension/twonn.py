@@ -40,9 +40,6 @@ def pairwise_distances(points: Tensor) -> Tensor:
 
     Returns:
         (n, n) float64, symmetric to the bit, with a zero diagonal; exact zeros between duplicates.
-
-    Raises:
-        UserError: a value is NaN, infinite, or too large for its square in float32.
     """
     return roots_(squared_distances(points))
 

@@ -21,9 +21,6 @@ def load_captioner(
         config: of a captioner, with `pretrained` weights.
         sparse: whether to skip the zeros of the weights, on the CPU.
         tell: gets what was loaded and what became sparse.
-
-    Raises:
-        UserError: the weights cannot be read, or are a start for training.
     """
     model = build_captioner(config).eval()
     tell(str(load_trained(model, config["pretrained"])))

@@ -32,14 +32,14 @@ def step_of(path: Path) -> int:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: list[Path]) -> None:
-    """Writes `step_XXXXXXXX.pt` atomically, then deletes all but the run's newest.
+    """Writes `step_XXXXXXXX.pt` atomically, then deletes all but the `keep` newest.
 
     Args:
         folder: checkpoints of the run; one process writes to it.
         step: optimizer steps taken.
-        state: tensors and plain values only, so that it can be read with weights_only=True.
-        keep: number of checkpoints of the run that stay, this one included.
-        replaced: files of a run that this one replaces; they go, and the list is emptied.
+        state: tensors and plain values only, which weights_only=True reads.
+        keep: number of checkpoints that stay, this one included.
+        replaced: files of a run that this one replaces: deleted, and the list is emptied.
     """
     path = folder / f"step_{step:08d}.pt"
     with atomic_write(path, "wb") as file:
@@ -53,10 +53,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: l
 
 
 def later_than(folder: Path, step: int) -> list[Path]:
-    """The checkpoints of later steps than the one at which a run starts.
-
-    Ranked by step, those of the run that it replaces would pass for its own newest.
-    """
+    """Checkpoints of later steps than the first, which would pass for the newest of this run."""
     return [path for path in step_files(folder) if step_of(path) > step]
 
 
@@ -67,11 +64,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Reads one checkpoint; its tensors are mapped from the file until they are copied.
-
-    Raises:
-        UserError: the file is not there, not whole, or holds no state of a training run.
-    """
+    """Reads one checkpoint; its tensors are mapped from the file until they are copied."""
     if path.is_dir() or path.suffix == ".safetensors" and path.is_file():
         raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
     try:
@@ -84,13 +77,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
-    """Content and path of the newest whole checkpoint, and a sentence on each broken newer one.
-
-    None where the folder holds no checkpoint.
-
-    Raises:
-        UserError: there are checkpoints, but none is whole.
-    """
+    """Content and path of the newest whole checkpoint, and a sentence on each broken newer one."""
     broken = []
     for path in step_files(folder):
         try:
@@ -112,16 +99,9 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def check_disk_space(folder: Path, model: nn.Module, pruner_elements: int, keep: int) -> None:
-    """Checks that the run's files will fit on the disk; what it replaces counts as room.
+    """Refuses a run whose files do not fit on the disk; the files that it replaces count as room.
 
-    Args:
-        folder: results of the run.
-        model: its weights and AdamW averages (two a parameter) go into a checkpoint.
-        pruner_elements: float32 elements that the pruner saves.
-        keep: checkpoints that stay; one more is there while a new one is written.
-
-    Raises:
-        UserError: names the space needed and the space free.
+    A checkpoint holds weights, two averages of AdamW and `pruner_elements` of the pruner, float32.
     """
     parameters = sum(p.numel() for p in model.parameters())
     checkpoint = 4 * (3 * parameters + pruner_elements)

@@ -84,9 +84,6 @@ def read_experiment(args: argparse.Namespace, task: str) -> Experiment:
     Args:
         args: of a script's `parse_args`.
         task: key of `engine.tasks.TASKS`.
-
-    Raises:
-        UserError: a flag or the config is wrong.
     """
     check_flags(args)
     config = load_config(args.config, {key: getattr(args, key) for key in OVERRIDES}, task)

@@ -19,11 +19,7 @@ from utils import UserError
 
 
 def export(args: argparse.Namespace, config: dict) -> None:
-    """What `export.py` does with flags that fit together.
-
-    Raises:
-        UserError: the weights cannot be read or rounded, or the disk is full; nothing is written.
-    """
+    """What `export.py` does with flags that fit together."""
     model = TASKS[config["task"]].build_model(config).eval()
     print(load_trained(model, args.pruned))
     if args.to:
@@ -48,11 +44,7 @@ def export(args: argparse.Namespace, config: dict) -> None:
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file of the model, one by one as `dtype`.
-
-    Raises:
-        UserError: one has values beyond the range of `dtype`.
-    """
+    """The tensors of a file of the model, one by one as `dtype`."""
     for name, tensor in stored_tensors(model):
         converted = tensor.to(dtype) + 0.0  # pruners may leave negative zeros
         if not converted.isfinite().all():

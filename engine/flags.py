@@ -107,11 +107,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags that would be ignored.
-
-    Raises:
-        UserError: names the flag and what it goes with.
-    """
+    """Refuses flags that would be ignored."""
     if args.pruned and not args.evaluate:
         raise UserError("--pruned goes with --evaluate; training starts from --pretrained")
     for flag in ("sparse", "split", "spice"):

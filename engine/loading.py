@@ -43,11 +43,7 @@ def _collate(items: list) -> tuple[tuple, int] | UserError:
 
 
 def read(loader: DataLoader) -> Iterator[tuple[tuple, int]]:
-    """The batches of a loader of this module, each with the samples skipped for it.
-
-    Raises:
-        UserError: an image cannot be read, say.
-    """
+    """The batches of a loader, each with the samples skipped for it; raises users' mistakes."""
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -95,10 +91,7 @@ class EvalOptions:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def batches(self, dataset: Dataset, what: str) -> Iterator[tuple]:
-        """This process's batches of a split, in order, with tensors on the device.
-
-        Each item is in the share of one process. Errors as of `read`; `what` names the items.
-        """
+        """The batches of this process's share of a split, with tensors on the device."""
         size = self.config["eval_batch_size"]
         loader = DataLoader(
             _Fetched(dataset),
@@ -112,7 +105,7 @@ class EvalOptions:
 
 
 def loading_processes(config: dict) -> int:
-    """Processes that load images for each loader: no more than this process may use CPUs."""
+    """Image loading processes of a loader: no more than the CPUs of this process."""
     return min(config["num_workers"], available_cpus())
 
 
@@ -129,11 +122,9 @@ def _loader_options(config: dict, device: torch.device, seed: int) -> dict:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Lets a loading process live on when a signal goes to all processes of a run.
+    """Lets a loading process outlive a signal to all processes: the trainer finishes its step.
 
-    The trainer needs it to finish its step. Only the trainer's own SIGTERM ends it; when the
-    trainer is killed, torch's watch in the process does. On macOS, which does not tell the sender,
-    any SIGTERM ends it.
+    Only SIGTERM from the trainer itself ends it; on macOS, which does not name the sender, any.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -33,18 +33,13 @@ BEST_FILE = "pruned_best.safetensors"
 def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
     """Trains and prunes, from where the state is to the end.
 
-    Args:
-        run: flags, config and process.
-        state: of `engine.state.build_state`, resumed; changed in place.
-        held_out: by name. The first, and with --eval_test all, are scored at the end of epochs; the
-            first one's score chooses the weights of `pruned_best.safetensors` among the epochs at
-            the final remaining ratio.
+    The first held-out set, and with --eval_test both, are scored at the end of epochs. The score of
+    the first chooses `pruned_best.safetensors` among the epochs at the final remaining ratio.
 
     Raises:
         UserError: an image cannot be read, or a file cannot be written.
         FloatingPointError: a loss is not finite.
-        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT: in an epoch with a checkpoint, in a
-            validation at once, for the epoch's checkpoint is there.
+        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT and a checkpoint.
     """
     if run.process.is_main:
         checkpoints.remove_unfinished(run.checkpoints)
@@ -129,10 +124,7 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
 
 
 def checkpoint_is_due(checkpoint_steps: int, state: TrainState) -> bool:
-    """Whether the step that comes now shall end with a checkpoint, within an epoch.
-
-    Every --checkpoint_steps; where these are 0, from time to time, if checkpoints are cheap.
-    """
+    """Whether the coming step ends with a checkpoint; with 0 steps, from time to time if cheap."""
     if checkpoint_steps:
         return (state.progress.step + 1) % checkpoint_steps == 0
     interval = max(CHECKPOINT_SECONDS, state.save_seconds / CHEAP)
@@ -156,8 +148,8 @@ def train_step(
     Args:
         run: device, precision and number of processes, by which data parallelism divides.
         state: changed in place.
-        parts: of `model.prepare`, on the device, one forward pass each.
-        weights: gives each part's share of all terms; called after a forward pass.
+        parts: arguments of one forward pass each, on the device.
+        weights: returns the share of each part in all terms; called after a forward pass.
     """
     process, progress = run.process, state.progress
     loss = torch.zeros((), device=process.device)
@@ -179,10 +171,9 @@ def train_step(
 
 
 def read_losses(run: Run, state: TrainState) -> float:
-    """Fetches the losses of the steps since the last call, which waits for the device; their mean.
+    """The mean loss of the steps since the last call, which waits for the device.
 
-    Raises:
-        FloatingPointError: one is not finite; names the step, its image files and the checkpoint.
+    Raises FloatingPointError where one is not finite, with its step, images and checkpoint.
     """
     own = torch.stack(state.unread_losses).cpu().double()  # (steps,)
     state.unread_losses.clear()
@@ -263,10 +254,7 @@ def validate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> dict[s
 
 
 def is_best(record: dict, history: list[dict], best_by: str, final_ratio: float) -> bool:
-    """Whether an epoch's score is the best of those at the final remaining ratio.
-
-    Epochs before are no rivals: of a run that prunes, the least pruned epoch scores best.
-    """
+    """Whether an epoch's score is the best of those at the final remaining ratio."""
     *earlier, own = (
         epoch.get(best_by, -math.inf) if epoch["remaining_ratio"] <= final_ratio else -math.inf
         for epoch in (*history, record)

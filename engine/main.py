@@ -66,9 +66,6 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps other processes out of it until the block or this process ends.
 
     The lock is the process's own: loading processes do not inherit it.
-
-    Raises:
-        UserError: the folder cannot be written, or another process that lives writes to it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

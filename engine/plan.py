@@ -31,9 +31,6 @@ def plan_steps(
         samples: in the training set.
         samples_per_step: over all processes and accumulated batches.
         max_epoch: epochs, unless `max_steps` is set.
-
-    Raises:
-        UserError: an epoch has no step.
     """
     steps_per_epoch = samples // samples_per_step
     if steps_per_epoch < 1:

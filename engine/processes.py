@@ -51,11 +51,7 @@ SRUN = (
 
 
 def launched_processes() -> int:
-    """Number of processes that torchrun started; 1 under plain `python`.
-
-    Raises:
-        UserError: torchrun's variables are not whole, or SLURM started several tasks without it.
-    """
+    """Number of processes that torchrun started; 1 under plain `python`."""
     values = {name: os.environ.get(name, "") for name in LAUNCHER}
     missing = [name for name, value in values.items() if not value]
     if missing == list(LAUNCHER):
@@ -80,15 +76,12 @@ def launched_processes() -> int:
 
 
 def choose_device(device: str, processes: int) -> torch.device:
-    """The device that a process computes on.
+    """The device that this process computes on.
 
     Args:
         device: "auto" (an accelerator if there is one), "cpu", or an accelerator's type, with or
             without an index; without one, each process takes the device of its local rank.
         processes: number of processes.
-
-    Raises:
-        UserError: there is no such device.
     """
     present = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
@@ -119,13 +112,8 @@ def choose_device(device: str, processes: int) -> torch.device:
 def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process:
     """Joins the processes that torchrun started, or stands alone under plain `python`.
 
-    Args:
-        device: as of `choose_device`.
-        timeout_s: seconds that a collective waits for another process: above the longest work of
-            one process alone (scoring, a download). A process that dies ends the others at once.
-
-    Raises:
-        UserError: the device, the launcher's variables or the port are wrong.
+    A collective waits `timeout_s` seconds for another process: longer than any work of one process
+    alone (scoring, a download). A process that dies ends the others at once.
     """
     world_size = launched_processes()
     chosen = choose_device(device, world_size)
@@ -172,8 +160,7 @@ GROUPS_V2 = (["memory.max", "memory.high"], "memory.current", "inactive_file")
 def left_in_groups(root: str | Path = "/") -> list[int]:
     """Bytes left below each memory limit of this process's control groups and those above them.
 
-    A container often sees its own group as the uppermost one, whatever path the kernel gives: of
-    the path, the groups that are there count.
+    A container may see its own group as the uppermost one, so only existing folders count.
     """
     left = []
     try:
@@ -206,10 +193,9 @@ def _left_in_group(folder: Path, limits: list[str], usage: str, cache: str) -> l
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Lets glibc keep what is freed on the CPU, instead of asking the kernel for zeroed pages anew.
+    """Lets glibc keep freed memory on the CPU, because the kernel zeroes each page that it gives.
 
-    A training step of BLIP base took 6.3 s without this and 5.2 s with it (batch 2, two cores), at
-    the same peak of memory. A GPU's memory is kept by torch.
+    A training step of BLIP base took 6.3 s without this and 5.2 s with it (batch 2, two cores).
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -241,10 +227,7 @@ def barrier() -> None:
 
 
 def start_sum(values: list[float]) -> Callable[[], list[float]]:
-    """Begins to sum host values over all processes; the function returned waits for the sums.
-
-    No GPU is waited for. A process that has died ends this one there: its connection is closed.
-    """
+    """Begins to sum host values over all processes; the returned function waits for the sums."""
     total = torch.tensor(values, dtype=torch.float64)
     work = dist.all_reduce(total, async_op=True) if dist.is_initialized() else None
 
@@ -284,10 +267,7 @@ def main_process_first() -> Iterator[None]:
 
 
 def machine_of(device: torch.device) -> dict:
-    """What the last digits of a result depend on: processor, torch, and a CPU's threads.
-
-    A CPU is named by its model and the instructions that torch chose.
-    """
+    """What the last digits of a result depend on: processor, torch, and threads on a CPU."""
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name(device)
         return {"processor": name, "torch": torch.__version__}
@@ -297,9 +277,5 @@ def machine_of(device: torch.device) -> dict:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     model = next(names, platform.processor() or platform.machine())
-    processor = f"{model}, {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "processor": processor,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+    name = f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"processor": name, "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -61,9 +61,6 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
     Args:
         args: flags of ComputeID.py.
         config: a config of `load_config`; None with --hf and -s.
-
-    Raises:
-        UserError: a flag, file or sample is wrong; the message names it.
     """
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
@@ -88,11 +85,7 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes the folder of the results and tries to write to it, before the work for them begins.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
+    """Makes the folder of the results and tries to write to it, before the work for them begins."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -101,11 +94,7 @@ def require_writable(folder: Path) -> None:
 
 
 def chosen_device(cpu: bool, gpu: int | None) -> str:
-    """The device for `init_distributed`, from --cpu and --gpu.
-
-    Raises:
-        UserError: one GPU is named for several processes.
-    """
+    """The device for `init_distributed`, from --cpu and --gpu."""
     if cpu or gpu is None:
         return "cpu" if cpu else "auto"
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -158,11 +147,7 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
 
 
 def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
-    """Measures the linear layers of any model of Hugging Face's.
-
-    Raises:
-        UserError: a file is not there, or see `HubInputs`; or no layer is left.
-    """
+    """Measures the linear layers of any model of Hugging Face's."""
     pictures = None
     if args.images is not None:
         if not Path(args.images).is_dir():
@@ -231,9 +216,6 @@ def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int],
 
     With `dataset.skip_bad_images` the images are read once for it: a sample with one that cannot
     be read gives way to the next of the random order.
-
-    Raises:
-        UserError: there are fewer samples.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator).tolist()
@@ -344,11 +326,7 @@ class Share:
 
 
 def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:
-    """Other IDs from the distances that an earlier run kept, without the model.
-
-    Raises:
-        UserError: it kept none, or a later run has begun to replace them.
-    """
+    """Other IDs from the distances that an earlier run kept, without the model."""
     before = IDProfile.read(folder)
     if any(profile.settings["save_distances"] for _, profile in partial_profiles(folder)):
         raise UserError(

@@ -56,11 +56,7 @@ class Run(Experiment):
 
 
 def start(experiment: Experiment) -> Run:
-    """Joins the other processes and seeds.
-
-    Raises:
-        UserError: the device or the launcher is wrong.
-    """
+    """Joins the other processes and seeds."""
     flags = experiment.flags
     process = init_distributed("cpu" if flags.sparse else flags.device)
     keep_freed_memory(process.device)
@@ -75,9 +71,6 @@ def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str,
     Returns:
         The model with its weights on its device, the training set, the held-out sets by name (with
         --split, this one alone), and the IDs by layer name that weight scores, if any do.
-
-    Raises:
-        UserError: data, weights or the profile are wrong; names all that was found.
     """
     flags, task = run.flags, run.task
     mistakes, sets, model, weights, layer_id = [], [], None, None, None
@@ -124,9 +117,6 @@ def find_weights(run: Run) -> Path | None:
     """What --pruned or the config's `pretrained` names, downloaded if it is an address.
 
     All processes call it; afterwards no process needs to wait for another to have the file.
-
-    Raises:
-        UserError: it is not there, or there is nothing to evaluate.
     """
     named = run.flags.pruned or run.config["pretrained"]
     if named:

@@ -1,7 +1,6 @@
 """The state of a training run: built, saved, and resumed to the bit."""
 
 import argparse
-import hashlib
 import re
 import time
 from dataclasses import asdict, dataclass, field
@@ -12,16 +11,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from configs import read_med_config
 from engine import checkpoints
-from engine.digests import model_hash
+from engine.digests import content_hash, data_digests, model_hash
 from engine.loading import train_loader
 from engine.plan import StepPlan, plan_steps
 from engine.processes import barrier, gather_from_processes, seed_everything
 from engine.reporter import Reporter
 from engine.run import Run
-from models.clip import OPENAI_TOKENIZER
-from models.text import vocabulary_file
 from pruners.pruner import Pruner
 from utils import UserError
 
@@ -67,17 +63,7 @@ class TrainState:
 def build_state(
     run: Run, model: nn.Module, dataset: Dataset, layer_id: dict[str, float] | None
 ) -> TrainState:
-    """Plan, optimizer, pruner, loader and data-parallel wrapper, at step 0.
-
-    Args:
-        run: flags, config and process.
-        model: on its device, with its initial weights.
-        dataset: training set, indexed by (index, epoch).
-        layer_id: IDs by layer name that weight scores; None weights none.
-
-    Raises:
-        UserError: the schedule, the ID profile or the disk space does not fit.
-    """
+    """A state at step 0, from a model on its device with its initial weights."""
     flags, config, process = run.flags, run.config, run.process
     plan = plan_steps(flags, len(dataset), run.samples_per_step, config["max_epoch"])
     if hasattr(model, "check_batch"):  # a queue takes whole batches
@@ -91,7 +77,9 @@ def build_state(
         "processes": process.world_size,
         "samples": len(dataset),
         **asdict(plan),
-        **contents(config, model, dataset, layer_id),
+        **data_digests(config, dataset.records),
+        "content of the starting weights": model_hash(model),
+        "content of the ID profile": content_hash(layer_id),
     }
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config["init_lr"], weight_decay=config["weight_decay"], fused=True
@@ -131,39 +119,8 @@ def build_pruner(
         raise UserError(sentence.replace("total_steps", "--max_steps, --max_epoch")) from None
 
 
-def contents(
-    config: dict, model: nn.Module, dataset: Dataset, layer_id: dict[str, float] | None
-) -> dict[str, str]:
-    """Digests of the files that a result depends on, whatever their names."""
-    tokenizer = config["tokenizer"]  # CLIP's own comes with its library
-    if tokenizer != OPENAI_TOKENIZER:
-        tokenizer = content_hash(vocabulary_file(tokenizer).read_bytes())
-    digests = {
-        "content of the starting weights": model_hash(model),
-        "content of the tokenizer": tokenizer,
-        "content of the training annotation": content_hash(dataset.records),
-        "content of the ID profile": content_hash(layer_id),
-    }
-    if "med_config" in config:
-        fields = sorted(read_med_config(config["med_config"]).items())
-        digests["content of med_config"] = content_hash(fields)
-    return digests
-
-
-def content_hash(content) -> str:
-    """SHA-256 of plain values, so that equal contents have equal hashes whatever their files."""
-    digest = hashlib.sha256()
-    for part in content if isinstance(content, list) else [content]:
-        digest.update(repr(part).encode())
-    return digest.hexdigest()
-
-
 def find_checkpoint(run: Run, identity: dict) -> dict | None:
-    """Content and path of the checkpoint that --resume names; None to start at step 0.
-
-    Raises:
-        UserError: no checkpoint is whole, or it is of another run.
-    """
+    """Content and path of the checkpoint that --resume names; None to start at step 0."""
     if run.flags.resume == "off":
         return None
     if run.flags.resume != "auto":
@@ -180,11 +137,7 @@ def find_checkpoint(run: Run, identity: dict) -> dict | None:
 
 
 def check_identity(saved: dict, own: dict, path: Path) -> None:
-    """Refuses the checkpoint of another run; what an older version did not save is not compared.
-
-    Raises:
-        UserError: names every difference.
-    """
+    """Refuses the checkpoint of another run; what an older version did not save is not compared."""
     differences = [
         f"the {key} differs"
         if key.startswith("content")

@@ -113,11 +113,7 @@ Shapes = dict[str, tuple[int, ...]]  # by tensor name
 
 
 def shapes(path: Path, metadata: dict[str, str], stored: Shapes) -> Shapes:
-    """The compressed tensors of a file, of which `stored` is what safetensors finds in it.
-
-    Raises:
-        UserError: the file is of another version, or its parts do not belong together.
-    """
+    """The compressed tensors of a file, of which `stored` is what safetensors finds in it."""
     version = metadata.get("format_version")
     if version != VERSION:
         raise UserError(

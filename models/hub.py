@@ -58,10 +58,6 @@ def open_hub_model(name: str) -> HubModel:
 
     Args:
         name: a folder, or a name on the hub.
-
-    Raises:
-        UserError: it is not there, is no model that transformers can load, lacks weights or what
-            prepares its inputs, or takes neither images nor texts.
     """
     if not Path(name).is_dir():
         _require_reachable(name)
@@ -98,11 +94,7 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def _require_reachable(name: str) -> None:
-    """Tries once, and not for long, whether a model is in the hub's cache or the hub answers.
-
-    Raises:
-        UserError: neither, or the name is none of the hub's.
-    """
+    """Tries once, and not for long, whether a model is in the hub's cache or the hub answers."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -131,11 +123,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_texts(path: str) -> list[str]:
-    """The lines of a file.
-
-    Raises:
-        UserError: it cannot be read, or a line is empty.
-    """
+    """The lines of a file."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
@@ -163,9 +151,6 @@ class HubInputs:
             images: files; None for a model of texts.
             texts: a text for each picture, if the model takes both; None for a model of images.
             batch_size: samples in a forward pass.
-
-        Raises:
-            UserError: something the model needs is missing, or it does not take what is given.
         """
         self.hub, self.processor = hub, hub.processor
         both = hub.processor, getattr(hub.processor, "image_processor", None)
@@ -195,11 +180,7 @@ class HubInputs:
             self._prepare_texts()
 
     def _prepare_texts(self) -> None:
-        """Sets the padding, the place of a picture in a prompt, and the texts' lengths.
-
-        Raises:
-            UserError: the tokenizer knows no word.
-        """
+        """Sets the padding, the place of a picture in a prompt, and the texts' lengths."""
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -233,12 +214,7 @@ class HubInputs:
         return len(self.texts if self.images is None else self.images)
 
     def take(self, chosen: list[int]) -> None:
-        """Keeps some samples only, in this order, and runs the model on one with the longest text.
-
-        Raises:
-            UserError: its picture cannot be read, or the model does not take what its processor
-                makes of the sample.
-        """
+        """Keeps these samples, in this order, and runs the model on one with the longest text."""
         if self.images is not None:
             self.images = [self.images[i] for i in chosen]
         if self.texts is not None:

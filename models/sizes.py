@@ -4,11 +4,7 @@ from utils import UserError
 
 
 def choose_sizes(key: str, sizes: str | dict, known: dict[str, dict], optional: str = "") -> dict:
-    """The sizes that a config names or gives under a key; known["large"] has all of them.
-
-    Raises:
-        UserError: an unknown name, missing or unknown sizes; only `optional` may be left out.
-    """
+    """The sizes that a config names or gives under a key; known["large"] has all of them."""
     if isinstance(sizes, str):
         if sizes not in known:
             raise UserError(f"{key}: {sizes!r} is none of {sorted(known)} and no mapping of sizes")
@@ -27,9 +23,6 @@ def check_sizes(key: str, sizes: dict, fractions: tuple, heads: dict[str, str]) 
         sizes: name to value.
         fractions: names of the sizes that are fractions.
         heads: name of a width to the name of the number of its heads.
-
-    Raises:
-        UserError: naming key, size and value.
     """
     for name, value in sizes.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)

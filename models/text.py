@@ -49,9 +49,6 @@ def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTe
             as in BERT base.
         encoder_width: width of the image embeddings that cross-attention reads.
         tokenizer: gives the special tokens' ids.
-
-    Raises:
-        UserError: unreadable file, unknown field, or a value that cannot be.
     """
     fields = read_med_config(med_config)
     unknown = sorted(set(fields) - set(_BERT_BASE) - _FIXED)
@@ -86,9 +83,6 @@ def load_tokenizer(name: str) -> BertTokenizer:
 
     Args:
         name: a local folder with `vocab.txt`, or a name on the model hub.
-
-    Raises:
-        UserError: there is no vocabulary, or it lacks BERT's special tokens or the prompt's words.
     """
     file = vocabulary_file(name)
     try:
@@ -115,11 +109,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
 
 
 def vocabulary_file(name: str) -> Path:
-    """The `vocab.txt` of a local folder or of a name on the hub: in its cache, or downloaded once.
-
-    Raises:
-        UserError: it is not there, and cannot be downloaded in one attempt.
-    """
+    """The `vocab.txt` of a local folder or of a name on the hub, which is downloaded once."""
     if Path(name).is_dir():
         file = Path(name, "vocab.txt")
         if not file.is_file():

@@ -48,9 +48,6 @@ def build_vision_encoder(config: dict, drop_path_rate: float = 0.0) -> VisionEnc
             `vit_grad_ckpt` with `vit_ckpt_layer`, the number of the last blocks that are recomputed
             (0 is all).
         drop_path_rate: used where the size does not name its own.
-
-    Raises:
-        UserError: a size that cannot be.
     """
     vit = choose_sizes("vit", config["vit"], SIZES, optional="drop_path_rate")
     sizes = {"drop_path_rate": drop_path_rate, **vit}

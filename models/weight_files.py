@@ -52,9 +52,6 @@ def fetch(path_or_url: str | Path) -> Path:
 
     An address is downloaded if its copy is not there yet. No process waits for another here, so
     several call this inside `engine.processes.main_process_first`.
-
-    Raises:
-        UserError: there is no such file, or it cannot be downloaded.
     """
     url = str(path_or_url)
     address = urlparse(url)
@@ -82,11 +79,7 @@ def fetch(path_or_url: str | Path) -> Path:
 
 
 def open_weights(path: Path) -> dict[str, Tensor | Packed]:
-    """The tensors of a file or folder, by the names that stand there.
-
-    Raises:
-        UserError: it cannot be read, is none of the formats, or does not say what belongs together.
-    """
+    """The tensors of a file or folder, by the names that stand there."""
     if path.is_dir():
         path = _file_of_folder(path)
     if path.name == INDEX:

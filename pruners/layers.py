@@ -21,9 +21,6 @@ def choose_layers(
     Returns:
         The layers, and those that are left out because another module has the same weight, a word
         embedding for instance: by name, with the other module's name.
-
-    Raises:
-        UserError: there is no layer, or one is unknown, not linear, or has no weight of its own.
     """
     if names is None and not (names := prunable_layers(model)):
         raise UserError(
@@ -81,11 +78,7 @@ def _why_refused(module: nn.Module | None) -> str | None:
 def check_profile(
     profile: dict[str, float], layers: Iterable[str], left_out: Iterable[str] = ()
 ) -> None:
-    """Checks that a profile, by layer name, is of these layers; it may have those left out, too.
-
-    Raises:
-        UserError: names layers that are missing, unknown, or whose ID is not positive.
-    """
+    """Checks that a profile, by layer name, is of these layers; it may have those left out, too."""
     problems = {
         "missing": [name for name in layers if name not in profile],
         "unknown": [name for name in profile if name not in layers and name not in left_out],

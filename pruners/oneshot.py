@@ -186,9 +186,6 @@ def allocate(
         sparsity: in (0, 1).
         method: "Wanda" compares within rows, "Magnitude" within the layer.
         profile: w_l > 0 by layer name.
-
-    Raises:
-        UserError: nothing of a layer would remain.
     """
     if profile is None:
         groups = {n: (o, i) if method == "Wanda" else (1, o * i) for n, (o, i) in shapes.items()}

@@ -167,11 +167,7 @@ class Pruner:
         return {"method": self.method, "score": self.score.state, "tied": self.tied}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues from a state, copied to the parameters' devices.
-
-        Raises:
-            UserError: the state is of another method or of other parameters.
-        """
+        """Continues from a state, copied to the parameters' devices."""
         if state["method"] != self.method:
             raise UserError(
                 f"the state is of method {state['method']}, this is {self.method}: "

@@ -97,11 +97,7 @@ class Score:
         raise NotImplementedError
 
     def update_(self, step: int) -> bool:
-        """Takes in the gradients of an optimizer step, from 1; returns whether scores may change.
-
-        Raises:
-            UserError: a gradient is missing.
-        """
+        """Takes in the gradients of a step, from 1; returns whether scores may change."""
         return True
 
     @staticmethod
@@ -145,9 +141,6 @@ class Platon(Score):
     A window of `delta_t` steps averages the sensitivity (`ipt`). The first step of the next window
     folds it into the averages `avg` and `unc`. Between folds the scores stand still. Zhang et al.,
     ICML 2022 (arXiv 2206.12562), section 3.
-
-    Raises:
-        UserError: a decay is out of its range.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], *arguments, **named):

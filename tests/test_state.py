@@ -15,9 +15,10 @@ import train_caption
 from configs import SCHEMAS, load_config
 from engine import loop, state
 from engine import main as engine_main
+from engine.digests import data_digests
 from engine.experiment import read_experiment
 from engine.run import prepare, start
-from engine.state import build_state, check_identity, contents, find_checkpoint, resume
+from engine.state import build_state, check_identity, find_checkpoint, resume
 from engine.tasks import CAPTION
 from models import prunable_layers
 from tests.runs import make_scenes, result, same, saved_steps, write_config
@@ -327,7 +328,7 @@ def test_sizes_and_vocabulary_count_by_their_content(plain, scenes, tmp_path):
 
     def digests(**changes):
         dataset = of_run.loader.dataset.dataset
-        return contents({**run.config, **changes}, of_run.model, dataset, None)
+        return data_digests({**run.config, **changes}, dataset.records)
 
     fields = {"hidden_dropout_prob": 0.5, "hidden_size": 32}
     (tmp_path / "med.json").write_text(json.dumps(fields))
