@@ -28,22 +28,18 @@ def kth_smallest(scores: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[float
     """
     counts = 0
     for _, piece in scores:
-        counts = torch.bincount(_bits(piece) >> 16, minlength=1 << 15).add_(counts)
+        upper = (piece.view(torch.int32) >> 16).bitwise_and_(0x7FFF)  # the sign is a NaN's only
+        counts = torch.bincount(upper, minlength=1 << 15).add_(counts)
     if counts[FIRST_NAN:].any():
         return math.nan, 0
     upper, rank, _ = _locate(counts, k)
     counts = 0
     for _, piece in scores:
-        bits = _bits(piece)
+        bits = piece.view(torch.int32)
         lower = bits[bits >> 16 == upper] & 0xFFFF
         counts = torch.bincount(lower, minlength=1 << 16).add_(counts)
     lower, _, equal = _locate(counts, rank)
     return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item(), equal
-
-
-def _bits(scores: Tensor) -> Tensor:
-    """The bit patterns, without the sign, which a NaN may have."""
-    return scores.view(torch.int32) & 0x7FFFFFFF
 
 
 def _locate(counts: Tensor, k: int) -> tuple[int, int, int]:
