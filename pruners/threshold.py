@@ -1,8 +1,4 @@
-"""The k-th smallest of very many scores, exactly, in two passes and without holding them.
-
-A radix select on the bit patterns. It rests on counts, which processes that each hold a part of the
-scores could add up.
-"""
+"""The k-th smallest of very many scores, exactly, in two passes and without holding them."""
 
 import math
 from collections.abc import Iterable
@@ -14,17 +10,11 @@ FIRST_NAN = 0x7F81  # upper 16 bits; infinity has 0x7F80
 
 
 def kth_smallest(scores: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[float, int]:
-    """The k-th smallest of non-negative float32 scores, as `torch.kthvalue` would find it.
+    """The k-th smallest (from 1) of non-negative float32 scores, and how many scores equal it.
 
-    Bit patterns of non-negative floats are ordered as the floats are. The first pass counts the
-    scores by their upper 16 bits, the second those of the right upper bits by their lower 16.
-
-    Args:
-        scores: pieces of the parameters and their scores, flat; gone through twice.
-        k: rank, from 1 to the number of scores.
-
-    Returns:
-        The score of that rank, and how many scores equal it; NaN and 0 if a score is NaN.
+    A radix select: bit patterns of non-negative floats are ordered as the floats are. The first
+    pass counts scores by their upper 16 bits, the second those of the right upper bits by their
+    lower 16. NaN and 0 if a score is NaN.
     """
     counts = 0
     for _, piece in scores:
