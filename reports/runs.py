@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError
+from utils import UserError, write_json
 
 PRUNED_FILE = "pruned.safetensors"
 CHECKPOINTS = "checkpoints"  # a folder
@@ -170,3 +170,14 @@ def _read(path: Path, last_line: bool = False) -> dict | list | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): run training or --evaluate again") from error
+
+
+def write_scores(
+    folder: Path, split: str, scores: dict[str, float], file: str = "", score: str = ""
+) -> None:
+    """Adds a split's scores to `scores.json`, and all of them or one `score` to the task's file."""
+    contents = {"scores.json": scores}
+    if file:
+        contents[file] = scores[score] if score else scores
+    for name, content in contents.items():
+        write_json(folder / name, (_read(folder / name) or {}) | {split: content})

@@ -24,9 +24,9 @@ from engine.tasks import CAPTION, NLVR, RETRIEVAL, TASKS
 from evaluation import captions as captioning
 from evaluation.captions import evaluate_captions
 from evaluation.nlvr import evaluate_statements
-from evaluation.results import write_scores
 from models import prunable_layers
 from pruners.sparsity import sparsity_report
+from reports.runs import write_scores
 from tests.runs import TINY_TEXT, TINY_VIT, make_scenes, on_two_processes, write_config
 
 SIZES = {"image_size": 32, "vit": TINY_VIT, "med_config": TINY_TEXT, "augment": False}
