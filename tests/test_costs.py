@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine.tasks import TASKS
 from models import build_captioner, build_clip
 from reports import costs
 
@@ -24,7 +25,7 @@ def saved(model, task: str) -> dict[str, int]:
 )
 def test_base_models_count_as_upop_published(golden_tokenizer, task, adds, parameters):
     with torch.device("meta"):
-        model = costs.SAMPLES[task][0](BASE | {"tokenizer": golden_tokenizer}).eval()
+        model = TASKS[task].build_model(BASE | {"tokenizer": golden_tokenizer}).eval()
     counts = costs.multiply_adds(model, costs.example(model, task, 384, "meta"))
     assert sum(counts["dense"].values()) == pytest.approx(adds, rel=0.001)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.001)
