@@ -98,7 +98,6 @@ def image(content: Figure | Image.Image) -> str:
 
 
 def _sparsity(runs: Runs) -> list[tuple[str, str]]:
-    """A figure and its description for each pruned run, on one scale."""
     reports = {n: x.sparsity for n, x in runs.items() if x.sparsity and x.sparsity["pruned"]}
     shown = [share for report in reports.values() for share in report["by_layer"].values()]
     lowest = int(10 * min(shown, default=0)) / 10
@@ -161,7 +160,6 @@ def all_costs(found: dict) -> dict[str, str]:
 
 
 def _costs(found: Costs) -> dict:
-    """The table of costs, how they were measured, and why a run has none."""
     notes = [f"Without {name}: {why}." for name, why in found.items() if isinstance(why, str)]
     if len(notes) < len(found):
         here = f"{costs.processor()}, threads: {torch.get_num_threads()}"
@@ -171,8 +169,7 @@ def _costs(found: Costs) -> dict:
     return {"rows": rows(columns), "notes": notes}
 
 
-def _time(measured: dict) -> str:
-    """The median and, in brackets, the least and the most, with three digits each."""
+def _time(measured: dict) -> str:  # median (least–most)
     times = (measured["milliseconds"], *measured["spread"])
     return "{:g} ({:g}–{:g})".format(*(float(f"{time:.3g}") for time in times))
 
@@ -188,7 +185,7 @@ def _captions(runs: Runs) -> dict[str, list]:
     if not captioned:
         return {}
     first = next(iter(captioned.values()))
-    shown = {name: run for name, run in captioned.items() if same_data(run, first)}
+    shown = {name: run for name, run in captioned.items() if _same_data(run, first)}
     references = next((run.references for run in shown.values() if run.references), {})
     common = [x for x in first.captions if all(x in run.captions for run in shown.values())]
     count = min(PICTURES, len(common))
@@ -213,7 +210,7 @@ def _captions(runs: Runs) -> dict[str, list]:
     return {"pictures": pictures, "notes": notes}
 
 
-def same_data(run: RunFolder, other: RunFolder) -> bool:
+def _same_data(run: RunFolder, other: RunFolder) -> bool:
     """Whether two runs captioned the same data as far as is known; other data may reuse ids."""
     if run.references and other.references and run.references != other.references:
         return False
@@ -229,7 +226,6 @@ def marked(caption: str, references: list[str]) -> list[tuple[str, bool]]:
 
 
 def _commands(runs: Runs, command: str) -> dict[str, list]:
-    """The commands of the runs, as they were typed, and the command of the page."""
     records = [(name, record) for name, run in runs.items() for record in run.records]
     typed = [shlex.join(["python", *x["argv"]]) for _, x in records if x.get("argv")]
     notes = [

@@ -26,17 +26,6 @@ def markdown(rows: list[dict[str, str]]) -> str:
     )
 
 
-def mean_ids(path: Path) -> str:
-    """A line with the mean ID of each modality's layers."""
-    from dimension.profile import load_kinds, load_profile
-    from models.layers import modality
-
-    kinds, members = load_kinds(path), defaultdict(list)
-    for name, dimension in load_profile(path).items():
-        members[kinds.get(name) or modality(name)].append(dimension)
-    return "mean ID: " + ", ".join(f"{kind} {mean(ids):.1f}" for kind, ids in members.items())
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
@@ -56,7 +45,14 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"{run.folder} holds no evaluated run: run --evaluate")
     print(markdown([{"run": run.name, **run.shares, **run.scores} for run in runs]))
     if args.ids:
-        print(mean_ids(args.ids))
+        from dimension.profile import load_kinds, load_profile
+        from models.layers import modality
+
+        kinds, members = load_kinds(args.ids), defaultdict(list)
+        for name, dimension in load_profile(args.ids).items():
+            members[kinds.get(name) or modality(name)].append(dimension)
+        means = (f"{kind} {mean(ids):.1f}" for kind, ids in members.items())
+        print("mean ID:", ", ".join(means))
     figures = [figure for run in runs for figure in sorted(run.folder.glob("*.png"))]
     if figures:
         print("figures:", *figures, sep="\n  ")
