@@ -44,10 +44,8 @@ def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, di
     """Counts the multiply-adds of a forward pass, as UPop does (Shi et al., ICML 2023).
 
     Linear layers, convolutions and products of attention are counted; norms and activations, below
-    0.2 % of BLIP's, are not.
-
-    Returns:
-        "dense" and "effective", each by modality; effective ones leave out products by zero.
+    0.2 % of BLIP's, are not. Returns "dense" and "effective" counts by modality; effective ones
+    leave out products by zero.
     """
     saved = dict.fromkeys(("vision", "language"), 0)
     with ExitStack() as stack:
@@ -97,12 +95,7 @@ def sizes(model: nn.Module) -> dict:
 
 
 def report(model: nn.Module, config: dict) -> dict:
-    """Measures a model on this machine, also with sparse linear layers, which it has afterwards.
-
-    Returns:
-        JSON values: the keys of `sizes`; "multiply_adds"; results of `measured` as "dense" and
-        "sparse"; "sparse_layers", a sentence.
-    """
+    """Sizes, multiply-adds, and costs on this machine, dense and sparse; makes the model sparse."""
     sample = example(model, config["task"], config["image_size"])
     found = sizes(model) | {"multiply_adds": multiply_adds(model, sample)}
     found["dense"] = measured(model, config, sample)

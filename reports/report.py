@@ -2,8 +2,8 @@
 
     python -m reports.report output/demo/dense output/demo/PLATON90 output/demo/PLATON90-ID
 
-The page shows scores, sparsity and IDs by layer, and captions of a few test pictures as far as the
-runs' folders hold them, and each model's size and speed, measured on this machine's CPU.
+The page shows what the runs' folders hold (scores, sparsity and IDs by layer, captions of a few
+test pictures), and each model's size and speed on this machine's CPU.
 """
 
 import argparse

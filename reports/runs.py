@@ -63,11 +63,7 @@ class RunFolder:
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Reads a run's folder, also of an earlier version.
-
-    Raises:
-        UserError: the folder holds no run, or a damaged file.
-    """
+    """Reads a run's folder, also of an earlier version. UserError: no run, or a damaged file."""
     sparsity = _read(folder / "sparsity.json")
     trained, evaluated = (_record(folder / f"{name}.json") for name in ("config", "evaluation"))
     if sparsity is None and trained is None:
@@ -81,7 +77,7 @@ def read_run(folder: Path) -> RunFolder:
     if evaluated:
         config = evaluated["config"]
         weights = Path(evaluated["flags"].get("pruned") or config["pretrained"])
-    captions, images = (_read(folder / f"results/test{end}.json") or [] for end in ("", "_images"))
+    captions, images = (_read(folder / f"results/test{x}.json") or [] for x in ("", "_images"))
     return RunFolder(
         folder,
         sparsity,

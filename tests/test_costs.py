@@ -1,5 +1,7 @@
 """Costs counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -97,6 +99,14 @@ def test_sizes(tiny):
         assert dense == size * parameters
         saved = 150 * 48 * size - 192 * 48 / 8
         assert saved - 250 <= dense - compressed <= saved  # less the header's entries
+
+
+def test_a_new_task_has_costs(tiny, monkeypatch):
+    task = replace(TASKS["caption"], name="new", tokens=7)
+    monkeypatch.setitem(TASKS, "new", task)
+    found = costs.report(tiny, {"task": "new", "image_size": 32})
+    assert costs.example(tiny, "new", 32)[1].shape == (1, 7)
+    assert found["multiply_adds"]["dense"]["language"] > 0 < found["sparse"]["milliseconds"]
 
 
 def test_times_are_those_of_calls_and_their_spread(tiny, monkeypatch):

@@ -1,6 +1,7 @@
 """Recalls against goldens, sorting and ties; features over one and two processes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,22 +78,16 @@ def test_what_is_not_a_number_is_never_found():
 IMAGES, TEXTS, BATCH = 11, 600, 4
 
 
-class Towers(nn.Module):
+def towers() -> SimpleNamespace:
     """Encoders whose outputs are known: linear in the pixels, and in the number of the text."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.image, self.text = nn.Linear(12, 6), nn.Embedding(TEXTS, 6)
-
-    def encode_image(self, image):
-        return self.image(image.flatten(1))
-
-    def tokenize(self, texts):
-        return torch.tensor([[int(text.removeprefix("text ")), 0] for text in texts]), None
-
-    def encode_text(self, ids):
-        return self.text(ids[:, 0])
+    torch.manual_seed(0)
+    image, text = nn.Linear(12, 6), nn.Embedding(TEXTS, 6)
+    return SimpleNamespace(
+        encode_image=lambda pixels: image(pixels.flatten(1)),
+        tokenize=lambda texts: (torch.tensor([[int(text.split()[1])] for text in texts]), None),
+        encode_text=lambda ids: text(ids[:, 0]),
+        text=text,
+    )
 
 
 class Split(Dataset):
@@ -111,17 +106,12 @@ class Split(Dataset):
         return (self.images[index], index), 0
 
 
-def scores(similarities, image_of_text) -> dict:
-    """In the place of recalls: what they get."""
-    return {"similarities": similarities, "image_of_text": image_of_text}
-
-
 def evaluate(rank: int, folder: Path):
-    """A process: the similarities that it scores."""
+    """A process: writes what recalls are computed from."""
     torch.set_num_threads(1)
-    retrieval.recalls = scores
+    retrieval.recalls = lambda similarities, image_of_text: (similarities, image_of_text)
     options = EvalOptions({"eval_batch_size": BATCH, "num_workers": 0})
-    found = evaluate_retrieval(Towers().eval(), Split(), "val", options)
+    found = evaluate_retrieval(towers(), Split(), "val", options)
     torch.save(found["scores"], folder / f"{rank}.pt")
 
 
@@ -131,13 +121,12 @@ def test_similarities_are_cosines_of_all_images_and_texts_in_order(tmp_path, mon
     threads = torch.get_num_threads()
     evaluate(0, tmp_path)
     torch.set_num_threads(threads)
-    alone = torch.load(tmp_path / "0.pt")
-    model, split = Towers(), Split()
-    images, texts = model.image(split.images.flatten(1)), model.text.weight
-    cosines = torch.cosine_similarity(images[:, None], texts[None], dim=-1).detach()
-    torch.testing.assert_close(alone["similarities"], cosines, rtol=0, atol=1e-6)
-    assert torch.equal(alone["image_of_text"], split.image_of_text)
+    alone, image_of_text = torch.load(tmp_path / "0.pt")
+    model, split = towers(), Split()
+    images = model.encode_image(split.images)
+    cosines = torch.cosine_similarity(images[:, None], model.text.weight[None], dim=-1).detach()
+    torch.testing.assert_close(alone, cosines, rtol=0, atol=1e-6)
+    assert torch.equal(image_of_text, split.image_of_text)
     on_two_processes(evaluate, tmp_path)
     for rank in range(2):
-        together = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(together["similarities"], alone["similarities"])
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt")[0], alone)
