@@ -16,9 +16,9 @@ from engine.loading import EvalOptions
 from engine.loop import already_finished, train
 from engine.run import Run, prepare, start
 from engine.state import build_state, find_checkpoint, resume
-from evaluation.results import write_scores
 from models.layers import prunable_layers
 from pruners.sparsity import sparsity_report
+from reports.runs import write_scores
 from sparse.linear import sparsify_
 from utils import UserError, write_json
 

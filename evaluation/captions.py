@@ -16,47 +16,33 @@ from utils import write_json
 
 @torch.no_grad()
 def evaluate_captions(model: nn.Module, dataset: Dataset, split: str, options: EvalOptions) -> dict:
-    """Captions a split by beam search and scores the captions. Every process calls it.
+    """Captions a split, "val" or "test", by beam search and scores it. Every process calls it.
 
-    Args:
-        model: captioner in eval mode, not wrapped.
-        dataset: images (3, S, S) and their ids; each is in the share of one process.
-        split: "val" or "test".
-        options: device, batch size, precision and metrics. In `results` the captions are written in
-            the format of COCO's results, `[{"image_id": int, "caption": str}, ...]` in the order of
-            ids, with the files of `evaluation.scoring.write_captions` beside them.
+    `options.results` receives the captions in COCO's format, `[{"image_id": int, "caption": str},
+    ...]` in the order of ids, and beside them what `evaluation.scoring.write_captions` writes.
 
     Returns:
-        `scores`, with `loss`, the mean of the training loss over the predicted tokens of all
-        references; and `notes`, sentences. On other processes than the main one no scores.
-
-    Raises:
-        UserError: the references cannot be read or are not of the same images.
+        On the main process `scores`, with `loss`, the mean training loss over the predicted tokens
+        of all references, and `notes`, sentences; on the others empty `scores`.
     """
     config = options.config
     file = references_path(config, split)
     references = read_references(file)
     if options.samples:  # the split was cut to its first samples
-        ids = [record["image_id"] for record in dataset.records]
-        references = {image: references[image] for image in ids}
-    lengths = {key: config[key] for key in ("num_beams", "max_length", "min_length")}
+        references = {x["image_id"]: references[x["image_id"]] for x in dataset.records}
+    decoding = {key: config[key] for key in ("num_beams", "max_length", "min_length")}
     captions, loss, terms = [], 0.0, 0
     with options.autocast():
         for images, ids in options.batches(dataset, "captions"):
             encoded, ids = model.encode_image(images), ids.tolist()
-            texts = model.caption(encoded, **lengths)
-            captions += [
-                {"image_id": image, "caption": text} for image, text in zip(ids, texts, strict=True)
-            ]
-            batch_loss, batch_terms = references_loss(
-                model, encoded, [references[image] for image in ids], config
-            )
-            loss, terms = loss + batch_loss, terms + batch_terms
+            captions += zip(ids, model.caption(encoded, **decoding), strict=True)
+            batch = _references_loss(model, encoded, [references[image] for image in ids], config)
+            loss, terms = loss + batch[0], terms + batch[1]
     loss, terms = sum_over_processes([loss, terms])
     shares = gather_from_processes(captions)
     if not is_main():
         return {"scores": {}}
-    captions = sorted(chain.from_iterable(shares), key=lambda result: result["image_id"])
+    captions = [{"image_id": i, "caption": text} for i, text in sorted(chain(*shares))]
     if options.results is not None:
         write_json(options.results / f"{split}.json", captions)
     report = score_captions(captions, references, file, options.spice, options.meteor)
@@ -66,19 +52,12 @@ def evaluate_captions(model: nn.Module, dataset: Dataset, split: str, options: E
     return {"scores": report["scores"], "notes": notes_of(report)}
 
 
-def references_loss(
+def _references_loss(
     model: nn.Module, encoded: Tensor, references: list[list[str]], config: dict
 ) -> tuple[float, int]:
-    """The summed training loss of all references of a batch, and their predicted tokens.
-
-    Args:
-        model: captioner in eval mode.
-        encoded: image tokens (B, L, D), which each reference of an image sees.
-        references: of each of the B images.
-        config: its `prompt` and `max_words` are read.
-    """
+    """Summed training loss and predicted tokens of the references of images (B, L, D)."""
     loss, terms = 0.0, 0
-    for captions in zip_longest(*references):  # each image's first, then each one's second, ...
+    for captions in zip_longest(*references):  # the images' first references, their second, ...
         there = [i for i, caption in enumerate(captions) if caption is not None]
         texts = [prompted(config["prompt"], captions[i], config["max_words"]) for i in there]
         inputs, predicted = model.prepare(encoded[there], texts)

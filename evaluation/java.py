@@ -1,24 +1,24 @@
-"""One job of caption scoring in Java, in a process of its own so that it can hang or die alone.
+"""One job of caption scoring in Java (tokenize, METEOR, SPICE), which may hang or die alone.
 
-    python evaluation/metrics.py JOB captions.json output.json
+    python evaluation/java.py JOB captions.json output.json
 
-reads `[references, captions]`, both {image id: list of sentences}, and writes what JOB's function
-returns. The imports stand in the functions because a job needs only its own.
+reads `[references, captions]`, both {image id: list of sentences}, and writes JOB's result.
 """
 
+import importlib
 import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
 LAST = "lastsentence"  # one token
 
 
 def tokenize(references: dict, captions: dict) -> list[dict]:
-    """Tokenizes both, a sentence a line, with Stanford's tokenizer.
+    """Tokenizes both with Stanford's tokenizer, a sentence a line.
 
-    A known last line shows whether as many came back: a line more or less would give every sentence
-    after it to another one. `RuntimeError` if not.
+    A known last line shows whether a line was added or lost, which would shift all later sentences.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -32,30 +32,19 @@ def tokenize(references: dict, captions: dict) -> list[dict]:
     return tokenized
 
 
-def meteor(references: dict, captions: dict) -> float:
-    """METEOR 1.5 (Denkowski and Lavie, 2014)."""
-    from pycocoevalcap.meteor.meteor import Meteor
+def score(metric: str, references: dict, captions: dict) -> float:
+    """METEOR 1.5 (Denkowski and Lavie, 2014) or SPICE (Anderson et al., 2016) of a split."""
+    module = importlib.import_module("pycocoevalcap.{0}.{0}".format(metric.lower()))
+    scorer = getattr(module, metric.capitalize())()
+    return float(scorer.compute_score(references, captions)[0])
 
-    return float(Meteor().compute_score(references, captions)[0])
-
-
-def spice(references: dict, captions: dict) -> float:
-    """SPICE (Anderson et al., 2016); downloads its models on first use."""
-    from pycocoevalcap.spice.spice import Spice
-
-    return float(Spice().compute_score(references, captions)[0])
-
-
-JOBS = {"tokenize": tokenize, "METEOR": meteor, "SPICE": spice}
 
 if __name__ == "__main__":
-    _, name, source, target = sys.argv
-    with open(source) as file:
-        references, captions = json.load(file)
+    _, job, source, target = sys.argv
+    texts = json.loads(Path(source).read_text())
     try:
-        output = JOBS[name](references, captions)
+        output = tokenize(*texts) if job == "tokenize" else score(job, *texts)
     except Exception:
         traceback.print_exc()
-        os._exit(1)  # an orderly exit would wait for ever for the lock that a failed METEOR holds
-    with open(target, "w") as file:
-        json.dump(output, file)
+        os._exit(1)  # an orderly exit waits for the lock that a failed METEOR never releases
+    Path(target).write_text(json.dumps(output))

@@ -13,17 +13,9 @@ from engine.processes import sum_over_processes
 def evaluate_statements(
     model: nn.Module, dataset: Dataset, split: str, options: EvalOptions
 ) -> dict:
-    """Judges a split's statements. Every process calls it.
+    """Share of a split's statements that are judged right, and mean loss, the same everywhere.
 
-    Args:
-        model: NLVR2 model in eval mode, not wrapped.
-        dataset: the split; each statement is judged by one process, however uneven the shares.
-        split: "dev" or "test".
-        options: device, batch size and precision.
-
-    Returns:
-        `{"scores": {"accuracy": fraction in [0, 1], "loss": mean cross-entropy of a statement}}`,
-        the same on every process.
+    Every process calls it, with the model in eval mode.
     """
     correct, loss = 0, 0.0
     with options.autocast():

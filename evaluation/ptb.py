@@ -1,14 +1,12 @@
-"""Penn Treebank tokenization of captions in Python, for machines without Java.
+"""Penn Treebank tokens of captions, for machines without Java.
 
-It follows what Stanford's tokenizer, which scores of COCO captions are published with, does to
-captions; rarities such as smileys and hash tags are left out.
+As Stanford's tokenizer, which published COCO scores use, except for smileys and hash tags.
 """
 
 import re
 
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
-# Words whose full stop belongs to them.
 ABBREVIATIONS = """
     adm apr assn aug ave bldg blvd bros calif capt cmdr co col conn corp ct dec dept dr est etc feb
     fla fri ft gen gov hon inc ind intl jan jr jul jun lt ltd maj mar md messrs mfg minn mme mlle
@@ -30,15 +28,8 @@ TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-SPLIT = {
-    "cannot": "can not",
-    "gimme": "gim me",
-    "gonna": "gon na",
-    "gotta": "got ta",
-    "lemme": "lem me",
-    "wanna": "wan na",
-    "y'all": "y' all",
-}
+SPLIT = "can not, gim me, gon na, got ta, lem me, wan na, y' all".split(", ")
+SPLIT = {parts.replace(" ", ""): parts for parts in SPLIT}
 RESPELLED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 RESPELLED |= {"£": "#", "€": "$", "¢": "cents"}
 ONE_SPELLING = str.maketrans(
@@ -48,14 +39,7 @@ REMOVED = {*PUNCTUATIONS, '"'}
 
 
 def ptb_tokenize(caption: str) -> str:
-    """Splits a caption into lower-case tokens, without punctuation.
-
-    Args:
-        caption: any text.
-
-    Returns:
-        The tokens, separated by spaces.
-    """
+    """Lower-case tokens of a caption, separated by spaces, without punctuation."""
     tokens = TOKEN.findall(caption.translate(ONE_SPELLING).lower())
     tokens = [SPLIT.get(token, RESPELLED.get(token, token)) for token in tokens]
     return " ".join(token for token in tokens if token not in REMOVED and token.strip("-"))

@@ -17,33 +17,21 @@ RANKS = (1, 5, 10)
 def evaluate_retrieval(
     model: nn.Module, dataset: Dataset, split: str, options: EvalOptions
 ) -> dict:
-    """Recalls among all images and all texts of a split. Every process calls it.
+    """Recalls among all images of a split and all its `dataset.texts`, the same on every process.
 
-    Args:
-        model: CLIP in eval mode, not wrapped.
-        dataset: the split's images, its `texts` and `image_of_text`; each image and each text is
-            encoded by one process.
-        split: "val" or "test".
-        options: device, batch size and precision.
-
-    Returns:
-        `{"scores": ...}` of `recalls`, the same on every process.
+    Every process calls it, with CLIP in eval mode. Returns `{"scores": result of `recalls`}`.
     """
-
-    def encode_texts(texts: list[str]) -> Tensor:
-        return model.encode_text(model.tokenize(texts)[0].to(options.device))
-
     with options.autocast():
         images = _features(model.encode_image, options.batches(dataset, "images"))
-        texts = _features(encode_texts, options.batches(dataset.texts, "texts"))
+        texts = _features(
+            lambda texts: model.encode_text(model.tokenize(texts)[0].to(options.device)),
+            options.batches(dataset.texts, "texts"),
+        )
     return {"scores": recalls(images @ texts.T, dataset.image_of_text)}
 
 
 def _features(encode: Callable, batches: Iterable[tuple]) -> Tensor:
-    """Normalised features (N, D) float32 on the CPU of all processes' inputs, in their order.
-
-    Batches are of inputs and their numbers (B,) in the split. The result is equal everywhere.
-    """
+    """Normalised float32 features (N, D) of all processes' (inputs, places), in order of place."""
     own = [(F.normalize(encode(inputs).float(), dim=-1).cpu(), n.cpu()) for inputs, n in batches]
     shares = gather_from_processes(own)
     features, numbers = zip(*(batch for share in shares for batch in share), strict=True)
@@ -56,17 +44,16 @@ def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions.
 
     Text recall is the share of images with one of their own texts among the k most similar texts;
-    image recall the share of texts with their image among the k most similar images. Of equal
-    similarities the wrong ones come first, and NaN comes last when it is right and first when it is
-    wrong: a model that tells nothing apart finds nothing.
+    image recall is the share of texts with their image among the k most similar images. Ties and
+    NaN count against the model: if all similarities are equal, it finds nothing.
 
     Args:
         similarities: (I, T), of every image to every text.
         image_of_text: (T,) the row of each text's image; every image has a text.
 
     Returns:
-        `txt_r1`, `txt_r5`, `txt_r10`, their mean `txt_r_mean`, the same of `img`, and `r_mean`, the
-        mean of the two means; all in percent.
+        In percent: `txt_r1`, `txt_r5`, `txt_r10` and their mean `txt_r_mean`; the same for `img`;
+        `r_mean`, the mean of the two means.
     """
     similarities, image_of_text = torch.as_tensor(similarities), torch.as_tensor(image_of_text)
     images, texts = similarities.shape
@@ -74,15 +61,10 @@ def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
     right = image_of_text.to(rows.device) == rows[:, None]  # (I, T)
     assert image_of_text.shape == (texts,) and right.any(dim=1).all() and right.any(dim=0).all()
     own = similarities.masked_fill(~right | similarities.isnan(), -torch.inf)
-    best_text, own_image = own.amax(dim=1, keepdim=True), own.amax(dim=0)  # (I, 1), (T,)
-    texts_before = (~(similarities < best_text) & ~right).sum(dim=1)  # (I,)
-    images_before = (~(similarities < own_image) & ~right).sum(dim=0)  # (T,)
     result = {}
-    for name, before in (("txt", texts_before), ("img", images_before)):
-        shares = {f"{name}_r{k}": _percent(before < k) for k in RANKS}
+    for name, dim in (("txt", 1), ("img", 0)):
+        best = own.amax(dim, keepdim=True)  # (I, 1): an image's nearest own text; (1, T)
+        before = (~(similarities < best) & ~right).sum(dim)  # wrong ones at least as near
+        shares = {f"{name}_r{k}": 100 * int((before < k).sum()) / len(before) for k in RANKS}
         result |= shares | {f"{name}_r_mean": sum(shares.values()) / len(RANKS)}
     return result | {"r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2}
-
-
-def _percent(hits: Tensor) -> float:
-    return 100 * int(hits.sum()) / len(hits)

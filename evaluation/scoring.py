@@ -1,7 +1,6 @@
-"""Scores of captions: BLEU, ROUGE-L, CIDEr, METEOR and, on request, SPICE, of pycocoevalcap.
+"""Scores of captions by pycocoevalcap: BLEU, ROUGE-L, CIDEr, METEOR and, on request, SPICE.
 
-What needs Java runs in processes of its own with a time limit; what cannot run or fails is reported
-beside the other scores.
+Each metric in Java runs in a process of its own; one that fails is reported beside the scores.
 """
 
 import contextlib
@@ -22,13 +21,13 @@ from pycocoevalcap.rouge.rouge import Rouge
 from data.records import RESULTS, listed, read_records, read_references
 from evaluation import java
 from evaluation.ptb import ptb_tokenize
-from evaluation.results import write_scores
+from reports.runs import write_scores
 from utils import UserError, write_json
 
-# What Stanford's tokenizer, METEOR or Python takes for the end of a line.
+# what Stanford's tokenizer, METEOR or Python takes for the end of a line
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 NO_JAVA = "needs Java, which is not on PATH"
-ENGLISH = "-Duser.language=en -Duser.country=US"  # METEOR reads decimals as Java's locale says
+ENGLISH = " -Duser.language=en -Duser.country=US"  # METEOR reads decimals as Java's locale says
 TIMEOUT = 900.0  # seconds for the tokenizer, and then for all metrics in Java
 
 
@@ -38,11 +37,7 @@ def references_path(config: dict, split: str) -> Path:
 
 
 def score_again(path: Path, config: dict, spice: bool) -> None:
-    """Scores a file of captions that an evaluation wrote, and prints and writes the scores.
-
-    Raises:
-        UserError: the file's name does not tell its split, or a file cannot be used.
-    """
+    """Scores a file of captions that an evaluation wrote, and prints and writes the scores."""
     split = path.stem
     if split not in ("val", "test"):
         raise UserError("--score_only takes the val.json or test.json of an evaluation")
@@ -61,7 +56,7 @@ def write_captions(path: Path, report: dict) -> None:
 
 
 def notes_of(report: dict) -> list[str]:
-    """What to print of a report of `score_captions` beside its scores."""
+    """What is printed of a report of `score_captions` beside its scores."""
     left_out = [f"{metric} is left out: {why}" for metric, why in report["left_out"].items()]
     remarks = [f"note: {remark}" for remark in report["remarks"]]
     return [f"tokens: {report['tokenizer']}", *left_out, *remarks]
@@ -74,22 +69,16 @@ def score_captions(
     spice: bool = False,
     meteor: bool = True,
 ) -> dict:
-    """Scores captions against references.
+    """Scores `{"image_id": int, "caption": str}` of each image against references by image id.
 
-    Args:
-        results: `{"image_id": int, "caption": str}` an image, of exactly the references' images.
-        references: image id to its captions.
-        source: file of the references, for errors.
-        spice: SPICE, too, whose first use downloads CoreNLP's models (about 0.4 GB).
-        meteor: METEOR, too, which takes some ten seconds.
+    SPICE downloads CoreNLP's models on first use (about 0.4 GB); METEOR takes some ten seconds.
 
     Returns:
         `scores` {metric: float}, `left_out` {metric: why}, `tokenizer` (a sentence), `remarks`
-        (sentences on what the scores do not tell) and `images`, a list of
-        `{"image_id", "caption", "CIDEr", "references"}`.
+        (sentences) and `images` [{"image_id", "caption", "CIDEr", "references"}, ...].
 
     Raises:
-        UserError: captions and references are not of the same images.
+        UserError: captions and references belong to different images; names `source`.
     """
     captions = {result["image_id"]: [result["caption"]] for result in results}
     if captions.keys() != references.keys() or len(captions) < len(results):
@@ -100,8 +89,8 @@ def score_captions(
     *tokenized, tokenizer = _tokenize(references, captions)
     bleu, _ = Bleu(4).compute_score(*tokenized, verbose=0)
     rouge, _ = Rouge().compute_score(*tokenized)
-    cider, of_images = Cider().compute_score(*tokenized)
-    of_images = dict(zip(tokenized[0], map(float, of_images), strict=True))
+    cider, ciders = Cider().compute_score(*tokenized)
+    ciders = dict(zip(tokenized[0], map(float, ciders), strict=True))
     scores = {f"Bleu_{n}": score for n, score in enumerate(bleu, start=1)}
     scores |= {"ROUGE_L": float(rouge), "CIDEr": float(cider)}
     more, left_out = _run_java(["METEOR"] * meteor + ["SPICE"] * spice, *tokenized)
@@ -111,31 +100,24 @@ def score_captions(
         "tokenizer": tokenizer,
         "remarks": _remarks(*tokenized),
         "images": [
-            {
-                "image_id": image,
-                "caption": caption,
-                "CIDEr": of_images[str(image)],
-                "references": references[image],
-            }
-            for image, (caption,) in captions.items()
+            result | {"CIDEr": ciders[str(image)], "references": references[image]}
+            for image, result in zip(captions, results, strict=True)
         ],
     }
 
 
 def _remarks(references: dict[str, list[str]], captions: dict[str, list[str]]) -> list[str]:
-    """What a reader of the scores must know of these tokenized sentences."""
+    """What a reader of the scores must know about these tokenized sentences."""
     remarks = []
     if len(captions) == 1:
         remarks.append(
             "CIDEr is 0 for a single image: it weighs words by how few images' references have them"
         )
-    empty = [image for image, (caption,) in captions.items() if not caption]
-    if empty:
+    if empty := [image for image, (caption,) in captions.items() if not caption]:
         remarks.append(
             f"{len(empty)} of {len(captions)} captions have no word (images: {listed(empty)})"
         )
-    silent = [image for image, sentences in references.items() if not any(sentences)]
-    if silent:
+    if silent := [image for image, sentences in references.items() if not any(sentences)]:
         remarks.append(
             f"the references of {len(silent)} of {len(references)} images have no word, so that no "
             f"caption is right (images: {listed(silent)})"
@@ -144,10 +126,7 @@ def _remarks(references: dict[str, list[str]], captions: dict[str, list[str]]) -
 
 
 def _tokenize(references: dict, captions: dict) -> tuple[dict, dict, str]:
-    """References and captions in tokens, by image id as text, and a sentence on the tokenizer.
-
-    Every sentence is first made one line, because tokens come back by line.
-    """
+    """References and captions in tokens, by image id as text, and a sentence on the tokenizer."""
     lines = [
         {str(image): [text.translate(LINE_ENDS) for text in texts] for image, texts in of.items()}
         for of in (references, captions)
@@ -160,23 +139,20 @@ def _tokenize(references: dict, captions: dict) -> tuple[dict, dict, str]:
 
 
 def _run_java(names: list[str], references: dict, captions: dict) -> tuple[dict, dict[str, str]]:
-    """Runs jobs of `java.py` side by side: outputs by name, and why there is none for a job."""
+    """Runs jobs of `java.py` side by side; returns outputs and reasons of failure, by name."""
     if shutil.which("java") is None:
         return {}, dict.fromkeys(names, NO_JAVA)
     outputs, failures, processes = {}, {}, {}
-    options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} {ENGLISH}"
+    options = {"JAVA_TOOL_OPTIONS": os.environ.get("JAVA_TOOL_OPTIONS", "") + ENGLISH}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         source = Path(folder, "captions.json")
         source.write_text(json.dumps([references, captions]))
         for name in names:
             log = stack.enter_context(open(Path(folder, f"{name}.log"), "w"))
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            command = [sys.executable, java.__file__, name, source, Path(folder, f"{name}.json")]
             processes[name] = subprocess.Popen(
-                [sys.executable, java.__file__, name, source, Path(folder, f"{name}.json")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=os.environ | {"JAVA_TOOL_OPTIONS": options},
+                command, **streams, start_new_session=True, env=os.environ | options
             )
             stack.callback(_kill_group, processes[name])
         deadline = time.monotonic() + TIMEOUT
@@ -189,8 +165,8 @@ def _run_java(names: list[str], references: dict, captions: dict) -> tuple[dict,
             if status == 0:
                 outputs[name] = json.loads(Path(folder, f"{name}.json").read_text())
             else:
-                log = Path(folder, f"{name}.log").read_text().strip()
-                failures[name] = f"failed: {log.splitlines()[-1] if log else f'status {status}'}"
+                lines = Path(folder, f"{name}.log").read_text().strip().splitlines()
+                failures[name] = f"failed: {(lines or [f'status {status}'])[-1]}"
     return outputs, failures
 
 

@@ -12,12 +12,7 @@ ANY = OTHER["other"]
 
 
 def plot_sparsity(reports: dict[str, dict], lowest: float = 0.0) -> Figure:
-    """Draws each layer's sparsity against its depth, one panel a report, as `ID.png` marks kinds.
-
-    Args:
-        reports: panel title to result of `sparsity_report`.
-        lowest: share of zeros where the axis begins.
-    """
+    """Draws each layer's share of zeros, from `lowest` on, by depth; one panel a report."""
     figure = Figure(figsize=(1.5 + 5 * len(reports), 4.2), layout="constrained")
     panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
     for panel, (title, report) in zip(panels, reports.items(), strict=True):
@@ -35,10 +30,10 @@ def plot_sparsity(reports: dict[str, dict], lowest: float = 0.0) -> Figure:
 
 
 def _plot_modality(panel, report: dict, name: str, label: str) -> None:
-    """A marker for each layer, as its kind has it, and a line through the blocks' means."""
+    """A marker for each layer, by kind as in `ID.png`, and a line through the blocks' means."""
     blocks, block, known = defaultdict(list), 0, list(report["by_modality"])
     for layer, share in report["by_layer"].items():
-        ours = modality(layer) in known  # else a foreign model's
+        ours = modality(layer) in known  # or a foreign model's
         if (number := re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)) is not None:
             block = int(number[1])  # a layer without a number stands with the one before it
         if name == (modality(layer) if ours else known[-1]):

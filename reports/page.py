@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Template
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image
@@ -18,69 +18,51 @@ from data.image_dataset import BadImageError, open_image
 from data.records import CAPTION_EVALUATION, read_records
 from dimension.figures import plot_comparison, plot_depth
 from dimension.profile import IDProfile, load_profile
+from engine.tasks import TASKS
 from models.checkpoint import load_trained
 from reports import costs
 from reports.figures import plot_sparsity
 from reports.runs import RunFolder
-from reports.tables import shares
 from utils import UserError
 
 PICTURES = 8
 SIDE = 320  # pixels of a picture, at most
 FIGURE, DPI = (5.6, 4.0), 160  # inches: letters stay readable on a phone
 MAIN_SCORES = {"CIDEr": "CIDEr", "accuracy": "test accuracy", "r_mean": "mean recall"}
+Runs = dict[str, RunFolder]  # by label
+Costs = dict[str, dict | str]  # by label: results of `costs.report`, or why there is none
 
 
-def build_page(runs: dict[str, RunFolder], found: dict[str, dict | str], command: str) -> bytes:
-    """The page of some runs.
-
-    Args:
-        runs: by label, at least one.
-        found: of `measure_costs`.
-        command: that makes the page.
-    """
-    times = (
-        f"Milliseconds of one sample on {costs.processor()}, threads: {torch.get_num_threads()}; "
-        f"median (least–most) of {costs.REPEATS} repeats."
-    )
-    unmeasured = {name: why for name, why in found.items() if isinstance(why, str)}
-    sections = [
-        {
-            "title": "Scores",
+def build_page(runs: Runs, found: Costs, command: str) -> bytes:
+    """The page of at least one run, with the results of `measure_costs` and its own command."""
+    sections = {
+        "Scores": {
             "rows": rows([run.scores for run in runs.values()]),
             "notes": [remark for run in runs.values() for remark in run.remarks],
         },
-        {
-            "title": "Where sparsity went, by modality and layer",
-            "rows": rows([shares(run.sparsity) for run in runs.values()]),
+        "Where sparsity went, by modality and layer": {
+            "rows": rows([run.shares for run in runs.values()]),
             "figures": _sparsity(runs),
         },
-        {"title": "Intrinsic dimension by layer", **_profiles(runs)},
-        {
-            "title": "Size and speed",
-            "rows": rows([{} if name in unmeasured else all_costs(x) for name, x in found.items()]),
-            "notes": [times] * (len(found) > len(unmeasured))
-            + [f"Without {name}: {why}." for name, why in unmeasured.items()],
-        },
-        {"title": "Test pictures", **_captions(runs)},
-        {"title": "Commands", **_commands(runs, command)},
-    ]
-    folder = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=folder, autoescape=True, trim_blocks=True).get_template(
-        "page.html"
-    )
+        "Intrinsic dimension by layer": _profiles(runs),
+        "Size and speed": _costs(found),
+        "Test pictures": _captions(runs),
+        "Commands": _commands(runs, command),
+    }
+    source = Path(__file__).with_name("page.html").read_text("utf-8")
+    template = Template(source, autoescape=True, trim_blocks=True)
     page = template.render(runs=list(runs), finding=finding(runs), sections=sections)
     return page.encode("utf-8", "replace")
 
 
 def rows(columns: list[dict[str, str]]) -> dict[str, list[str]]:
-    """A table's cells by the name of the line; one that a run lacks is empty."""
+    """A table's cells by line; a cell is empty where a run has no such line."""
     lines = dict.fromkeys(line for column in columns for line in column)
     return {line: [column.get(line, "") for column in columns] for line in lines}
 
 
-def finding(runs: dict[str, RunFolder]) -> str:
-    """A sentence: the main score at each sparsity, beside the score of the dense run; or ""."""
+def finding(runs: Runs) -> str:
+    """A sentence on the main score at each sparsity and without pruning; "" without a score."""
     tests = {name: run.results.get("test", {}) for name, run in runs.items() if run.sparsity}
     score = next((x for x in MAIN_SCORES if any(x in test for test in tests.values())), None)
     if score is None:
@@ -104,18 +86,18 @@ def finding(runs: dict[str, RunFolder]) -> str:
 
 
 def image(content: Figure | Image.Image) -> str:
-    """A figure or picture as an address that holds its bytes."""
+    """A figure or a picture, made small, as an address that holds its bytes."""
     file = io.BytesIO()
     if isinstance(content, Figure):
         content.set_size_inches(*FIGURE)
         content.savefig(file, format="png", dpi=DPI)
     else:
+        content.thumbnail((SIDE, SIDE))
         content.save(file, format="png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _sparsity(runs: dict[str, RunFolder]) -> list[tuple[str, str]]:
-    """A figure and its description for each pruned run, on one scale."""
+def _sparsity(runs: Runs) -> list[tuple[str, str]]:
     reports = {n: x.sparsity for n, x in runs.items() if x.sparsity and x.sparsity["pruned"]}
     shown = [share for report in reports.values() for share in report["by_layer"].values()]
     lowest = int(10 * min(shown, default=0)) / 10
@@ -125,8 +107,8 @@ def _sparsity(runs: dict[str, RunFolder]) -> list[tuple[str, str]]:
     ]
 
 
-def _profiles(runs: dict[str, RunFolder]) -> dict[str, list]:
-    """The IDs that weighted scores, with error bars where a profile has them."""
+def _profiles(runs: Runs) -> dict[str, list]:
+    """Figures of the IDs that weighted scores, and what is wrong with other profiles."""
     figures, notes = [], []
     for path in dict.fromkeys(run.id_profile for run in runs.values() if run.id_profile):
         try:
@@ -139,16 +121,16 @@ def _profiles(runs: dict[str, RunFolder]) -> dict[str, list]:
     return {"figures": figures, "notes": notes}
 
 
-def measure_costs(runs: dict[str, RunFolder]) -> dict[str, dict | str]:
-    """What `costs.report` finds of each run's model, on the CPU, or why there is nothing."""
-    found: dict[str, dict | str] = {}
+def measure_costs(runs: Runs) -> Costs:
+    """Measures each run's model on the CPU."""
+    found: Costs = {}
     for name, run in runs.items():
         try:
             if run.config is None:
                 raise UserError("its folder has no record of a command")
             if not run.weights.exists():
                 raise UserError(f"{run.weights} was not found")
-            model = costs.SAMPLES[run.config["task"]][0](run.config).eval()
+            model = TASKS[run.config["task"]].build_model(run.config).eval()
             load_trained(model, str(run.weights))
             found[name] = costs.report(model, run.config)
         except UserError as error:
@@ -157,7 +139,7 @@ def measure_costs(runs: dict[str, RunFolder]) -> dict[str, dict | str]:
 
 
 def short_costs(found: dict) -> dict[str, str]:
-    """A few columns of costs for the printed table."""
+    """Costs for the printed table, by column."""
     return {
         "nonzeros": with_prefix(sum(found["nonzeros"].values())),
         "bytes": with_prefix(found["bytes"]["dense float32"]),
@@ -169,7 +151,7 @@ def short_costs(found: dict) -> dict[str, str]:
 
 
 def all_costs(found: dict) -> dict[str, str]:
-    """All that was measured, by the name of its line."""
+    """Costs for the page, by line."""
     counts = {what: found[what] for what in ("parameters", "nonzeros", "bytes")}
     counts |= {f"multiply-adds, {form}": x for form, x in found["multiply_adds"].items()}
     lines = {f"{x}, {part}": with_prefix(n) for x, of in counts.items() for part, n in of.items()}
@@ -177,24 +159,33 @@ def all_costs(found: dict) -> dict[str, str]:
     return lines | times | {"sparse layers": found["sparse_layers"].split(" linear")[0]}
 
 
-def _time(measured: dict) -> str:
-    """The median and, in brackets, the least and the most, of three digits each."""
+def _costs(found: Costs) -> dict:
+    notes = [f"Without {name}: {why}." for name, why in found.items() if isinstance(why, str)]
+    if len(notes) < len(found):
+        here = f"{costs.processor()}, threads: {torch.get_num_threads()}"
+        repeats = f"median (least–most) of {costs.REPEATS} repeats"
+        notes.insert(0, f"Milliseconds of one sample on {here}; {repeats}.")
+    columns = [{} if isinstance(x, str) else all_costs(x) for x in found.values()]
+    return {"rows": rows(columns), "notes": notes}
+
+
+def _time(measured: dict) -> str:  # median (least–most)
     times = (measured["milliseconds"], *measured["spread"])
     return "{:g} ({:g}–{:g})".format(*(float(f"{time:.3g}") for time in times))
 
 
 def with_prefix(count: float) -> str:
-    """Three digits and a prefix, as 1.13 M."""
-    return EngFormatter()(float(f"{count:.3g}"))  # rounded first, for 999,600 is 1 M
+    """Three digits and a prefix, such as 1.13 M."""
+    return EngFormatter()(float(f"{count:.3g}"))  # rounded first, because 999,600 is 1 M
 
 
-def _captions(runs: dict[str, RunFolder]) -> dict[str, list]:
-    """A few test pictures with the captions of all runs that captioned the first one's data."""
+def _captions(runs: Runs) -> dict[str, list]:
+    """A few test pictures, with captions of the runs on the first run's data."""
     captioned = {name: run for name, run in runs.items() if run.captions and run.config}
     if not captioned:
         return {}
     first = next(iter(captioned.values()))
-    shown = {name: run for name, run in captioned.items() if same_data(run, first)}
+    shown = {name: run for name, run in captioned.items() if _same_data(run, first)}
     references = next((run.references for run in shown.values() if run.references), {})
     common = [x for x in first.captions if all(x in run.captions for run in shown.values())]
     count = min(PICTURES, len(common))
@@ -202,18 +193,16 @@ def _captions(runs: dict[str, RunFolder]) -> dict[str, list]:
     annotation = Path(first.config["ann_root"], "coco_karpathy_test.json")
     found = read_records(annotation, CAPTION_EVALUATION) if annotation.is_file() else []
     files = {x["image_id"]: Path(first.config["image_root"], x["image"]) for x in found}
-    pictures = [
-        {
-            "name": key,
-            "source": _picture(files.get(key)),
-            "references": references.get(key, []),
-            "captions": {
-                x: marked(run.captions[key], references.get(key)) for x, run in shown.items()
-            },
-        }
-        for key in chosen
-    ]
-    lost = [str(files.get(x["name"], annotation)) for x in pictures if x["source"] is None]
+    pictures, lost = [], []
+    for key in chosen:
+        known = references.get(key, [])
+        captions = {name: marked(run.captions[key], known) for name, run in shown.items()}
+        picture = {"name": key, "references": known, "captions": captions}
+        try:
+            picture["source"] = image(open_image(str(files.get(key))))
+        except BadImageError:
+            lost.append(str(files.get(key, annotation)))
+        pictures.append(picture)
     notes = ["Marked words stand in none of a picture's references."] * bool(references)
     notes += [f"Not found or not readable: {', '.join(dict.fromkeys(lost))}."] * bool(lost)
     if others := [name for name in captioned if name not in shown]:
@@ -221,33 +210,22 @@ def _captions(runs: dict[str, RunFolder]) -> dict[str, list]:
     return {"pictures": pictures, "notes": notes}
 
 
-def _picture(file: Path | None) -> str | None:
-    """A small form of a picture; None if it cannot be read."""
-    try:
-        picture = open_image(str(file))
-    except BadImageError:
-        return None
-    picture.thumbnail((SIDE, SIDE))
-    return image(picture)
-
-
-def same_data(run: RunFolder, other: RunFolder) -> bool:
-    """Whether nothing shows that two runs captioned different data, which may reuse ids."""
+def _same_data(run: RunFolder, other: RunFolder) -> bool:
+    """Whether two runs captioned the same data as far as is known; other data may reuse ids."""
     if run.references and other.references and run.references != other.references:
         return False
     roots = [[Path(x.config[key]) for x in (run, other)] for key in ("ann_root", "image_root")]
     return all(not (a.exists() and b.exists()) or a.samefile(b) for a, b in roots)
 
 
-def marked(caption: str, references: list[str] | None) -> list[tuple[str, bool]]:
+def marked(caption: str, references: list[str]) -> list[tuple[str, bool]]:
     """The caption's pieces in order, and whether each is a word that no reference has."""
-    known = set(re.findall(r"\w+", " ".join(references or []).lower()))
+    known = set(re.findall(r"\w+", " ".join(references).lower()))
     pieces = re.split(r"(\w+)", caption)
     return [(x, bool(known) and x.isalnum() and x.lower() not in known) for x in pieces]
 
 
-def _commands(runs: dict[str, RunFolder], command: str) -> dict[str, list]:
-    """The commands that made the runs, as they were typed, and the one that makes the page."""
+def _commands(runs: Runs, command: str) -> dict[str, list]:
     records = [(name, record) for name, run in runs.items() for record in run.records]
     typed = [shlex.join(["python", *x["argv"]]) for _, x in records if x.get("argv")]
     notes = [

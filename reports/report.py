@@ -1,10 +1,9 @@
-"""Writes one HTML page about some runs, pictures included; it needs no network.
+"""Prints a table of runs and writes one HTML page about them, which needs no other file.
 
     python -m reports.report output/demo/dense output/demo/PLATON90 output/demo/PLATON90-ID
 
-Of each run it shows what its folder has: scores, where sparsity went, the IDs that weighted it, and
-captions of a few test pictures; its size and speed are measured here, on the CPU. The table of all
-is also printed.
+The page shows what the runs' folders hold (scores, sparsity and IDs by layer, captions of a few
+test pictures), and each model's size and speed on this machine's CPU.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import shlex
 from pathlib import Path
 
 from reports.runs import read_run
-from reports.tables import markdown, shares
+from reports.tables import markdown
 from utils import atomic_write, launch
 
 
@@ -22,22 +21,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, help="file; default: report.html beside the first run")
+    parser.add_argument("--out", type=Path, help="page (default: report.html beside the first run)")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measures, prints the table and what was found, and writes the page."""
+    """Measures the models, prints the table and the finding, and writes the page."""
     runs = [read_run(folder) for folder in args.runs]
     names = [run.name for run in runs]
     labels = names if len(set(names)) == len(names) else map(str, args.runs)
     runs = dict(zip(labels, runs, strict=True))
-    # after the folders were read, whose mistakes do not wait for what takes seconds to import
+    # imported here, because a mistaken folder is reported before what takes seconds to import
     from reports.page import build_page, finding, measure_costs, short_costs
 
     found = measure_costs(runs)
     rows = [
-        {"run": name, **shares(run.sparsity), **run.scores}
+        {"run": name, **run.shares, **run.scores}
         | (short_costs(found[name]) if isinstance(found[name], dict) else {})
         for name, run in runs.items()
     ]

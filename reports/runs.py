@@ -6,55 +6,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError
+from utils import UserError, write_json
 
 PRUNED_FILE = "pruned.safetensors"
 CHECKPOINTS = "checkpoints"  # a folder
 LOG_FILE = "log.txt"  # a line of JSON for each epoch
-# of results/: what an evaluation writes; a validation in training writes others beside them
+# what an evaluation writes into results/, and a validation during training does not
 EVALUATED = ("accuracy.json", "recalls.json", "test_scores.json", "test.json")
 
-ROOT = Path(__file__).parents[1]  # of the project, whose own files configs name
+ROOT = Path(__file__).parents[1]  # the project, whose own files configs name
 PATHS = "ann_root image_root med_config tokenizer pretrained id_profile pruned".split()
-COLUMNS = {  # score to its column and format
-    "CIDEr": ("CIDEr", "{:.3f}"),
-    "Bleu_4": ("BLEU-4", "{:.3f}"),
-    "txt_r1": ("TR@1", "{:.1f}%"),
-    "txt_r5": ("TR@5", "{:.1f}%"),
-    "img_r1": ("IR@1", "{:.1f}%"),
-    "img_r5": ("IR@5", "{:.1f}%"),
-    "r_mean": ("mean", "{:.1f}%"),
-}
+# scores that tables show, and their columns; recalls are percentages
+RECALLS = {"txt_r1": "TR@1", "txt_r5": "TR@5", "img_r1": "IR@1", "img_r5": "IR@5", "r_mean": "mean"}
+COLUMNS = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", **RECALLS}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run as its folder has it; None and empty stand for what is not there.
-
-    Attributes:
-        folder: of the run.
-        sparsity: of `pruners.sparsity_report`.
-        results: split to score's name to value.
-        records: of training and of the last evaluation: "config", "flags" and, of newer runs,
-            "argv". Paths in the first two are those of now, where they were found.
-        config: of the last record.
-        weights: file or folder that was evaluated, or else what training wrote.
-        id_profile: path of the profile that weighted the scores; "" if none did.
-        captions: of the test split, by image id.
-        references: of the test split's images, by image id.
-        remarks: sentences about what is not as it seems.
-    """
+    """A run as its folder has it; None and empty stand for what is not there."""
 
     folder: Path
-    sparsity: dict | None
-    results: dict[str, dict[str, float]]
+    sparsity: dict | None  # a `pruners.sparsity_report`
+    results: dict[str, dict[str, float]]  # {split: {score: value}}
+    # training's and the last evaluation's "config", "flags" and, in newer runs, "argv"; their paths
+    # lead to where the files lie now
     records: list[dict]
-    config: dict | None
-    weights: Path | None
-    id_profile: str
-    captions: dict[int, str]
-    references: dict[int, list[str]]
-    remarks: list[str]
+    config: dict | None  # the last record's
+    weights: Path  # what was evaluated, a file or folder; else what training wrote
+    id_profile: str  # path of the profile that weighted the scores
+    captions: dict[int, str]  # test split, by image id
+    references: dict[int, list[str]]  # test split, by image id
+    remarks: list[str]  # sentences on scores or weights that may mislead
 
     @property
     def name(self) -> str:
@@ -63,22 +45,25 @@ class RunFolder:
 
     @property
     def scores(self) -> dict[str, str]:
-        """Column to formatted score: accuracies of all splits, other scores of the test split."""
+        """Accuracies of all splits, or other scores of the test split, by column."""
         accuracies = {split: x["accuracy"] for split, x in self.results.items() if "accuracy" in x}
         if accuracies:
             return {f"{split} accuracy": f"{share:.1%}" for split, share in accuracies.items()}
         test = self.results.get("test", {})
-        names = [name for name in COLUMNS if name in test] or list(test)
-        columns = [(*COLUMNS.get(name, (name, "{:.3f}")), test[name]) for name in names]
-        return {column: form.format(value) for column, form, value in columns}
+        shown = [name for name in COLUMNS if name in test] or test
+        forms = {name: "{:.1f}%" if name in RECALLS else "{:.3f}" for name in shown}
+        return {COLUMNS.get(name, name): form.format(test[name]) for name, form in forms.items()}
+
+    @property
+    def shares(self) -> dict[str, str]:
+        """Shares of zeros by column: among all prunable weights, and in each modality."""
+        report = self.sparsity
+        found = {"sparsity": report["overall"], **report["by_modality"]} if report else {}
+        return {column: f"{share:.1%}" for column, share in found.items()}
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Reads what is in a run's folder, of earlier versions too.
-
-    Raises:
-        UserError: it is no run's folder, or a file in it is damaged.
-    """
+    """Reads a run's folder, also of an earlier version. UserError: no run, or a damaged file."""
     sparsity = _read(folder / "sparsity.json")
     trained, evaluated = (_record(folder / f"{name}.json") for name in ("config", "evaluation"))
     if sparsity is None and trained is None:
@@ -92,14 +77,14 @@ def read_run(folder: Path) -> RunFolder:
     if evaluated:
         config = evaluated["config"]
         weights = Path(evaluated["flags"].get("pruned") or config["pretrained"])
-    captions, images = (_read(folder / f"results/test{end}.json") or [] for end in ("", "_images"))
+    captions, images = (_read(folder / f"results/test{x}.json") or [] for x in ("", "_images"))
     return RunFolder(
         folder,
         sparsity,
         _results(folder / "results"),
         [record for record in (trained, evaluated) if record],
         config or None,
-        weights if config else None,
+        weights,
         profile,
         {row["image_id"]: row["caption"] for row in captions},
         {row["image_id"]: row["references"] for row in images},
@@ -110,8 +95,8 @@ def read_run(folder: Path) -> RunFolder:
 def _record(path: Path) -> dict | None:
     """The record of a command, with the paths where its files lie now.
 
-    What lay in the run's folder or about it is sought there first, so that it is found from every
-    working folder and after a move; then from the working folder, then among the project's files.
+    A file is sought at its place relative to the run's folder, which may have moved; then from the
+    working folder; then among the project's files.
     """
     record, folder = _read(path), path.parent.resolve()
     if record is None or "flags" not in record:  # Hugging Face's folders have a config.json too
@@ -120,7 +105,7 @@ def _record(path: Path) -> dict | None:
     before = Path(flags["output_dir"], flags.get("model_dir") or Path(flags["config"]).stem)
     pruned = "" if flags.get("model_dir") else flags.get("pruned") or ""
     if pruned and before.name != folder.name and not pruned.endswith((".safetensors", ".pth")):
-        before = Path(pruned)  # a run's folder, which takes the results of its evaluation
+        before = Path(pruned)  # a run's folder, into which its evaluation writes
     for settings in (flags, record["config"]):
         for key in PATHS:
             if (named := settings.get(key)) and isinstance(named, str):
@@ -133,7 +118,7 @@ def _record(path: Path) -> dict | None:
 
 
 def _remarks(folder: Path, final_threshold: float | None) -> Iterator[str]:
-    """Says whether training has not ended, and whether scores may be of earlier weights."""
+    """Sentences on a training that has not ended, and on scores that may be of earlier weights."""
     name, weights = folder.resolve().name, folder / PRUNED_FILE
     if final_threshold is not None:
         left = (_read(folder / LOG_FILE, last_line=True) or {}).get("remaining_ratio", 1.0)
@@ -152,7 +137,7 @@ def _remarks(folder: Path, final_threshold: float | None) -> Iterator[str]:
 
 
 def _results(folder: Path) -> dict[str, dict[str, float]]:
-    """Split to scores, from the files of all tasks; newer runs have scores.json as well."""
+    """Scores by split, from the files of all tasks; newer runs have scores.json as well."""
     accuracies = _read(folder / "accuracy.json") or {}
     captions = _read(folder / "test_scores.json")
     found = {split: {"accuracy": share} for split, share in accuracies.items()}
@@ -162,7 +147,7 @@ def _results(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _read(path: Path, last_line: bool = False) -> dict | list | None:
-    """A JSON file, or the JSON of its last line; None if it is not there."""
+    """Content of a JSON file, or of its last line; None without a file."""
     try:
         text = path.read_text()
         return json.loads(text.splitlines()[-1] if last_line and text else text)
@@ -170,3 +155,14 @@ def _read(path: Path, last_line: bool = False) -> dict | list | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): run training or --evaluate again") from error
+
+
+def write_scores(
+    folder: Path, split: str, scores: dict[str, float], file: str = "", score: str = ""
+) -> None:
+    """Adds a split's scores to `scores.json`, and all of them or one `score` to the task's file."""
+    contents = {"scores.json": scores}
+    if file:
+        contents[file] = scores[score] if score else scores
+    for name, content in contents.items():
+        write_json(folder / name, (_read(folder / name) or {}) | {split: content})

@@ -2,8 +2,7 @@
 
     python -m reports.tables output/demo dense PLATON90 PLATON90-ID
 
-reads what `--evaluate` wrote: sparsity.json and results/ of each run. `--ids PROFILE` adds a line
-with the mean ID of each modality.
+`--ids PROFILE` adds a line with the mean ID of each modality.
 """
 
 import argparse
@@ -11,25 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from reports.runs import RunFolder, read_run
+from reports.runs import read_run
 from utils import UserError, launch
-
-
-def row(run: RunFolder) -> dict[str, str]:
-    """A row of the table: column to formatted value.
-
-    Raises:
-        UserError: the run was not evaluated.
-    """
-    if run.sparsity is None or not run.scores:
-        raise UserError(f"{run.folder} holds no evaluated run: run --evaluate")
-    return {"run": run.name, **shares(run.sparsity), **run.scores}
-
-
-def shares(sparsity: dict | None) -> dict[str, str]:
-    """The columns of the shares of zeros, from a `sparsity_report` if there is one."""
-    found = {"sparsity": sparsity["overall"], **sparsity["by_modality"]} if sparsity else {}
-    return {name: f"{share:.1%}" for name, share in found.items()}
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -42,21 +24,6 @@ def markdown(rows: list[dict[str, str]]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     )
-
-
-def mean_ids(path: Path) -> str:
-    """A line with the mean ID of each modality's layers.
-
-    Raises:
-        UserError: the file cannot be read or is no profile.
-    """
-    from dimension.profile import load_kinds, load_profile
-    from models.layers import modality
-
-    kinds, members = load_kinds(path), defaultdict(list)
-    for name, dimension in load_profile(path).items():
-        members[kinds.get(name) or modality(name)].append(dimension)
-    return "mean ID: " + ", ".join(f"{kind} {mean(ids):.1f}" for kind, ids in members.items())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,10 +39,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Prints the table, the mean IDs, and the paths of figures."""
-    print(markdown([row(read_run(args.folder / run)) for run in args.runs]))
+    runs = [read_run(args.folder / run) for run in args.runs]
+    for run in runs:
+        if run.sparsity is None or not run.scores:
+            raise UserError(f"{run.folder} holds no evaluated run: run --evaluate")
+    print(markdown([{"run": run.name, **run.shares, **run.scores} for run in runs]))
     if args.ids:
-        print(mean_ids(args.ids))
-    figures = [figure for run in args.runs for figure in sorted((args.folder / run).glob("*.png"))]
+        from dimension.profile import load_kinds, load_profile
+        from models.layers import modality
+
+        kinds, members = load_kinds(args.ids), defaultdict(list)
+        for name, dimension in load_profile(args.ids).items():
+            members[kinds.get(name) or modality(name)].append(dimension)
+        means = (f"{kind} {mean(ids):.1f}" for kind, ids in members.items())
+        print("mean ID:", ", ".join(means))
+    figures = [figure for run in runs for figure in sorted(run.folder.glob("*.png"))]
     if figures:
         print("figures:", *figures, sep="\n  ")
 

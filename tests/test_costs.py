@@ -1,8 +1,11 @@
 """Costs counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from engine.tasks import TASKS
 from models import build_captioner, build_clip
 from reports import costs
 
@@ -24,22 +27,10 @@ def saved(model, task: str) -> dict[str, int]:
 )
 def test_base_models_count_as_upop_published(golden_tokenizer, task, adds, parameters):
     with torch.device("meta"):
-        model = costs.SAMPLES[task][0](BASE | {"tokenizer": golden_tokenizer}).eval()
+        model = TASKS[task].build_model(BASE | {"tokenizer": golden_tokenizer}).eval()
     counts = costs.multiply_adds(model, costs.example(model, task, 384, "meta"))
     assert sum(counts["dense"].values()) == pytest.approx(adds, rel=0.001)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.001)
-
-
-def test_large_clip_by_hand():
-    with torch.device("meta"):
-        model = build_clip({"clip": "large", "image_size": 336, "queue_size": 8}).eval()
-    counts = costs.multiply_adds(model, costs.example(model, "retrieval", 336, "meta"))
-    tokens, width = 577, 1024
-    patches = 576 * (3 * 14 * 14) * width
-    vision = patches + 24 * (12 * tokens * width**2 + 2 * tokens**2 * width) + width * 768
-    language = 12 * (12 * 77 * 768**2 + 2 * 77**2 * 768) + 768**2
-    similarity = 768
-    assert counts["dense"] == {"vision": vision, "language": language + similarity}
 
 
 def test_a_small_clip_by_hand_and_zeros_of_its_attention_save_their_products():
@@ -52,8 +43,9 @@ def test_a_small_clip_by_hand_and_zeros_of_its_attention_save_their_products():
         block.attn.out_proj.weight[0] = 0
         model.transformer.resblocks[0].mlp.c_fc.weight[:, 2] = 0
     dense = costs.multiply_adds(model, costs.example(model, "retrieval", 32))["dense"]
-    block = 12 * 17 * 32**2 + 2 * 17**2 * 32
-    assert dense["vision"] == 16 * (3 * 8 * 8) * 32 + 2 * block + 32 * 16
+    image, text = (12 * tokens * 32**2 + 2 * tokens**2 * 32 for tokens in (17, 12))  # of a block
+    assert dense["vision"] == 16 * (3 * 8 * 8) * 32 + 2 * image + 32 * 16
+    assert dense["language"] == 2 * text + 32 * 16 + 16  # the last is the similarity
     assert saved(model, "retrieval") == {"vision": 17 * 32 * (5 + 1), "language": 12 * 4 * 32}
 
 
@@ -107,6 +99,14 @@ def test_sizes(tiny):
         assert dense == size * parameters
         saved = 150 * 48 * size - 192 * 48 / 8
         assert saved - 250 <= dense - compressed <= saved  # less the header's entries
+
+
+def test_a_new_task_has_costs(tiny, monkeypatch):
+    task = replace(TASKS["caption"], name="new", tokens=7)
+    monkeypatch.setitem(TASKS, "new", task)
+    found = costs.report(tiny, {"task": "new", "image_size": 32})
+    assert costs.example(tiny, "new", 32)[1].shape == (1, 7)
+    assert found["multiply_adds"]["dense"]["language"] > 0 < found["sparse"]["milliseconds"]
 
 
 def test_times_are_those_of_calls_and_their_spread(tiny, monkeypatch):

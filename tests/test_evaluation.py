@@ -2,13 +2,12 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import Dataset
 
 import train_caption
 from configs import load_config
@@ -21,15 +20,18 @@ from engine.loading import EvalOptions
 from engine.main import evaluate, run_task
 from engine.run import start
 from engine.tasks import CAPTION, NLVR, RETRIEVAL, TASKS
-from evaluation import captions as captioning
 from evaluation.captions import evaluate_captions
 from evaluation.nlvr import evaluate_statements
-from evaluation.results import write_scores
 from models import prunable_layers
 from pruners.sparsity import sparsity_report
-from tests.runs import TINY_TEXT, TINY_VIT, make_scenes, on_two_processes, write_config
-
-SIZES = {"image_size": 32, "vit": TINY_VIT, "med_config": TINY_TEXT, "augment": False}
+from reports.runs import write_scores
+from tests.runs import (
+    make_scenes,
+    on_two_processes,
+    write_clip_config,
+    write_config,
+    write_nlvr_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,10 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def caption_config(scenes, tmp_path):
-    return load_config(write_config(tmp_path / "c.yaml", scenes, num_beams=2, eval_batch_size=4))
+    """With annotations of its own, which a test may change."""
+    own = str(shutil.copytree(scenes / "annotation", tmp_path / "annotation"))
+    changes = {"ann_root": own, "coco_gt_root": own, "num_beams": 2, "eval_batch_size": 4}
+    return load_config(write_config(tmp_path / "c.yaml", scenes, **changes))
 
 
 @pytest.fixture(autouse=True)
@@ -79,28 +84,17 @@ def test_the_loss_of_captions_is_the_mean_over_the_tokens_of_all_references(capt
     model, split = captioner(caption_config), build_caption_datasets(caption_config)[1]
     file = Path(caption_config["coco_gt_root"], "coco_karpathy_val_gt.json")
     content = json.loads(file.read_text())
-    whole = file.read_text()
     content["annotations"] = content["annotations"][:-3]  # the last image has two of five
     file.write_text(json.dumps(content))
-    encoded = []
-    encode = model.encode_image
+    encoded, encode = [], model.encode_image
     model.encode_image = lambda image: encoded.append(len(image)) or encode(image)
-    try:
-        scores = evaluate_captions(model, split, "val", EvalOptions(caption_config))["scores"]
-        references = read_references(file)
-    finally:
-        file.write_text(whole)
+    scores = evaluate_captions(model, split, "val", EvalOptions(caption_config))["scores"]
     assert encoded == [4, 2]
     del model.encode_image
-    records = [
-        {"image": record["image"], "caption": caption}
-        for record in split.records
-        for caption in references[record["image_id"]]
-    ]
-    prompt, words = caption_config["prompt"], caption_config["max_words"]
-    pairs = CaptionTrainDataset(
-        records, split.image_root, split.transform, prompt=prompt, max_words=words
-    )
+    references = read_references(file)
+    records = [x | {"caption": y} for x in split.records for y in references[x["image_id"]]]
+    texts = {key: caption_config[key] for key in ("prompt", "max_words")}
+    pairs = CaptionTrainDataset(records, split.image_root, split.transform, **texts)
     assert scores["loss"] == pytest.approx(mean_loss(model, pairs), rel=1e-6)
 
 
@@ -115,14 +109,10 @@ def caption_a_split(rank, config, folder):
 def test_two_processes_caption_and_score_as_one(caption_config, tmp_path):
     """Ids descend, so that the file's order is not the split's."""
     annotation = Path(caption_config["ann_root"], "coco_karpathy_val.json")
-    whole = annotation.read_text()
-    annotation.write_text(json.dumps(json.loads(whole)[::-1]))
+    annotation.write_text(json.dumps(json.loads(annotation.read_text())[::-1]))
     config = caption_config | {"eval_batch_size": 2}
-    try:
-        caption_a_split(0, config, tmp_path / "one")
-        on_two_processes(caption_a_split, config, tmp_path / "two")
-    finally:
-        annotation.write_text(whole)
+    caption_a_split(0, config, tmp_path / "one")
+    on_two_processes(caption_a_split, config, tmp_path / "two")
     files = ("val.json", "val_images.json", "val_scores.json")
     one, two = ([json.loads((tmp_path / n / f).read_text()) for f in files] for n in ("one", "two"))
     assert [r["image_id"] for r in one[0]] == sorted(r["image_id"] for r in one[0])
@@ -144,10 +134,8 @@ def test_captions_are_decoded_as_the_config_says(caption_config):
 # --- statements ----------------------------------------------------------------------------------
 
 
-def test_statements_are_judged_and_their_loss_is_that_of_training(scenes):
-    config = {**SIZES, "tokenizer": str(scenes / "tokenizer"), "max_words": 40}
-    config |= {"ann_root": scenes / "annotation", "image_root": scenes / "images"}
-    config |= {"eval_batch_size": 3, "num_workers": 0}
+def test_statements_are_judged_and_their_loss_is_that_of_training(scenes, tmp_path):
+    config = load_config(write_nlvr_config(tmp_path / "n.yaml", scenes, eval_batch_size=3))
     model, split = NLVR.build_model(config).eval(), build_nlvr_datasets(config)[1]
     scores = evaluate_statements(model, split, "dev", EvalOptions(config))["scores"]
     with torch.no_grad():
@@ -162,66 +150,20 @@ def test_statements_are_judged_and_their_loss_is_that_of_training(scenes):
 
 # --- precision, and scripts ----------------------------------------------------------------------
 
-IMAGE, SAMPLES = torch.zeros(3, 2, 2), 5
-
-
-class Items(Dataset):
-    """A split as the loaders read it."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def fetch(self, index):
-        return self.items[index], 0
-
-
-class Recorder(nn.Module):
-    """Stands for the model of each task, and notes in which precision products are computed."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.precisions = nn.Linear(2, 2), set()
-
-    def encode_image(self, images):
-        self.precisions.add(self.layer(torch.ones(1, 2)).dtype)
-        return torch.eye(SAMPLES)[: len(images)]
-
-    encode_text = encode_image
-
-    def tokenize(self, texts):
-        return torch.zeros(len(texts), 2), None
-
-    def caption(self, encoded, **lengths):
-        return ["a dog"] * len(encoded)
-
-    def prepare(self, encoded, texts):
-        return (encoded,), 1
-
-    def text_loss(self, encoded):
-        return encoded.sum()
-
-    def logits(self, left, right, statements):
-        self.encode_image(left)
-        return torch.zeros(len(left), 2)
-
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_evaluation_computes_in_the_precision_that_is_asked_for(task, bf16, dtype, monkeypatch):
-    references = {number: ["a dog"] for number in range(SAMPLES)}
-    monkeypatch.setattr(captioning, "read_references", lambda path: references)
-    items = [(IMAGE, IMAGE, "left", 0)] * SAMPLES
-    split = Items(items if task is NLVR else [(IMAGE, number) for number in range(SAMPLES)])
-    split.texts = Items([("text", number) for number in range(SAMPLES)])
-    split.image_of_text = torch.arange(SAMPLES)
-    config = {"eval_batch_size": SAMPLES, "num_workers": 0, "coco_gt_root": "", "max_words": 9}
-    config |= {"num_beams": 2, "max_length": 9, "min_length": 3, "prompt": ""}
-    model = Recorder().eval()
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation_computes_in_the_precision_that_is_asked_for(
+    task, bf16, dtype, scenes, tmp_path
+):
+    write = {"caption": write_config, "nlvr": write_nlvr_config, "retrieval": write_clip_config}
+    config, task = load_config(write[task](tmp_path / "p.yaml", scenes)), TASKS[task]
+    model, split = task.build_model(config).eval(), task.build_datasets(config, 0)[1]
+    precisions = set()
+    for layer in prunable_layers(model).values():
+        layer.register_forward_hook(lambda layer, inputs, output: precisions.add(output.dtype))
     task.evaluate(model, split, task.held_out[0], EvalOptions(config, bf16=bf16))
-    assert model.precisions == {dtype}
+    assert precisions == {dtype}
 
 
 @pytest.fixture
@@ -286,10 +228,8 @@ def test_scores_of_several_evaluations_are_joined_by_split(tmp_path):
         write_scores(folder, "first", {"old": 0.0}, *task.results[:1])
         write_scores(folder, "first", first, *task.results)
         write_scores(folder, "second", second, *task.results)
-        assert json.loads((folder / "scores.json").read_text()) == {
-            "first": first,
-            "second": second,
-        }
+        scores = json.loads((folder / "scores.json").read_text())
+        assert scores == {"first": first, "second": second}
         assert json.loads((folder / f"{file}.json").read_text())["first"] == expected
 
 

@@ -1,5 +1,7 @@
 """Figures of results, by what their axes hold."""
 
+from statistics import fmean
+
 import pytest
 
 from dimension.figures import KINDS, layer_kind
@@ -29,26 +31,17 @@ def test_every_layer_is_a_marker_of_its_kind_and_every_block_a_mean(report):
         expected = [(number[name], x) for name, x in shares.items() if layer_kind(name) == kind]
         assert sorted(map(tuple, line.get_xydata())) == sorted(expected)
     vision = lines[f"vision ({report['by_modality']['vision']:.1%})"]
-    blocks = [
-        [x for n, x in shares.items() if n.startswith(f"visual_encoder.blocks.{b}.")]
-        for b in (0, 1)
-    ]
+    starts = [f"visual_encoder.blocks.{block}." for block in (0, 1)]
+    means = [fmean(x for name, x in shares.items() if name.startswith(start)) for start in starts]
     assert list(vision.get_xdata()) == [0, 1] and vision.get_color() == KINDS["vision"][0]
-    assert vision.get_ydata() == pytest.approx([sum(block) / len(block) for block in blocks])
+    assert vision.get_ydata() == pytest.approx(means)
     overall = f"overall ({report['overall']:.1%})"
     assert set(lines[overall].get_ydata()) == {report["overall"]}
-    legend = [text.get_text() for text in first.get_legend().get_texts()]
-    assert sorted(legend) == sorted(lines)
+    assert sorted(x.get_text() for x in first.get_legend().get_texts()) == sorted(lines)
 
 
 def test_layers_of_a_foreign_model_count_to_the_modality_that_was_found():
-    layers = {
-        "stem": 0.2,
-        "encoder.3.fc": 0.4,
-        "encoder.3.out": 0.6,
-        "encoder.10": 0.8,
-        "head": 1.0,
-    }
+    layers = {"stem": 0.2, "encoder.3.fc": 0.4, "encoder.3.out": 0.6, "encoder.10": 0.8, "head": 1}
     report = {"overall": 0.6, "by_modality": {"other": 0.6}, "by_layer": layers}
     (panel,) = plot_sparsity({"ViT": report}).axes
     markers, means, _ = panel.get_lines()

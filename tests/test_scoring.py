@@ -1,5 +1,6 @@
 """Scores against pycocoevalcap called directly, and what happens when Java is absent or hangs."""
 
+import itertools
 import json
 import os
 import shutil
@@ -60,16 +61,9 @@ TOKENS = {
 
 @pytest.fixture
 def gt_path(tmp_path) -> Path:
-    annotations = [
-        {"image_id": image, "id": 10 * image + n, "caption": caption}
-        for image, captions in REFERENCES.items()
-        for n, caption in enumerate(captions)
-    ]
-    path = tmp_path / "gt.json"
-    path.write_text(
-        json.dumps({"annotations": annotations, "images": [{"id": i} for i in CAPTIONS]})
-    )
-    return path
+    rows = [{"image_id": i, "caption": x} for i, texts in REFERENCES.items() for x in texts]
+    (tmp_path / "gt.json").write_text(json.dumps({"annotations": rows}))
+    return tmp_path / "gt.json"
 
 
 @pytest.fixture
@@ -134,13 +128,6 @@ def test_without_java_all_but_meteor_is_scored(gt_path, without_java):
         assert image["CIDEr"] == pytest.approx(of_images[str(image["image_id"])], rel=1e-9)
 
 
-def test_perfect_captions_score_one(gt_path, without_java):
-    perfect = [{"image_id": i, "caption": captions[-1]} for i, captions in REFERENCES.items()]
-    scores = score_captions(perfect, gt_path, meteor=False)["scores"]
-    assert [scores[f"Bleu_{n}"] for n in (1, 2, 3, 4)] == pytest.approx([1] * 4)
-    assert scores["ROUGE_L"] == pytest.approx(1)
-
-
 @needs_java
 @pytest.mark.parametrize("meteor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_with_java_scores_are_those_of_pycocoevalcap(gt_path, meteor):
@@ -201,8 +188,22 @@ def test_a_results_file_is_scored_again(gt_path, tmp_path, without_java, capsys)
     assert said[1].startswith("tokens: PTB rules in Python")
     assert said[2:4] == [f"{name} is left out: {scoring.NO_JAVA}" for name in ("METEOR", "SPICE")]
     assert said[4].startswith("note: 1 of 4 captions have no word")
-    with pytest.raises(UserError, match="takes the val.json or test.json of an evaluation"):
-        score_again(tmp_path / "train.json", {"coco_gt_root": tmp_path}, spice=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train.json", None, "takes the val.json or test.json of an evaluation"),
+        ("val.json", None, "cannot read .*val.json"),
+        ("val.json", [{"image_id": 3}], "val.json.* record 0: caption is missing"),
+        ("val.json", {"scores": {}}, "val.json has no records"),
+    ],
+)
+def test_a_file_that_cannot_be_scored_is_named(file, content, message, gt_path, tmp_path):
+    if content:
+        (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        score_again(tmp_path / file, {"coco_gt_root": tmp_path}, spice=False)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +216,7 @@ def test_captions_of_other_images_are_an_error(gt_path, captions):
         score_captions(captions, gt_path)
 
 
-def test_an_unreadable_results_file_is_an_error_that_names_it(gt_path, tmp_path):
-    with pytest.raises(UserError, match="cannot read .*val.json"):
-        score_again(tmp_path / "val.json", {"coco_gt_root": tmp_path}, spice=False)
-
-
 # --- sentences that are not one line
-
 
 SPLITTERS = ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 
@@ -232,98 +227,53 @@ def test_whatever_ends_a_line_in_python_is_a_space_to_the_tokenizers():
     assert "".join(ends).translate(scoring.LINE_ENDS) == " " * len(ends)
 
 
-def broken_lines(gt_path, splitter: str) -> list[dict]:
-    """Captions, and references in `gt_path`, that have a line end in place of a space."""
-    content = json.loads(gt_path.read_text())
-    for annotation in content["annotations"]:
-        annotation["caption"] = annotation["caption"].replace(" ", splitter, 1)
-    gt_path.write_text(json.dumps(content))
-    return [
-        {"image_id": result["image_id"], "caption": result["caption"].replace(" ", splitter, 1)}
-        for result in results()
-    ]
-
-
-@pytest.mark.parametrize("splitter", SPLITTERS)
-def test_line_ends_inside_sentences_change_no_token_of_the_python_tokenizer(
-    splitter, gt_path, monkeypatch
-):
-    captions = {
-        result["image_id"]: [result["caption"]] for result in broken_lines(gt_path, splitter)
-    }
-    monkeypatch.setattr(scoring.shutil, "which", lambda name: None)
-    *tokenized, _ = scoring._tokenize(captions, captions)
-    assert tokenized == [python_tokens()[1]] * 2
-
-
-@needs_java
-@pytest.mark.parametrize("splitter", ["\r\n", "\u2028", "\x85"])
-def test_line_ends_inside_sentences_do_not_change_scores(splitter, gt_path):
+@pytest.mark.parametrize("java", [False, pytest.param(True, marks=needs_java)])
+def test_line_ends_inside_sentences_do_not_change_scores(java, gt_path, tmp_path, monkeypatch):
+    if not java:
+        monkeypatch.setenv("PATH", str(tmp_path))
     expected = score_captions(results(), gt_path, meteor=False)
-    report = score_captions(broken_lines(gt_path, splitter), gt_path, meteor=False)
-    assert report["tokenizer"] == "Stanford's PTB tokenizer (Java)"
+    content, ends = json.loads(gt_path.read_text()), itertools.cycle(SPLITTERS)
+    captions = results()
+    for record in content["annotations"] + captions:
+        record["caption"] = record["caption"].replace(" ", next(ends), 1)
+    gt_path.write_text(json.dumps(content))
+    report = score_captions(captions, gt_path, meteor=False)
+    assert report["tokenizer"].startswith("Stanford's" if java else "PTB rules")
     assert report["scores"] == expected["scores"]
-    assert report["images"][0]["caption"] == CAPTIONS[3].replace(" ", splitter, 1)  # as written
+    assert report["images"][0]["caption"] == captions[0]["caption"]  # as written
 
 
-# Javas that print a line too much, in front or in the middle, or too few.
+# Javas that print as many lines as they got, or one in front or in the middle, or too few.
 @pytest.mark.parametrize(
-    "script",
-    ['echo; cat "$last"', 'sed "2s/ /\\n/" "$last"', 'sed 1d "$last"', "sed '$d' \"$last\""],
+    ("script", "lines"),
+    [("cat", 4), ("echo; cat", 5), ('sed "2s/ /\\n/"', 5), ("sed 1d", 3), ("sed '$d'", 3)],
 )
-def test_more_or_fewer_lines_than_sentences_are_noticed(script, tmp_path, monkeypatch):
-    fake_java(tmp_path, monkeypatch, f"for last; do :; done; {script}")
-    captions = {"1": ["a dog"], "2": ["a cat"], "3": ["a bird"]}
-    with pytest.raises(RuntimeError, match="more or fewer"):
-        java.tokenize(captions, captions)
+def test_more_or_fewer_lines_than_sentences_are_noticed(script, lines, tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, f'for last; do :; done; {script} "$last"')
+    sentences = {"1": ["a dog", "two cats"], "2": [""]}
+    if lines == 4:
+        assert java.tokenize(sentences, sentences) == [sentences, sentences]
+    else:
+        with pytest.raises(RuntimeError, match="more or fewer"):
+            java.tokenize(sentences, sentences)
 
 
-def test_as_many_lines_as_sentences_are_taken(tmp_path, monkeypatch):
-    fake_java(tmp_path, monkeypatch, 'for last; do :; done; cat "$last"')
-    references, captions = {"1": ["a dog", ""], "2": ["a cat"]}, {"1": [""], "2": ["cats"]}
-    assert java.tokenize(references, captions) == [references, captions]
+# --- remarks
 
 
-# --- remarks, and files by other hands
-
-
-def test_a_single_image_and_empty_captions_are_remarked_upon(tmp_path, without_java):
-    path = tmp_path / "gt.json"
-    path.write_text(json.dumps({"annotations": [{"image_id": "7", "id": 0, "caption": "a dog"}]}))
-    one = score_captions([{"image_id": 7, "caption": "a dog"}], path, meteor=False)
-    assert one["scores"]["CIDEr"] == 0 and one["scores"]["Bleu_1"] == pytest.approx(1)
-    (remark,) = one["remarks"]
-    assert remark.startswith("CIDEr is 0 for a single image")
-    remarks = score_captions([{"image_id": 7, "caption": "..."}], path, meteor=False)["remarks"]
-    assert remarks[1] == "1 of 1 captions have no word (images: 7)"
-
-
-def test_references_without_words_are_remarked_upon(tmp_path, without_java):
-    rows = [(7, "..."), (7, "!"), (8, "?"), (8, "a dog"), (9, "a cat")]
-    annotations = [{"image_id": i, "id": 0, "caption": caption} for i, caption in rows]
-    path = tmp_path / "gt.json"
-    path.write_text(json.dumps({"annotations": annotations}))
-    captions = [{"image_id": i, "caption": "a dog"} for i in (7, 8, 9)]
-    (remark,) = score_captions(captions, path, meteor=False)["remarks"]
-    assert remark.startswith("the references of 1 of 3 images have no word")
-    assert remark.endswith("(images: 7)")
-
-
-def test_of_ordinary_captions_there_is_nothing_to_remark(gt_path, without_java):
-    full = [result | {"caption": result["caption"] or "a"} for result in results()]
-    assert score_captions(full, gt_path, meteor=False)["remarks"] == []
+SILENT = "the references of 1 of 3 images have no word, so that no caption is right (images: 7)"
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("references", "captions", "remark"),
     [
-        ([{"image_id": 3}], "record 0: caption is missing"),
-        ([{"image_id": "x", "caption": "a"}], 'record 0: image_id is "x"'),
-        ([{"image_id": 3, "caption": ["a"]}], "record 0: caption is a list of 1"),
-        ({"scores": {}}, "has no records"),
+        ({7: ["a dog"]}, ["a dog"], "CIDEr is 0 for a single image"),
+        ({7: ["a dog"], 8: ["a cat"]}, ["a", "..."], "1 of 2 captions have no word (images: 8)"),
+        ({7: ["...", "!"], 8: ["?", "a dog"], 9: ["a cat"]}, ["a dog"] * 3, SILENT),
+        (REFERENCES, ["a"] * 4, None),
     ],
 )
-def test_a_results_file_of_another_kind_is_told(content, message, gt_path, tmp_path):
-    (tmp_path / "val.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"val.json.* {message}"):
-        score_again(tmp_path / "val.json", {"coco_gt_root": tmp_path}, spice=False)
+def test_remarks_on_what_scores_do_not_tell(references, captions, remark, without_java):
+    rows = [{"image_id": i, "caption": x} for i, x in zip(references, captions, strict=True)]
+    found = scoring.score_captions(rows, references, Path("gt.json"), meteor=False)["remarks"]
+    assert [text.startswith(remark or "") for text in found] == [True] * bool(remark)
