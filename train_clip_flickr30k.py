@@ -13,7 +13,10 @@ import argparse
 
 from engine.experiment import read_experiment
 from engine.flags import parse, trainer_parser
+from engine.tasks import later
 from utils import launch
+
+run_task = later("engine.main:run_task")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,10 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the recalls of weights."""
-    experiment = read_experiment(args, "retrieval")
-    from engine.main import run_task  # which takes seconds to import: mistakes do not wait for it
-
-    run_task(experiment)
+    run_task(read_experiment(args, "retrieval"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class Reporter:
     """Reports of one run of a training script."""
 
     def __init__(self, run, state):
-        """Starts the clock at the `TrainState` where a `Run` starts; at step 0 a new log.txt."""
+        """Starts the clock, and at step 0 of the `TrainState` a new log.txt of the `Run`."""
         self.run, self.state = run, state
         self.started = self.last_line = time.monotonic()
         self.first_step = state.progress.step
@@ -56,8 +56,7 @@ class Reporter:
         folder = self.run.folder
         write_json(folder / "sparsity.json", report)
         save_figure(plot_sparsity({folder.name: report}), folder / "sparsity.png")
-        shares = {"overall": report["overall"], **report["by_modality"]}
-        for name, share in shares.items():
+        for name, share in {"overall": report["overall"], **report["by_modality"]}.items():
             self.board.add_scalar(f"sparsity/{name}", share, self.state.progress.step)
 
     def epoch(self, history: list[dict]) -> None:
@@ -75,7 +74,7 @@ class Reporter:
         self.last_line = time.monotonic()
 
     def close(self) -> None:
-        """Closes TensorBoard's file, with what was not yet written."""
+        """Writes what TensorBoard's file still lacks."""
         if self.board is not None:
             self.board.close()
 

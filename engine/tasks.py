@@ -1,21 +1,14 @@
-"""The tasks. A new one is its own files, its keys in `configs.SCHEMAS`, and one record here.
+"""The tasks. A new one is its own files, its keys in `configs.SCHEMAS`, and one record here."""
 
-Nothing heavy is imported: what builds and evaluates a task is imported when it is first called.
-"""
-
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 
 def later(place: str) -> Callable:
-    """The function "module:name", imported when it is called."""
+    """The function "module:name", imported when it is called: mistakes do not wait for torch."""
     module, name = place.split(":")
-
-    def call(*args, **options):
-        return getattr(importlib.import_module(module), name)(*args, **options)
-
-    return call
+    return lambda *args, **options: getattr(import_module(module), name)(*args, **options)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_caption
-from configs import REQUIRED, SCHEMAS, Number, Switch, load_config
+from configs import REQUIRED, SCHEMAS, Number, load_config, switch
 from tests.runs import TINY_TEXT, TINY_VIT, make_scenes, write_config
 from utils import UserError
 
@@ -158,7 +158,7 @@ def values(key):
         return near(TINY_VIT if key == "vit" else TINY_TEXT) | ANY
     if isinstance(rule, Number):
         return WHOLE | st.floats(0, 1) if rule.kind is float else WHOLE
-    if isinstance(rule, Switch):
+    if rule is switch:
         return st.booleans()
     return st.sampled_from(["total", "generated", "a picture of ", "no such file"]) | ANY
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from engine.plan import StepPlan, learning_rate, plan_steps
+from engine.loop import learning_rate
+from engine.state import StepPlan, plan_steps
 from utils import UserError
 
 

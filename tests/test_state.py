@@ -17,7 +17,7 @@ from engine import loop, state
 from engine import main as engine_main
 from engine.digests import data_digests
 from engine.experiment import read_experiment
-from engine.run import prepare, start
+from engine.main import prepare, start
 from engine.state import build_state, check_identity, find_checkpoint, resume
 from engine.tasks import CAPTION
 from models import prunable_layers
