@@ -5,8 +5,7 @@ r"""Prunes BLIP's captioner while it is fine-tuned, and scores its captions.
     python -m torch.distributed.run --nproc_per_node=2 train_caption.py \
         --pruned output/coco/PLATON80 --evaluate
 
-On one CPU or GPU `python train_caption.py ...` does; `--config configs/caption_demo.yaml` takes the
-embedded scenes.
+Without torchrun on one CPU or GPU; --config configs/caption_demo.yaml takes embedded scenes.
 """
 
 import argparse

@@ -5,8 +5,7 @@ r"""Prunes CLIP while it is fine-tuned for retrieval, and measures its recalls.
     python -m torch.distributed.run --nproc_per_node=2 train_clip_flickr30k.py \
         --pruned output/flickr_clip/PLATONID80 --evaluate
 
-On one CPU or GPU `python train_clip_flickr30k.py ...` does; `--config
-configs/retrieval_demo.yaml` takes the embedded scenes.
+Without torchrun on one CPU or GPU; --config configs/retrieval_demo.yaml takes embedded scenes.
 """
 
 import argparse

@@ -5,8 +5,7 @@ r"""Prunes BLIP's NLVR2 model while it is fine-tuned, and measures its accuracy.
     python -m torch.distributed.run --nproc_per_node=2 train_nlvr.py \
         --pruned output/nlvr/PLATON80 --evaluate
 
-On one CPU or GPU `python train_nlvr.py ...` does; `--config configs/nlvr_demo.yaml` takes the
-embedded scenes.
+Without torchrun on one CPU or GPU; --config configs/nlvr_demo.yaml takes embedded scenes.
 """
 
 import argparse

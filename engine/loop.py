@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -46,7 +47,9 @@ def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
     try:
         with stop_signals_to(exit_stopped):
             for epoch in range(state.progress.epoch, state.plan.epochs):
-                state.progress.begin(epoch)
+                if epoch > state.progress.epoch:  # else the run goes on within it
+                    new = {"step_in_epoch": 0, "loss_sum": 0.0, "bad_images": 0}
+                    state.progress = replace(state.progress, epoch=epoch, **new)
                 train_one_epoch(run, state)
                 finish_epoch(run, state, held_out)
     finally:

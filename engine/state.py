@@ -63,12 +63,6 @@ class Progress:
     bad_images: int = 0  # samples that all processes skipped in this epoch
     history: list[dict] = field(default_factory=list)  # lines of log.txt, of the finished epochs
 
-    def begin(self, epoch: int) -> None:
-        """Goes on to an epoch, unless the run is in it already."""
-        if epoch > self.epoch:
-            self.epoch, self.step_in_epoch = epoch, 0
-            self.loss_sum, self.bad_images = 0.0, 0
-
 
 @dataclass
 class TrainState:

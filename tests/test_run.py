@@ -237,62 +237,49 @@ def test_images_are_looked_for_where_they_are_needed(scenes, tmp_path):
 # --- devices and launchers -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def accelerators(monkeypatch):
-    """Makes torch see some accelerators of a type."""
-
-    def see(kind, count):
-        found = torch.device(kind) if count else None
-        monkeypatch.setattr(
-            torch.accelerator, "current_accelerator", lambda check_available=False: found
-        )
-        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
-
-    return see
-
-
-def test_devices(accelerators, monkeypatch):
-    accelerators("cuda", 0)
-    assert choose_device("auto", 1) == choose_device("cpu", 1) == torch.device("cpu")
-    accelerators("cuda", 2)
-    assert choose_device("auto", 1) == choose_device("cuda", 1) == torch.device("cuda:0")
-    assert choose_device("cuda:1", 1) == torch.device("cuda:1")
-    assert choose_device("cpu", 2) == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_device("auto", 2) == torch.device("cuda:1")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    accelerators("xpu", 1)
-    assert choose_device("xpu", 1) == torch.device("xpu:0")
-
-
 @pytest.mark.parametrize(
-    ("kind", "count", "device", "processes", "message"),
+    ("present", "device", "processes", "rank", "found"),
     [
-        ("cuda", 0, "cuda", 1, "cuda:0 is asked for, but torch sees no GPU"),
-        ("cuda", 2, "gpu", 1, "--device gpu: choose auto, cpu, cuda, cuda:N, mps or xpu"),
-        ("cuda", 2, "cuda:one", 1, "--device cuda:one: choose"),
-        ("cuda", 2, "", 1, "--device : choose"),
-        ("cuda", 2, "cuda:2", 1, "cuda:2 is asked for, but there are 2: start"),
-        ("cuda", 2, "mps", 1, "mps:0 is asked for, but torch sees cuda"),
-        ("cuda", 2, "cuda:1", 2, "under torchrun each process needs a device of its own"),
+        ("cuda 0", "auto", 1, "", "cpu"),
+        ("cuda 0", "cpu", 1, "", "cpu"),
+        ("cuda 0", "cuda", 1, "", "cuda:0 is asked for, but torch sees no GPU"),
+        ("cuda 2", "auto", 1, "", "cuda:0"),
+        ("cuda 2", "cuda", 1, "0", "cuda:0"),
+        ("cuda 2", "cuda:1", 1, "", "cuda:1"),
+        ("cuda 2", "cpu", 2, "1", "cpu"),
+        ("cuda 2", "auto", 2, "1", "cuda:1"),
+        ("xpu 1", "xpu", 1, "0", "xpu:0"),
+        ("cuda 2", "gpu", 1, "", "--device gpu: choose auto, cpu, cuda, cuda:N, mps or xpu"),
+        ("cuda 2", "cuda:one", 1, "", "--device cuda:one: choose"),
+        ("cuda 2", "", 1, "", "--device : choose"),
+        ("cuda 2", "cuda:2", 1, "", "cuda:2 is asked for, but there are 2: start"),
+        ("cuda 2", "mps", 1, "", "mps:0 is asked for, but torch sees cuda"),
+        ("cuda 2", "cuda:1", 2, "0", "under torchrun each process needs a device of its own"),
     ],
 )
-def test_a_device_that_is_not_there(accelerators, kind, count, device, processes, message):
-    accelerators(kind, count)
-    with pytest.raises(UserError, match=message):
-        choose_device(device, processes)
+def test_devices(present, device, processes, rank, found, monkeypatch):
+    kind, count = present.split()
+    seen = torch.device(kind) if int(count) else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: seen)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: int(count))
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    if " " in found:
+        with pytest.raises(UserError, match=found):
+            choose_device(device, processes)
+    else:
+        assert choose_device(device, processes) == torch.device(found)
 
 
 def test_bfloat16_by_default_where_the_device_computes_it_itself(experiment, monkeypatch, capsys):
     """A V100 or T4 emulates it."""
-    for itself in (True, False):
-        supported = {True: True, False: itself}  # by including_emulation
-        monkeypatch.setattr(
-            torch.cuda,
-            "is_bf16_supported",
-            lambda including_emulation=True, by=supported: by[including_emulation],
-        )
-        assert computes_bf16(torch.device("cuda:0")) == itself
+    itself = {True: True, False: False}  # supported, by whether emulation counts
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: itself[including_emulation],
+    )
+    for itself[False] in (False, True):
+        assert computes_bf16(torch.device("cuda:0")) == itself[False]
     assert not computes_bf16(torch.device("cpu"))
     assert not start(experiment()).bf16 and start(experiment("--amp bf16")).bf16
     prepare(start(experiment("--amp bf16")))
@@ -307,35 +294,24 @@ def test_torch_is_asked_for_deterministic_algorithms(experiment):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def launcher(monkeypatch):
-    """Sets torchrun's variables, all others being absent."""
-    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
-    for name in LAUNCHER:
-        monkeypatch.delenv(name, raising=False)
-
-    def set_all(**values):
-        for name, value in values.items():
-            monkeypatch.setenv(name, value)
-
-    return set_all
-
-
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 WHOLE |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29505"}
 
 
-def test_torchruns_variables(launcher):
-    assert launched_processes() == 1
-    launcher(SLURM_STEP_NUM_TASKS="1")
-    assert launched_processes() == 1
-    launcher(SLURM_STEP_NUM_TASKS="2", **WHOLE)
-    assert launched_processes() == 2
+def launch_as(monkeypatch, values):
+    """Sets launchers' variables, all others being absent."""
+    for name in (*LAUNCHER, "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "found"),
     [
+        ({}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "2", **WHOLE}, 2),
         ({"WORLD_SIZE": "2"}, "the environment sets WORLD_SIZE, but not RANK, LOCAL_RANK"),
         ({**WHOLE, "MASTER_ADDR": ""}, "MASTER_PORT, but not MASTER_ADDR:"),
         ({**WHOLE, "RANK": ""}, "but not RANK: torchrun sets them all"),
@@ -343,17 +319,20 @@ def test_torchruns_variables(launcher):
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM started 2 tasks.*srun .*torch.distributed.run"),
     ],
 )
-def test_launchers_that_would_go_wrong(launcher, values, message):
-    launcher(**values)
-    with pytest.raises(UserError, match=message):
-        launched_processes()
+def test_launchers(values, found, monkeypatch):
+    launch_as(monkeypatch, values)
+    if isinstance(found, int):
+        assert launched_processes() == found
+    else:
+        with pytest.raises(UserError, match=found):
+            launched_processes()
 
 
-def test_a_port_that_is_taken(launcher):
+def test_a_port_that_is_taken(monkeypatch):
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        launcher(**WHOLE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port})
+        launch_as(monkeypatch, WHOLE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port})
         with pytest.raises(UserError, match=f"port {port} .*choose another --master_port"):
             init_distributed("cpu")
