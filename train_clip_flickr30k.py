@@ -5,15 +5,17 @@ r"""Prunes CLIP while it is fine-tuned for retrieval, and measures its recalls.
     python -m torch.distributed.run --nproc_per_node=2 train_clip_flickr30k.py \
         --pruned output/flickr_clip/PLATONID80 --evaluate
 
-On one CPU or GPU `python train_clip_flickr30k.py ...` does; `--config
-configs/retrieval_demo.yaml` takes the embedded scenes.
+Without torchrun on one CPU or GPU; --config configs/retrieval_demo.yaml takes embedded scenes.
 """
 
 import argparse
 
 from engine.experiment import read_experiment
 from engine.flags import parse, trainer_parser
+from engine.tasks import later
 from utils import launch
+
+run_task = later("engine.main:run_task")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,10 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the recalls of weights."""
-    experiment = read_experiment(args, "retrieval")
-    from engine.main import run_task  # which takes seconds to import: mistakes do not wait for it
-
-    run_task(experiment)
+    run_task(read_experiment(args, "retrieval"))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@ r"""Prunes BLIP's NLVR2 model while it is fine-tuned, and measures its accuracy.
     python -m torch.distributed.run --nproc_per_node=2 train_nlvr.py \
         --pruned output/nlvr/PLATON80 --evaluate
 
-On one CPU or GPU `python train_nlvr.py ...` does; `--config configs/nlvr_demo.yaml` takes the
-embedded scenes.
+Without torchrun on one CPU or GPU; --config configs/nlvr_demo.yaml takes embedded scenes.
 """
 
 import argparse
 
 from engine.experiment import read_experiment
 from engine.flags import parse, trainer_parser
+from engine.tasks import later
 from utils import launch
+
+run_task = later("engine.main:run_task")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,10 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the accuracy of weights."""
-    experiment = read_experiment(args, "nlvr")
-    from engine.main import run_task  # which takes seconds to import: mistakes do not wait for it
-
-    run_task(experiment)
+    run_task(read_experiment(args, "nlvr"))
 
 
 if __name__ == "__main__":

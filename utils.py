@@ -1,7 +1,6 @@
 """What every script needs: atomic files, downloads, CPUs, users' mistakes, exit codes.
 
-Nothing here imports torch, so that flags and configs are checked before it is. What several
-processes need stands in `engine.processes`.
+Nothing here imports torch, so that mistakes in flags and configs are found before it is.
 """
 
 import argparse
@@ -14,25 +13,23 @@ import os
 import re
 import select
 import sys
-import tempfile
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
-# what a file system answers, unlike a network whose answer is being written
+# errors of a file system, unlike those of a network whose answer is being written
 _FILE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
 _FILE_ERRORS |= {errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 ANSWER_SECONDS = 30  # that a download waits for its server
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: flags, config, files, data. The message says the remedy.
+    """A mistake in what the user gave (flags, config, files, data); the message has the remedy.
 
     `launch` ends a script with this sentence and exit code 2. Docstrings name the error only where
     a caller handles it.
@@ -52,40 +49,32 @@ def lazy_names(places: dict[str, str]) -> Callable[[str], object]:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
-    """Opens a file that appears under its name whole or not at all.
-
-    The bytes go to a temporary file beside it, which is synced to disk and then renamed.
-    """
+    """Opens a file that appears under its name whole, on disk, or not at all."""
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, mode) as file:
+        with open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        # torch.save puts an error of its own on top of the file's
-        cause = error if isinstance(error, OSError) else error.__context__
+        with suppress(OSError):
+            temporary.unlink()
+        cause = error if isinstance(error, OSError) else error.__context__  # of torch.save's error
         if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
             raise UserError(f"cannot write {path}: {cause.strerror}") from error
         raise
 
 
 def user_path(text: str) -> Path:
-    """A flag that is a path, for argparse: shells leave the `~` of `--flag=~/x` to us."""
+    """A path, for argparse; shells leave the `~` of `--flag=~/x` to us."""
     return Path(os.path.expanduser(text))
 
 
 def mistaken_for(path: str | Path) -> str:
-    """What lies where a file of data was expected, if that is known at a glance, and what to do."""
+    """What lies where data was expected, and the remedy; "" if its first bytes do not show it."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -108,25 +97,23 @@ def _is_page(start: bytes) -> bool:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, as a scheduler or taskset bounds them."""
+    """Number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # macOS has none
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def write_json(path: str | Path, content) -> None:
-    """Writes JSON atomically, indented for reading."""
+    """Writes indented JSON atomically."""
     with atomic_write(path) as file:
         json.dump(content, file, indent=1)
         file.write("\n")
 
 
 def download(url: str, path: str | Path) -> None:
-    """Downloads a file; `path` appears once it is whole. Long downloads show a progress bar.
+    """Downloads a file; `path` appears once it is whole. Any failure is an OSError.
 
-    Raises:
-        OSError: there is no answer, or a page in place of a file, the connection breaks, or the
-            file cannot be written.
+    A page in place of the file is a failure, too. Long downloads show a progress bar.
     """
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
@@ -147,9 +134,8 @@ def download(url: str, path: str | Path) -> None:
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Runs a script's `main`; a user's mistake ends it with its sentence instead of a traceback.
 
-    Exit codes: 0 done; 1 a fault of the program, with its traceback; 2 a `UserError` (or the death
-    of an image loading process), which every process that met it prints; 75
-    (`engine.stopping.EXIT_STOPPED`) SIGTERM or SIGINT stopped training.
+    Exit codes: 0 done; 1 a fault of the program; 2 a `UserError`, or the death of an image loading
+    process; 75 (`engine.stopping.EXIT_STOPPED`) a signal stopped training.
 
     Of several processes, one that fails leaves at once: the end of its process group would wait for
     the others, which wait for it.
@@ -162,37 +148,29 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             error = SystemExit(141)  # what a shell reports of SIGPIPE
-        sentence = _mistake(error)
-        if sentence:
+        if sentence := _mistake(error):
             rank = os.environ.get("RANK") or "0"
             where = "" if rank == "0" else f" (rank {rank})"
             print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
             error = SystemExit(2)
         if _process_group():
-            _leave(error)
+            if not isinstance(error, SystemExit):
+                traceback.print_exception(error)
+            for child in multiprocessing.active_children():  # which load images
+                child.terminate()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.code if isinstance(error, SystemExit) else 1)
         raise error from (None if isinstance(error, SystemExit) else error.__cause__)
     if dist := _process_group():
         dist.destroy_process_group()
-
-
-def _leave(error: BaseException) -> NoReturn:
-    """Ends this process of several at once, with what is to be printed of the error."""
-    code = error.code if isinstance(error, SystemExit) else 1
-    if not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    for child in multiprocessing.active_children():  # which load images
-        child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _mistake(error: BaseException) -> str:
     """The sentence of a user's mistake; "" for any other error."""
     if isinstance(error, UserError):
         return str(error)
-    # the first is raised wherever the signal finds us, the second comes from the process
-    died = r"^DataLoader worker|shared memory\(shm\)"
+    died = r"^DataLoader worker|shared memory\(shm\)"  # raised here, or in the loading process
     if not isinstance(error, RuntimeError) or not re.search(died, str(error)):
         return ""
     return (
@@ -203,13 +181,13 @@ def _mistake(error: BaseException) -> str:
 
 
 def _process_group():
-    """torch.distributed where this process has joined others; None where it has not."""
+    """torch.distributed where this process has joined others."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_initialized() else None
 
 
 def _reader_left() -> bool:
-    """Whether `head`, say, has closed the pipe of standard output, which then goes nowhere."""
+    """Whether `head`, say, has closed the pipe of standard output, which is then discarded."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     if not output.poll(0):

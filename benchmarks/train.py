@@ -28,12 +28,11 @@ from benchmarks.pruner import Straightforward
 from benchmarks.timing import peak_memory, print_document, reset_peak, wait
 from data.image_dataset import ImageDataset
 from data.scenes.words import vocabulary
+from engine.experiment import Run, read_experiment
 from engine.loop import train_step
-from engine.plan import plan_steps
+from engine.main import start
 from engine.processes import keep_freed_memory
-from engine.run import Run, start
-from engine.state import build_pruner, build_state
-from engine.tasks import CAPTION
+from engine.state import build_pruner, build_state, plan_steps
 from models.captioner import Captioner, build_captioner
 
 DELTA_T, STEPS = 10, 1000
@@ -64,8 +63,8 @@ def straightforward(run: Run, model: Captioner, batch: tuple) -> Step:
     """The loop that one would write first."""
     fuse_attention(model, False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
-    plan = plan_steps(run.args, STEPS * run.samples_per_step, run.samples_per_step, 1)
-    pruner = build_pruner(run, model, plan)
+    plan = plan_steps(run.flags, STEPS * run.samples_per_step, run.samples_per_step, 1)
+    pruner = build_pruner(run.flags, model, plan, None)
     schedule, numel, plain = pruner.schedule, pruner.numel, Straightforward(pruner)
 
     def step(number: int) -> None:
@@ -79,16 +78,17 @@ def straightforward(run: Run, model: Captioner, batch: tuple) -> Step:
     return step
 
 
-def ours(run: Run, model: Captioner, batch: tuple, amp: str) -> Step:
+def ours(run: Run, model: Captioner, batch: tuple, bf16: bool) -> Step:
     """The trainer's step."""
-    run = replace(run, args=argparse.Namespace(**{**vars(run.args), "amp": amp}))
+    run = replace(run, bf16=bf16)
     keep_freed_memory(run.process.device)
     fuse_attention(model, True)
-    state = build_state(run, model, ImageDataset([{}] * STEPS * run.samples_per_step, ".", None))
+    dataset = ImageDataset([{}] * STEPS * run.samples_per_step, ".", None)
+    state = build_state(run, model, dataset, None)
     state.progress.step = FIRST_STEP - 2
 
     def step(number: int) -> None:
-        train_step(run, state, [batch], [1.0])
+        train_step(run, state, [batch], lambda: [1.0])
         assert state.progress.step == number
 
     return step
@@ -105,9 +105,10 @@ def build_run(args: argparse.Namespace, folder: str) -> tuple[Run, nn.Module, tu
     torch.manual_seed(0)
     Path(folder, "vocab.txt").write_text("\n".join(vocabulary()))
     flags = ["--warmup_steps", "50", "--output_dir", folder, "--batch_size", str(args.batch_size)]
-    run = start(train_caption.parse_args([*flags, "--device", args.device]), CAPTION)
+    flags = train_caption.parse_args([*flags, "--device", args.device])
+    experiment = read_experiment(flags, "caption")
     sizes = {"vit": args.vit, "image_size": args.image_size, "tokenizer": folder}
-    run = replace(run, config={**run.config, **sizes})
+    run = start(replace(experiment, config=experiment.config | sizes))
     model = build_captioner(run.config).to(run.process.device).train()
     image = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
     return run, model, (image.to(run.process.device), [TEXT] * args.batch_size)
@@ -124,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     loops = {
         "straightforward": straightforward,
-        "ours, float32": partial(ours, amp="off"),
-        "ours, bf16": partial(ours, amp="bf16"),
+        "ours, float32": partial(ours, bf16=False),
+        "ours, bf16": partial(ours, bf16=True),
     }
     results = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,8 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -19,25 +19,21 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Number:
-    """An int or float in a range, ends included: argparse's `type`, and a config's rule."""
+    """A number in a range, ends included: argparse's `type`, and a config's rule."""
 
     kind: type
     least: float = -math.inf
     most: float = math.inf
 
     def __call__(self, text: str) -> int | float:
-        """Reads a flag."""
+        """The value of a flag."""
         try:
             return self.check(self.kind(text))
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be {self}, got {text!r}") from None
 
     def check(self, value) -> int | float:
-        """A config's value; whole numbers pass as floats, booleans and strings not as numbers.
-
-        Raises:
-            ValueError: says what the value must be.
-        """
+        """The value of a config, whole numbers as floats; a ValueError says what it must be."""
         kinds = int if self.kind is int else int | float
         if isinstance(value, kinds) and not isinstance(value, bool):
             if self.least <= value <= self.most and abs(value) < math.inf:
@@ -52,49 +48,33 @@ class Number:
         return f"{what} of at least {self.least}"
 
 
-class Text(NamedTuple):
+def text(value, words: tuple[str, ...] = ()) -> str:
     """A string, or one of a few words."""
-
-    words: tuple[str, ...] = ()
-
-    def check(self, value) -> str:
-        """The value; errors as of `Number.check`."""
-        if isinstance(value, str) and (not self.words or value in self.words):
-            return value
-        raise ValueError(
-            f"must be one of {', '.join(self.words)}" if self.words else "must be text"
-        )
-
-
-class Place(Text):
-    """A path or address, in which `~` and environment variables stand for what a shell reads."""
-
-    def check(self, value) -> str:
-        """The value; errors as of `Number.check`."""
-        return os.path.expandvars(os.path.expanduser(super().check(value)))
-
-
-class Switch(NamedTuple):
-    """true or false."""
-
-    def check(self, value) -> bool:
-        """The value; errors as of `Number.check`."""
-        if not isinstance(value, bool):
-            raise ValueError("must be true or false")
+    if isinstance(value, str) and (not words or value in words):
         return value
+    raise ValueError(f"must be one of {', '.join(words)}" if words else "must be text")
 
 
-class Sizes(Text):
-    """The sizes of a model: a name or path, or a mapping, which the model's builder checks."""
+def place(value) -> str:
+    """A path or address, in which `~` and environment variables are replaced as in a shell."""
+    return os.path.expandvars(os.path.expanduser(text(value)))
 
-    def check(self, value) -> str | dict:
-        """The value; errors as of `Number.check`."""
-        if isinstance(value, dict):
-            return dict(value)
-        try:
-            return super().check(value)
-        except ValueError as error:
-            raise ValueError(f"{error}, or a mapping of sizes") from None
+
+def switch(value) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def sizes(value, words: tuple[str, ...] = ()) -> str | dict:
+    """A model's sizes: a name, a path, or a mapping, which the model's builder checks."""
+    if isinstance(value, dict):
+        return dict(value)
+    try:
+        return text(value, words)
+    except ValueError as error:
+        raise ValueError(f"{error}, or a mapping of sizes") from None
 
 
 MANY = 10**9
@@ -102,47 +82,47 @@ COUNT, FROM_ZERO = Number(int, 1, MANY), Number(int, 0, MANY)
 PIXELS, WORKERS = Number(int, 1, 4096), Number(int, 0, 1024)
 RATE = Number(float, 0, 10)
 
-# key -> (check, default). A config may hold these keys and no others.
+# key -> (rule, default): a Number, or a function whose ValueError says what the value must be
 _BLIP_KEYS = {
-    "vit": (Sizes(("tiny", "base", "large")), REQUIRED),
-    "vit_grad_ckpt": (Switch(), False),
+    "vit": (partial(sizes, words=("tiny", "base", "large")), REQUIRED),
+    "vit_grad_ckpt": (switch, False),
     "vit_ckpt_layer": (FROM_ZERO, 0),
-    "med_config": (Sizes(), "configs/med_config.json"),
-    "tokenizer": (Place(), "bert-base-uncased"),
+    "med_config": (sizes, "configs/med_config.json"),
+    "tokenizer": (place, "bert-base-uncased"),
 }
 _RUN_KEYS = {
-    "pretrained": (Place(), ""),
+    "pretrained": (place, ""),
     "image_size": (PIXELS, REQUIRED),
-    "image_root": (Place(), REQUIRED),
-    "ann_root": (Place(), REQUIRED),
-    "id_profile": (Place(), ""),
+    "image_root": (place, REQUIRED),
+    "ann_root": (place, REQUIRED),
+    "id_profile": (place, ""),
     "init_lr": (RATE, REQUIRED),
     "min_lr": (RATE, 0.0),
     "weight_decay": (RATE, 0.0),
     "max_epoch": (COUNT, REQUIRED),
     "batch_size": (COUNT, REQUIRED),
     "eval_batch_size": (COUNT, None),  # as batch_size
-    "augment": (Switch(), True),
+    "augment": (switch, True),
     "num_workers": (WORKERS, 4),
 }
 SCHEMAS = {
     "caption": {
         **_RUN_KEYS,
         **_BLIP_KEYS,
-        "coco_gt_root": (Place(), REQUIRED),
-        "prompt": (Text(), "a picture of "),
+        "coco_gt_root": (place, REQUIRED),
+        "prompt": (text, "a picture of "),
         "max_words": (COUNT, 30),
         "max_tokens": (Number(int, 2), 40),
         "max_length": (COUNT, 20),
         "min_length": (COUNT, 5),
         "num_beams": (COUNT, 3),
-        "length_normalization": (Text(("total", "generated")), "total"),
+        "length_normalization": (partial(text, words=("total", "generated")), "total"),
     },
     "nlvr": {**_RUN_KEYS, **_BLIP_KEYS, "max_words": (COUNT, 40)},
     "retrieval": {
         **_RUN_KEYS,
-        "clip": (Sizes(("large",)), REQUIRED),
-        "tokenizer": (Place(), "clip"),
+        "clip": (partial(sizes, words=("large",)), REQUIRED),
+        "tokenizer": (place, "clip"),
         "queue_size": (COUNT, 57600),
         "momentum": (Number(float, 0, 1), 0.995),
         "alpha": (Number(float, 0, 1), 0.4),
@@ -154,18 +134,15 @@ ALIASES = {"batch_size_train": "batch_size", "batch_size_test": "eval_batch_size
 
 
 def load_config(path: str, overrides: dict | None = None, task: str | None = None) -> dict:
-    """Reads an experiment from YAML and checks keys, values and how they fit together.
+    """Reads an experiment from YAML 1.2 and checks keys, values and how they fit together.
 
     Args:
-        path: YAML 1.2 file, so that `1e-5` is a number.
+        path: the file.
         overrides: values that replace the file's; None values are passed over.
         task: a key of SCHEMAS; None takes the task whose keys the file has.
 
     Returns:
-        Every key of the task under its name in SCHEMAS, defaults filled in, plus "task".
-
-    Raises:
-        UserError: the file is unreadable, or a key is unknown, missing, or has a wrong value.
+        Every key of the task, defaults filled in, plus "task".
     """
     raw = _read(path)
     if task is None:
@@ -180,7 +157,7 @@ def load_config(path: str, overrides: dict | None = None, task: str | None = Non
     config = {"task": task}
     for key, (rule, default) in schema.items():
         try:
-            config[key] = rule.check(raw[key]) if key in raw else default
+            config[key] = getattr(rule, "check", rule)(raw[key]) if key in raw else default
         except ValueError as error:
             raise UserError(f"{path}: {key} is {raw[key]!r}, but {error}") from None
     config["eval_batch_size"] = config["eval_batch_size"] or config["batch_size"]
@@ -194,8 +171,8 @@ def _read(path: str) -> dict:
     try:
         raw = YAML(typ="safe", pure=True).load(Path(path).read_bytes())  # UTF-8 or UTF-16
     except DuplicateKeyError as error:  # its own words go on about how to silence it
-        what = f"{error.problem}{error.problem_mark}"
-        raise UserError(f"cannot read the config {path}: {what}") from error
+        sentence = f"cannot read the config {path}: {error.problem}{error.problem_mark}"
+        raise UserError(sentence) from error
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from error
     if not isinstance(raw, dict):
@@ -207,12 +184,9 @@ def _read(path: str) -> dict:
 
 
 def _problems(raw: dict, schema: dict) -> tuple[list[str], list[str]]:
-    """Keys that the schema does not know, and required ones that are not there."""
-    unknown = sorted(str(key) for key in raw if key not in schema)
-    missing = sorted(
-        k for k, (_, default) in schema.items() if default is REQUIRED and k not in raw
-    )
-    return unknown, missing
+    """Unknown and missing keys."""
+    required = {key for key, (_, default) in schema.items() if default is REQUIRED}
+    return sorted(str(key) for key in raw if key not in schema), sorted(required - raw.keys())
 
 
 def _check_lengths(path: str, config: dict) -> None:
@@ -227,14 +201,13 @@ def _check_lengths(path: str, config: dict) -> None:
     ]:
         if isinstance(most, int) and factor * config.get(key, 0) > most:
             raise UserError(f"{path}: {key} is {config[key]}, but med_config has {of} {most}")
-    if config.get("min_length", 0) > config.get("max_length", math.inf):
-        raise UserError(
-            f"{path}: min_length {config['min_length']} is above max_length {config['max_length']}"
-        )
+    least, most = config.get("min_length", 0), config.get("max_length", math.inf)
+    if least > most:
+        raise UserError(f"{path}: min_length {least} is above max_length {most}")
 
 
 def read_med_config(med_config: str | dict) -> dict:
-    """The text transformer's sizes: the mapping itself, or that of a JSON file."""
+    """The text transformer's sizes, from a mapping or the path of a JSON file."""
     if isinstance(med_config, dict):
         return med_config
     try:

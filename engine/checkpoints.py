@@ -1,7 +1,6 @@
-"""Checkpoints that survive being killed: written whole, kept a few, read back newest first."""
+"""Files of a training run that survive being killed: written whole, and checkpoints kept a few."""
 
 import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from models.checkpoint import stored_tensors
 from reports.runs import CHECKPOINTS
 from utils import UserError, atomic_write
 
-_STEP_FILE = re.compile(r"^step_(\d{8})\.pt$")
 _ENTRIES = {"model", "optimizer", "pruner", "progress", "identity", "rng"}
 _ONLY_WEIGHTS = (
     "no checkpoint of a training run, which is a step_*.pt in its checkpoints/ (auto, the default, "
@@ -21,14 +19,10 @@ _ONLY_WEIGHTS = (
 )
 
 
-def step_files(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    return sorted((p for p in folder.glob("step_*.pt") if _STEP_FILE.match(p.name)), reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """Optimizer steps in a checkpoint's name."""
-    return int(_STEP_FILE.match(path.name).group(1))
+def step_files(folder: Path, after: int = -1) -> list[Path]:
+    """The checkpoints of a run, newest first; those later than a step."""
+    files = folder.glob(f"step_{'[0-9]' * 8}.pt")
+    return sorted((file for file in files if int(file.stem[5:]) > after), reverse=True)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: list[Path]) -> None:
@@ -39,7 +33,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: l
         step: optimizer steps taken.
         state: tensors and plain values only, which weights_only=True reads.
         keep: number of checkpoints that stay, this one included.
-        replaced: files of a run that this one replaces: deleted, and the list is emptied.
+        replaced: files of an earlier run: deleted, and the list is emptied.
     """
     path = folder / f"step_{step:08d}.pt"
     with atomic_write(path, "wb") as file:
@@ -50,17 +44,6 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: l
     replaced.clear()
     for old in step_files(folder)[keep:]:
         old.unlink()
-
-
-def later_than(folder: Path, step: int) -> list[Path]:
-    """Checkpoints of later steps than the first, which would pass for the newest of this run."""
-    return [path for path in step_files(folder) if step_of(path) > step]
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Deletes the temporary files of writes that were killed."""
-    for temporary in folder.glob(".step_*"):
-        temporary.unlink()
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -74,21 +57,6 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(content, dict) or not _ENTRIES <= content.keys():
         raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
     return content
-
-
-def load_newest(folder: Path) -> tuple[dict, Path, list[str]] | None:
-    """Content and path of the newest whole checkpoint, and a sentence on each broken newer one."""
-    broken = []
-    for path in step_files(folder):
-        try:
-            return read_checkpoint(path), path, broken
-        except UserError as error:
-            broken.append(str(error).splitlines()[0])
-    if broken:
-        raise UserError(
-            "; ".join(broken) + f"; no checkpoint in {folder} is whole: --resume off starts again"
-        )
-    return None
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Digests of what a result depends on: files count by their content, not by their names."""
+"""SHA-256 of what a result depends on: files count by their content, not by their names."""
 
 from hashlib import sha256
 
@@ -11,7 +11,7 @@ from models.text import vocabulary_file
 
 
 def content_hash(content) -> str:
-    """SHA-256 of plain values, so that equal contents have equal hashes whatever their files."""
+    """SHA-256 of plain values; a list's items are hashed one after the other."""
     digest = sha256()
     for part in content if isinstance(content, list) else [content]:
         digest.update(repr(part).encode())
@@ -19,7 +19,7 @@ def content_hash(content) -> str:
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters, the same whatever file they came from."""
+    """SHA-256 of a model's parameters."""
     digest = sha256()
     for name, value in sorted(model.named_parameters(remove_duplicate=False)):
         digest.update(name.encode())
@@ -28,12 +28,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 def data_digests(config: dict, records: list[dict]) -> dict[str, str]:
-    """SHA-256 of a config's files by what they are, the same for training and for profiles.
-
-    Args:
-        config: a config of `load_config`.
-        records: the training annotation.
-    """
+    """SHA-256 of the training annotation's records and of the files that a config names."""
     tokenizer = config["tokenizer"]
     if tokenizer != OPENAI_TOKENIZER:  # which comes with its library
         tokenizer = content_hash(vocabulary_file(tokenizer).read_bytes())

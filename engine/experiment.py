@@ -4,23 +4,27 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from configs import SCHEMAS, Place, load_config
+from configs import SCHEMAS, load_config, place
 from engine.flags import check_flags
 from engine.tasks import TASKS, Task
-from reports.runs import PRUNED_FILE
+from reports.runs import CHECKPOINTS, PRUNED_FILE
 from utils import UserError, write_json
 
+if TYPE_CHECKING:  # which imports torch
+    from engine.processes import Process
+
 OVERRIDES = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers")  # flags and keys
-# What may change between a stop and a resume: places, speed, evaluation, what is printed and kept.
-# Files count by their content, --max_steps and the like as the steps that they come to. A flag or
-# key that is not named here must stay the same.
+# What may change between a stop and a resume: places, speed, evaluation, what is printed and kept;
+# files count by their content, --max_steps and the like by the number of steps. Every other flag
+# and key, a new one too, must stay the same.
 FREE_FLAGS = frozenset(
     """
     config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile
-    skip_bad_images evaluate split eval_samples pruned sparse eval_epochs eval_test spice score_only
-    pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps useID id_profile
-    n_gpu world_size dist_url distributed local_rank use_ceph w_sp_attn w_sp_mlp
+    deterministic skip_bad_images evaluate split eval_samples pruned sparse eval_epochs eval_test
+    spice score_only pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps
+    useID id_profile n_gpu world_size dist_url distributed local_rank use_ceph w_sp_attn w_sp_mlp
     """.split()
 )
 FREE_KEYS = frozenset(  # and all places
@@ -33,30 +37,23 @@ FREE_KEYS = frozenset(  # and all places
 
 @dataclass(frozen=True)
 class Experiment:
-    """The record of a run.
-
-    Attributes:
-        task: of the script.
-        argv: the script and its flags as they were typed.
-        flags: parsed, without `argv`.
-        config: of `load_config`, flags in place of its own values.
-    """
+    """The record of a run."""
 
     task: Task
-    argv: tuple[str, ...]
+    argv: tuple[str, ...]  # the script and its flags as they were typed
     flags: argparse.Namespace
-    config: dict
+    config: dict  # with the flags' values in place of its own
 
     @property
     def id_profile(self) -> str:
-        """Path of the profile that weights scores; "" weights none."""
+        """Path of the profile that weights scores; "" for none."""
         return self.flags.id_profile or (self.config["id_profile"] if self.flags.useID else "")
 
     @property
     def folder(self) -> Path:
         """Folder of the results: the evaluated run's own where --model_dir names no other.
 
-        Other folders that --pruned may name (Hugging Face's, a cache) are not written to.
+        Other folders that --pruned may name (of Hugging Face, a cache) are not written to.
         """
         flags, pruned = self.flags, self.flags.pruned
         if flags.model_dir is None and pruned and Path(pruned, PRUNED_FILE).is_file():
@@ -66,30 +63,48 @@ class Experiment:
 
     def write(self, path: Path) -> None:
         """Writes the record. Call it once all checks have passed."""
-        flags = vars(self.flags)
-        write_json(path, {"config": self.config, "flags": flags, "argv": self.argv})
+        record = {"config": self.config, "flags": vars(self.flags), "argv": self.argv}
+        write_json(path, record)
 
     def identity(self) -> dict:
         """Flags and keys that a resumed run must share with the one it goes on from."""
         schema = SCHEMAS[self.task.name]
-        free = FREE_KEYS | {key for key, (rule, _) in schema.items() if isinstance(rule, Place)}
+        free = FREE_KEYS | {key for key, (rule, _) in schema.items() if rule is place}
         keys = {key: value for key, value in self.config.items() if key not in free}
         flags = {name: value for name, value in vars(self.flags).items() if name not in FREE_FLAGS}
         return keys | flags
 
 
-def read_experiment(args: argparse.Namespace, task: str) -> Experiment:
-    """Checks flags and config, without anything heavy.
+@dataclass(frozen=True)
+class Run(Experiment):
+    """An experiment in one of its processes."""
 
-    Args:
-        args: of a script's `parse_args`.
-        task: key of `engine.tasks.TASKS`.
-    """
+    process: "Process"
+    bf16: bool  # products in bfloat16 autocast
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / CHECKPOINTS
+
+    @property
+    def samples_per_step(self) -> int:
+        """Training samples of all processes and accumulated batches at one optimizer step."""
+        batches = self.process.world_size * self.flags.gradient_accumulation_steps
+        return self.config["batch_size"] * batches
+
+    def say(self, message: str) -> None:
+        """Prints on the main process only."""
+        if self.process.is_main:
+            print(message, flush=True)
+
+
+def read_experiment(args: argparse.Namespace, task: str) -> Experiment:
+    """Checks flags and config, without anything heavy; `task` is a key of TASKS."""
     check_flags(args)
     config = load_config(args.config, {key: getattr(args, key) for key in OVERRIDES}, task)
-    flags = argparse.Namespace(**vars(args))
-    argv = tuple(vars(flags).pop("argv"))
-    experiment = Experiment(TASKS[task], argv, flags, config)
-    if flags.useID and not experiment.id_profile:
+    flags = {name: value for name, value in vars(args).items() if name != "argv"}
+    experiment = Experiment(TASKS[task], tuple(args.argv), argparse.Namespace(**flags), config)
+    if args.useID and not experiment.id_profile:
         raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
     return experiment

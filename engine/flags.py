@@ -15,15 +15,7 @@ PLACE = os.path.expanduser  # shells leave the ~ of --output_dir=~/results to us
 def trainer_parser(
     task: str, description: str
 ) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
-    """The flags that all training scripts have.
-
-    Args:
-        task: key of TASKS.
-        description: of the script.
-
-    Returns:
-        The parser, and its group of evaluation flags.
-    """
+    """The flags that all training scripts have, and the group of the evaluation flags."""
     parser = argparse.ArgumentParser(
         prog=TASKS[task].script,
         description=description,
@@ -39,11 +31,11 @@ def trainer_parser(
     add("--resume", type=PLACE, default="auto", help="auto (newest checkpoint), off, or a file")
     add("--skip_bad_images", **on, help="next sample for an unreadable image")
     add("--compile", **on, help="torch.compile the model")
-    amp = "bf16 autocast; auto: on accelerators that compute it (default: auto)"
+    add("--deterministic", **on, help="deterministic algorithms of torch, slower on GPUs")
+    amp = "bf16 autocast; auto: on accelerators that compute bf16 (default: auto)"
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help=amp)
     _number(run, "--seed", FROM_ZERO, 42, "seed")
-    interval = "optimizer steps between checkpoints; 0: each epoch's end and every ten minutes, or "
-    interval += "less often, so that writing takes at most a twentieth of the time"
+    interval = "optimizer steps between checkpoints; 0: every ten minutes, and at epochs' ends"
     _number(run, "--checkpoint_steps", FROM_ZERO, 0, interval)
     _number(run, "--keep_checkpoints", COUNT, 2, "checkpoints that stay")
     parts = "batches of each process in an optimizer step"
@@ -85,10 +77,9 @@ def trainer_parser(
     add("--useID", **on, help="weight scores by the IDs of the config's id_profile")
     add("--id_profile", type=PLACE, help="profile or folder of ComputeID.py; implies --useID")
     for flag in ("--n_gpu", "--world_size", "--dist_url", "--distributed", "--local_rank"):
-        # accepted, as scripts of the original code pass them; torchrun's variables count
+        # scripts of the original code pass them; torchrun's variables count
         parser.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
-    # torch.distributed.launch passes it, and sets torchrun's variables too
-    parser.add_argument("--local-rank", help=argparse.SUPPRESS)
+    parser.add_argument("--local-rank", help=argparse.SUPPRESS)  # of torch.distributed.launch
     return parser, evaluation
 
 
@@ -110,12 +101,12 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that would be ignored."""
     if args.pruned and not args.evaluate:
         raise UserError("--pruned goes with --evaluate; training starts from --pretrained")
-    for flag in ("sparse", "split", "spice"):
-        if getattr(args, flag, None) and not args.evaluate:
-            raise UserError(f"--{flag} goes with --evaluate, not with training")
-    for flag in ("eval_test", "check", "compile"):
-        if getattr(args, flag) and args.evaluate:
-            raise UserError(f"--{flag} goes with training, not with --evaluate")
+    mode, other, flags = "training", "--evaluate", ("sparse", "split", "spice")
+    if args.evaluate:
+        mode, other, flags = "--evaluate", "training", ("eval_test", "check", "compile")
+    for flag in flags:
+        if getattr(args, flag, None):
+            raise UserError(f"--{flag} goes with {other}, not with {mode}")
     if args.sparse and args.amp == "bf16":
         raise UserError("--sparse computes in float32: leave out --amp bf16")
     if args.sparse and args.device not in ("auto", "cpu"):

@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from data.samplers import EvalSampler, TrainBatchSampler
+from engine.experiment import Run
 from engine.processes import Process, is_main, place_among_processes
 from utils import UserError, available_cpus
 
 
 class _Fetched(Dataset):
-    """Items and the samples skipped for them, or mistakes: torch would send these as tracebacks."""
+    """Items and the samples skipped for them; or mistakes, which torch sends as tracebacks."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -43,7 +44,7 @@ def _collate(items: list) -> tuple[tuple, int] | UserError:
 
 
 def read(loader: DataLoader) -> Iterator[tuple[tuple, int]]:
-    """The batches of a loader, each with the samples skipped for it; raises users' mistakes."""
+    """The batches of a loader, each with the number of samples skipped for it."""
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -52,39 +53,24 @@ def read(loader: DataLoader) -> Iterator[tuple[tuple, int]]:
 
 def train_loader(config: dict, dataset: Dataset, seed: int, process: Process) -> DataLoader:
     """Loads this process's training batches, for `read`; set the epoch of its `batch_sampler`."""
-    sampler = TrainBatchSampler(
-        len(dataset), config["batch_size"], seed, process.rank, process.world_size
-    )
+    place = process.rank, process.world_size
+    sampler = TrainBatchSampler(len(dataset), config["batch_size"], seed, *place)
     options = _loader_options(config, process.device, seed)
-    return DataLoader(
-        _Fetched(dataset),
-        batch_sampler=sampler,
-        persistent_workers=options["num_workers"] > 0,
-        **options,
-    )
+    options["persistent_workers"] = options["num_workers"] > 0
+    return DataLoader(_Fetched(dataset), batch_sampler=sampler, **options)
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How a held-out split is evaluated. Processes are those of torch.distributed.
+    """How a held-out split is evaluated."""
 
-    Attributes:
-        config: of `load_config`; batch size, loading processes, decoding and files are read.
-        device: where the model is.
-        bf16: whether products are computed in bfloat16 autocast.
-        results: folder of the captions and their scores; None writes none.
-        meteor: METEOR of captions, which takes ten seconds to start.
-        spice: SPICE of captions.
-        samples: first samples that a split was cut to; 0 for the whole split.
-    """
-
-    config: dict
-    device: torch.device = torch.device("cpu")
-    bf16: bool = False
-    results: Path | None = None
-    meteor: bool = False
-    spice: bool = False
-    samples: int = 0
+    config: dict  # batch size, loading processes, decoding and files
+    device: torch.device = torch.device("cpu")  # of the model
+    bf16: bool = False  # products in bfloat16 autocast
+    results: Path | None = None  # folder of the captions and their scores; None writes none
+    meteor: bool = False  # METEOR of captions, which takes ten seconds to start
+    spice: bool = False  # SPICE of captions
+    samples: int = 0  # first samples that a split was cut to; 0 for the whole split
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
@@ -104,8 +90,15 @@ class EvalOptions:
             yield move(batch, self.device)
 
 
+def eval_options(run: Run, **scorers: bool) -> EvalOptions:
+    """How a run evaluates."""
+    results, samples = run.folder / "results", run.flags.eval_samples
+    device = run.process.device
+    return EvalOptions(run.config, device, run.bf16, results, samples=samples, **scorers)
+
+
 def loading_processes(config: dict) -> int:
-    """Image loading processes of a loader: no more than the CPUs of this process."""
+    """Image loading processes of a loader, at most the CPUs of this process."""
     return min(config["num_workers"], available_cpus())
 
 
@@ -122,9 +115,9 @@ def _loader_options(config: dict, device: torch.device, seed: int) -> dict:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Lets a loading process outlive a signal to all processes: the trainer finishes its step.
+    """Lets a loading process outlive a signal to all processes, so that a step can be finished.
 
-    Only SIGTERM from the trainer itself ends it; on macOS, which does not name the sender, any.
+    SIGTERM from the trainer itself ends it; on macOS, which does not name the sender, any SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

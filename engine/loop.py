@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,13 +13,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine import checkpoints
-from engine.loading import EvalOptions, move, read
-from engine.plan import learning_rate
+from engine.experiment import Run
+from engine.loading import eval_options, move, read
 from engine.processes import barrier, gather_from_processes, start_sum, sum_over_processes
 from engine.reporter import Reporter
-from engine.run import Run
 from engine.state import TrainState, save
-from engine.stopping import EXIT_STOPPED, exit_stopped, listen_for_stop, stop_signals_to
+from engine.stopping import EXIT_STOPPED, exit_stopped, noted_signals, stop_signals_to
 from models.layers import prunable_layers
 from pruners.pruner import NonFiniteScores
 from pruners.sparsity import off_target, sparsity_report
@@ -37,17 +37,19 @@ def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
     the first chooses `pruned_best.safetensors` among the epochs at the final remaining ratio.
 
     Raises:
-        UserError: an image cannot be read, or a file cannot be written.
         FloatingPointError: a loss is not finite.
         SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT and a checkpoint.
     """
     if run.process.is_main:
-        checkpoints.remove_unfinished(run.checkpoints)
+        for unfinished in run.checkpoints.glob(".step_*"):  # writes that were killed
+            unfinished.unlink()
     state.reporter = Reporter(run, state)
     try:
         with stop_signals_to(exit_stopped):
             for epoch in range(state.progress.epoch, state.plan.epochs):
-                state.progress.begin(epoch)
+                if epoch > state.progress.epoch:  # else the run goes on within it
+                    new = {"step_in_epoch": 0, "loss_sum": 0.0, "bad_images": 0}
+                    state.progress = replace(state.progress, epoch=epoch, **new)
                 train_one_epoch(run, state)
                 finish_epoch(run, state, held_out)
     finally:
@@ -57,13 +59,14 @@ def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
 
 def already_finished(run: Run, state: TrainState) -> bool:
     """Whether the last epoch's line of log.txt, which a run writes last of all, is there."""
-    log = run.folder / LOG_FILE
-    lines = log.read_text().splitlines() if log.exists() else []
-    total = state.plan.total_steps
-    finished = state.progress.step == total and lines and json.loads(lines[-1])["step"] == total
+    log, total = run.folder / LOG_FILE, state.plan.total_steps
+    if state.progress.step < total or not log.exists():
+        return False
+    last = log.read_text().splitlines()[-1:]
+    finished = [json.loads(line)["step"] for line in last] == [total]
     if finished:
-        run.say(f"already finished; the last epoch: {lines[-1]}\n{written(run)}")
-    return bool(finished)
+        run.say(f"already finished; the last epoch: {last[0]}\n{written(run)}")
+    return finished
 
 
 def written(run: Run) -> str:
@@ -76,7 +79,7 @@ def written(run: Run) -> str:
 
 
 def train_one_epoch(run: Run, state: TrainState) -> None:
-    """Takes the remaining steps of the epoch, with a checkpoint at its end. Raises as `train`."""
+    """Takes the remaining steps of the epoch, with a checkpoint at its end."""
     progress, config, process = state.progress, run.config, run.process
     steps, accumulated = state.plan.steps_of(progress.epoch), run.flags.gradient_accumulation_steps
     if progress.step_in_epoch == steps:  # resumed between the last step and its validation
@@ -86,9 +89,8 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
         group["lr"] = lr
     state.loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch * accumulated)
     state.engine.train()
-    with listen_for_stop() as stop:
-        # Loading processes inherit the signal handlers, so they start inside this block.
-        batches = read(state.loader)
+    with noted_signals() as signals:
+        batches = read(state.loader)  # in the block: loading processes inherit signal handlers
         while progress.step_in_epoch < steps:
             loaded = [next(batches) for _ in range(accumulated)]
             parts, terms = zip(*(state.model.prepare(*inputs) for inputs, _ in loaded), strict=True)
@@ -98,7 +100,7 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                 [
                     sum(terms),
                     sum(count for _, count in loaded),
-                    stop.requested,
+                    bool(signals),
                     state.reporter.is_due(LOG_SECONDS),
                     process.is_main and checkpoint_is_due(run.flags.checkpoint_steps, state),
                 ]
@@ -123,8 +125,13 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                 raise SystemExit(EXIT_STOPPED)
 
 
+def learning_rate(epoch: int, epochs: int, init_lr: float, min_lr: float) -> float:
+    """Cosine from `init_lr` at epoch 0 towards `min_lr` at epoch `epochs`, constant in an epoch."""
+    return min_lr + (init_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
 def checkpoint_is_due(checkpoint_steps: int, state: TrainState) -> bool:
-    """Whether the coming step ends with a checkpoint; with 0 steps, from time to time if cheap."""
+    """Whether the coming step ends with a checkpoint; 0 steps: from time to time, if cheap."""
     if checkpoint_steps:
         return (state.progress.step + 1) % checkpoint_steps == 0
     interval = max(CHECKPOINT_SECONDS, state.save_seconds / CHEAP)
@@ -132,7 +139,7 @@ def checkpoint_is_due(checkpoint_steps: int, state: TrainState) -> bool:
 
 
 def shares(terms: Sequence[int], agreed: Callable[[], list[float]]) -> list[float]:
-    """Shares of this process's parts in all terms of a step, which `agreed` gives first."""
+    """Shares of this process's parts in all terms of a step, the first number of `agreed`."""
     return [count / agreed()[0] for count in terms]
 
 
@@ -141,12 +148,11 @@ def train_step(
 ) -> None:
     """One optimizer step: gradients of all parts and processes, AdamW, pruner.
 
-    The loss is the mean over all terms (predicted tokens, statements) of the step, so that it does
-    not depend on how they are spread over parts and processes. (The original takes the mean of the
-    processes' means.)
+    The loss is the mean over all terms (predicted tokens, statements) of the step, however they are
+    spread over parts and processes. (The original takes the mean of the processes' means.)
 
     Args:
-        run: device, precision and number of processes, by which data parallelism divides.
+        run: data parallelism divides by its number of processes.
         state: changed in place.
         parts: arguments of one forward pass each, on the device.
         weights: returns the share of each part in all terms; called after a forward pass.
@@ -171,9 +177,9 @@ def train_step(
 
 
 def read_losses(run: Run, state: TrainState) -> float:
-    """The mean loss of the steps since the last call, which waits for the device.
+    """The mean loss of the steps since the last call; waits for the device.
 
-    Raises FloatingPointError where one is not finite, with its step, images and checkpoint.
+    A loss that is not finite raises a FloatingPointError with its step, images and checkpoint.
     """
     own = torch.stack(state.unread_losses).cpu().double()  # (steps,)
     state.unread_losses.clear()
@@ -195,7 +201,7 @@ def read_losses(run: Run, state: TrainState) -> float:
 
 
 def images_of_step(run: Run, state: TrainState, steps_ago: int) -> list[str]:
-    """The image files that this process read for a step, 0 being the one just taken."""
+    """The image files that this process read for a step; 0 is the last step."""
     parts = run.flags.gradient_accumulation_steps
     first = (state.progress.step_in_epoch - 1 - steps_ago) * parts
     sampler, dataset = state.loader.batch_sampler, state.loader.dataset.dataset
@@ -238,16 +244,9 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
 def validate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> dict[str, float]:
     """Scores of held-out sets, `<split>_<score>` to value; on the main process at least."""
     model.eval()
-    options = EvalOptions(
-        run.config,
-        run.process.device,
-        run.bf16,
-        run.folder / "results",
-        samples=run.flags.eval_samples,
-    )
     scores = {}
     for split, dataset in list(held_out.items())[: None if run.flags.eval_test else 1]:
-        report = run.task.evaluate(model, dataset, split, options)
+        report = run.task.evaluate(model, dataset, split, eval_options(run))
         scores |= {f"{split}_{name}": value for name, value in report["scores"].items()}
     barrier()
     return scores

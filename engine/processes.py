@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 import random
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ def seed_everything(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """One process of a run: its rank, the number of processes, and the device it computes on."""
+    """One process of a run."""
 
     rank: int
     world_size: int
@@ -44,30 +45,27 @@ class Process:
 
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SRUN = (
-    "srun --ntasks-per-node=1 python -m torch.distributed.run --nnodes=$SLURM_NNODES "
-    "--nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29505 SCRIPT FLAGS"
-)
 
 
 def launched_processes() -> int:
     """Number of processes that torchrun started; 1 under plain `python`."""
     values = {name: os.environ.get(name, "") for name in LAUNCHER}
-    missing = [name for name, value in values.items() if not value]
-    if missing == list(LAUNCHER):
+    there = ", ".join(name for name, value in values.items() if value)
+    missing = ", ".join(name for name, value in values.items() if not value)
+    if not there:
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
         if tasks != "1":
             raise UserError(
-                f"SLURM started {tasks} tasks, but not through torchrun: each would do it all "
-                f"and write the same files. Start one task on each node: {SRUN}"
+                f"SLURM started {tasks} tasks without torchrun: each would write the same files. "
+                "Start one task on each node: srun --ntasks-per-node=1 python -m "
+                "torch.distributed.run --nnodes=$SLURM_NNODES --nproc_per_node=GPUS "
+                "--rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29505 SCRIPT FLAGS"
             )
         return 1
     if missing:
-        there = [name for name in LAUNCHER if name not in missing]
         raise UserError(
-            f"{', '.join(there)} {'is' if len(there) == 1 else 'are'} set in the environment, but "
-            f"not {', '.join(missing)}: torchrun sets them all. Unset them, or start with python "
-            "-m torch.distributed.run"
+            f"the environment sets {there}, but not {missing}: torchrun sets them all. Unset them, "
+            "or start with python -m torch.distributed.run"
         )
     for name, value in values.items():
         if name != "MASTER_ADDR" and not value.isdigit():
@@ -76,12 +74,10 @@ def launched_processes() -> int:
 
 
 def choose_device(device: str, processes: int) -> torch.device:
-    """The device that this process computes on.
+    """The device of this process.
 
-    Args:
-        device: "auto" (an accelerator if there is one), "cpu", or an accelerator's type, with or
-            without an index; without one, each process takes the device of its local rank.
-        processes: number of processes.
+    "auto" is an accelerator if there is one. Without an index (`cuda`), each process takes the
+    accelerator of its local rank.
     """
     present = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
@@ -92,36 +88,32 @@ def choose_device(device: str, processes: int) -> torch.device:
         raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N, mps or xpu") from None
     if chosen.type == "cpu":
         return torch.device("cpu")
-    if present is None or chosen.type != present.type:
-        there = f"torch sees {present.type}" if present else "torch sees no GPU"
-        raise UserError(f"{device} is asked for, but {there}: take the CPU (--device cpu, --cpu)")
-    if chosen.index is not None and processes > 1:
-        raise UserError(
-            f"{device} is asked for under torchrun, where each process needs a device of its own: "
-            f"say {chosen.type} alone, and choose among devices with CUDA_VISIBLE_DEVICES"
-        )
     index = int(os.environ.get("LOCAL_RANK") or 0) if chosen.index is None else chosen.index
-    if index >= torch.accelerator.device_count():
-        raise UserError(
-            f"{chosen.type}:{index} is asked for, but there are {torch.accelerator.device_count()} "
-            "such devices: start fewer processes (--nproc_per_node), or name another"
-        )
-    return torch.device(chosen.type, index)
+    if present is None or chosen.type != present.type:
+        there = present.type if present else "no GPU"
+        why = f"torch sees {there}: take the CPU (--device cpu, --cpu)"
+    elif chosen.index is not None and processes > 1:
+        why = "under torchrun each process needs a device of its own: give "
+        why += f"{chosen.type} alone, and choose among devices with CUDA_VISIBLE_DEVICES"
+    elif index >= (count := torch.accelerator.device_count()):
+        why = f"there are {count}: start fewer processes (--nproc_per_node), or name another"
+    else:
+        return torch.device(chosen.type, index)
+    raise UserError(f"{chosen.type}:{index} is asked for, but {why}")
 
 
 def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process:
-    """Joins the processes that torchrun started, or stands alone under plain `python`.
+    """Joins the processes that torchrun started, if it did.
 
-    A collective waits `timeout_s` seconds for another process: longer than any work of one process
-    alone (scoring, a download). A process that dies ends the others at once.
+    Collectives wait `timeout_s` seconds: longer than one process works alone (scoring, a download).
     """
     world_size = launched_processes()
     chosen = choose_device(device, world_size)
     if chosen.type != "cpu":
         torch.accelerator.set_device_index(chosen.index)
     if world_size > 1 and not dist.is_initialized():
-        backend = "gloo"
-        if chosen.type != "cpu":  # host values go over gloo all the same, which waits for no GPU
+        backend = "gloo"  # host values always go over gloo, which waits for no GPU
+        if chosen.type != "cpu":
             own = dist.get_default_backend_for_device(chosen.type)
             backend = f"cpu:gloo,{chosen.type}:{own}"
         try:
@@ -138,8 +130,8 @@ def init_distributed(device: str = "auto", timeout_s: float = 3600.0) -> Process
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on the device.
 
-    On the CPU the least of what the system and the control groups (a container's, a job's) have
-    left, shared among this machine's processes, and of what `ulimit -v` and `ulimit -d` leave.
+    On the CPU: what the system and control groups (of a container, a job) have left, shared among
+    this machine's processes; or less where `ulimit -v` or `ulimit -d` leaves less.
     """
     if device.type != "cpu":
         return torch.accelerator.get_memory_info(device)[0]
@@ -152,31 +144,24 @@ def free_memory(device: torch.device) -> int:
     return max(0, min([shared // processes, *left]))
 
 
-# files of a control group: limits, what is used, and which line of memory.stat can be given back
-GROUPS_V1 = (["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_inactive_file")
-GROUPS_V2 = (["memory.max", "memory.high"], "memory.current", "inactive_file")
+# files of a control group: limits, usage, and the line of memory.stat that can be given back
+GROUPS = {
+    "memory": (["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_inactive_file"),  # v1
+    "": (["memory.max", "memory.high"], "memory.current", "inactive_file"),  # v2
+}
 
 
 def left_in_groups(root: str | Path = "/") -> list[int]:
-    """Bytes left below each memory limit of this process's control groups and those above them.
-
-    A container may see its own group as the uppermost one, so only existing folders count.
-    """
-    left = []
-    try:
-        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux
-        return left
-    for line in lines:
+    """Bytes left below each memory limit of this process's control groups and their parents."""
+    left, groups = [], Path(root, "proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():  # of Linux
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top = Path(root, "sys/fs/cgroup", controllers)
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            left += _left_in_group(folder, *(GROUPS_V1 if controllers else GROUPS_V2))
-            if folder == top:
-                break
+        if controllers in GROUPS:
+            top = Path(root, "sys/fs/cgroup", controllers)
+            group = top / path.lstrip("/")
+            for folder in (group, *group.parents):  # a container may see its own as the uppermost
+                if folder.is_relative_to(top):
+                    left += _left_in_group(folder, *GROUPS[controllers])
     return left
 
 
@@ -188,14 +173,13 @@ def _left_in_group(folder: Path, limits: list[str], usage: str, cache: str) -> l
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except OSError:
         return []
-    used -= int(stat.get(cache, 0))
-    return [int(value) - used for value in values if value != "max"]
+    return [int(value) - used + int(stat.get(cache, 0)) for value in values if value != "max"]
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Lets glibc keep freed memory on the CPU, because the kernel zeroes each page that it gives.
+    """Lets glibc keep freed memory, because the kernel zeroes each page that it gives.
 
-    A training step of BLIP base took 6.3 s without this and 5.2 s with it (batch 2, two cores).
+    It takes a training step of BLIP base from 6.3 s to 5.2 s (batch 2, two cores).
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -211,7 +195,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def place_among_processes() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
+    """Rank, and number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -227,7 +211,7 @@ def barrier() -> None:
 
 
 def start_sum(values: list[float]) -> Callable[[], list[float]]:
-    """Begins to sum host values over all processes; the returned function waits for the sums."""
+    """Starts to sum host values over all processes; the returned function waits for the sums."""
     total = torch.tensor(values, dtype=torch.float64)
     work = dist.all_reduce(total, async_op=True) if dist.is_initialized() else None
 
@@ -241,7 +225,7 @@ def start_sum(values: list[float]) -> Callable[[], list[float]]:
 
 
 def sum_over_processes(values: list[float]) -> list[float]:
-    """Sums host values over all processes, see `start_sum`."""
+    """Sums host values over all processes."""
     return start_sum(values)()
 
 
@@ -271,11 +255,8 @@ def machine_of(device: torch.device) -> dict:
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name(device)
         return {"processor": name, "torch": torch.__version__}
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    model = next(names, platform.processor() or platform.machine())
-    name = f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
+    name = model[1].strip() if model else platform.processor() or platform.machine()
+    name += f", {torch.backends.cpu.get_cpu_capability()}"
     return {"processor": name, "torch": torch.__version__, "threads": torch.get_num_threads()}

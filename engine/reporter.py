@@ -17,7 +17,7 @@ class Reporter:
     """Reports of one run of a training script."""
 
     def __init__(self, run, state):
-        """Starts the clock at the `TrainState` where a `Run` starts; at step 0 a new log.txt."""
+        """Starts the clock, and at step 0 of the `TrainState` a new log.txt of the `Run`."""
         self.run, self.state = run, state
         self.started = self.last_line = time.monotonic()
         self.first_step = state.progress.step
@@ -40,11 +40,13 @@ class Reporter:
         at, total = self.state.progress, self.state.plan.total_steps
         rate = (at.step - self.first_step) / (self.last_line - self.started)  # steps a second
         samples = rate * self.run.samples_per_step
-        memory = used_memory(self.run.process.device)
+        memory = psutil.Process().memory_info().rss
+        if self.run.process.device.type != "cpu":
+            memory = torch.accelerator.max_memory_allocated(self.run.process.device)  # its peak
         self.run.say(
             f"epoch {at.epoch}  step {at.step}/{total}  loss {loss:.4f}  lr {lr:.2e}  "
             f"remaining {at.remaining_ratio:.3f}  {samples:.1f} samples/s  "
-            f"ETA {hours((total - at.step) / rate)}  memory {memory:.2f} GB"
+            f"ETA {hours((total - at.step) / rate)}  memory {memory / 1e9:.2f} GB"
         )
         for name, value in [("loss", loss), ("lr", lr), ("remaining_ratio", at.remaining_ratio)]:
             self.board.add_scalar(f"train/{name}", value, at.step)
@@ -56,8 +58,7 @@ class Reporter:
         folder = self.run.folder
         write_json(folder / "sparsity.json", report)
         save_figure(plot_sparsity({folder.name: report}), folder / "sparsity.png")
-        shares = {"overall": report["overall"], **report["by_modality"]}
-        for name, share in shares.items():
+        for name, share in {"overall": report["overall"], **report["by_modality"]}.items():
             self.board.add_scalar(f"sparsity/{name}", share, self.state.progress.step)
 
     def epoch(self, history: list[dict]) -> None:
@@ -75,7 +76,7 @@ class Reporter:
         self.last_line = time.monotonic()
 
     def close(self) -> None:
-        """Closes TensorBoard's file, with what was not yet written."""
+        """Writes what TensorBoard's file still lacks."""
         if self.board is not None:
             self.board.close()
 
@@ -84,10 +85,3 @@ def hours(seconds: float) -> str:
     """Hours, minutes and seconds, as 7:05:09."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def used_memory(device: torch.device) -> float:
-    """Memory of this process in GB: the accelerator's peak, or what is resident now on the CPU."""
-    if device.type == "cpu":
-        return psutil.Process().memory_info().rss / 1e9
-    return torch.accelerator.max_memory_allocated(device) / 1e9

@@ -1,6 +1,7 @@
-"""The state of a training run: built, saved, and resumed to the bit."""
+"""The state of a training run: planned, built, saved, and resumed to the bit."""
 
 import argparse
+import math
 import re
 import time
 from dataclasses import asdict, dataclass, field
@@ -13,13 +14,41 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine import checkpoints
 from engine.digests import content_hash, data_digests, model_hash
+from engine.experiment import Run
 from engine.loading import train_loader
-from engine.plan import StepPlan, plan_steps
 from engine.processes import barrier, gather_from_processes, seed_everything
 from engine.reporter import Reporter
-from engine.run import Run
 from pruners.pruner import Pruner
 from utils import UserError
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The run's length, in optimizer steps."""
+
+    steps_per_epoch: int
+    epochs: int
+    total_steps: int  # which may end the last epoch early
+    warmup_steps: int
+
+    def steps_of(self, epoch: int) -> int:
+        """Steps of an epoch, from 0."""
+        return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+
+
+def plan_steps(
+    flags: argparse.Namespace, samples: int, samples_per_step: int, max_epoch: int
+) -> StepPlan:
+    """Counts the steps of all processes, accumulated batches being one; --max_steps goes first."""
+    steps_per_epoch = samples // samples_per_step
+    if steps_per_epoch < 1:
+        raise UserError(
+            f"an optimizer step takes {samples_per_step} samples (batch size x processes x "
+            f"accumulation), but the training set has {samples}: lower one of them"
+        )
+    total = flags.max_steps or max_epoch * steps_per_epoch
+    warmup = steps_per_epoch if flags.warmup_steps is None else flags.warmup_steps
+    return StepPlan(steps_per_epoch, math.ceil(total / steps_per_epoch), total, warmup)
 
 
 @dataclass
@@ -31,14 +60,8 @@ class Progress:
     step: int = 0
     remaining_ratio: float = 1.0
     loss_sum: float = 0.0  # over this epoch's steps
-    bad_images: int = 0  # samples that were skipped in this epoch, of all processes
-    history: list[dict] = field(default_factory=list)  # of the finished epochs, as in log.txt
-
-    def begin(self, epoch: int) -> None:
-        """Goes on to an epoch; nothing where the run is in it already."""
-        if epoch > self.epoch:
-            self.epoch, self.step_in_epoch = epoch, 0
-            self.loss_sum, self.bad_images = 0.0, 0
+    bad_images: int = 0  # samples that all processes skipped in this epoch
+    history: list[dict] = field(default_factory=list)  # lines of log.txt, of the finished epochs
 
 
 @dataclass
@@ -88,8 +111,7 @@ def build_state(
         model.compile()
     engine = model
     if process.world_size > 1:
-        on_cpu = process.device.type == "cpu"
-        devices = None if on_cpu else [process.device.index]
+        devices = None if process.device.type == "cpu" else [process.device.index]
         engine = DistributedDataParallel(
             model, devices, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
@@ -100,7 +122,7 @@ def build_state(
 def build_pruner(
     flags: argparse.Namespace, model: nn.Module, plan: StepPlan, layer_id: dict[str, float] | None
 ) -> Pruner:
-    """The pruner that the flags describe. Raises `UserError` where schedule or IDs do not fit."""
+    """The pruner that the flags describe, whose mistakes name flags and not arguments."""
     same = "beta1 beta2 initial_threshold final_threshold initial_warmup final_warmup".split()
     try:
         return Pruner(
@@ -113,27 +135,36 @@ def build_pruner(
             layer_id=layer_id,
             **{name: getattr(flags, name) for name in same},
         )
-    except UserError as error:  # which names arguments of Pruner
+    except UserError as error:
         sentence = re.sub(rf"\b({'|'.join(same)}|warmup_steps)\b", r"--\1", str(error))
         sentence = sentence.replace("delta_t", "--deltaT")
         raise UserError(sentence.replace("total_steps", "--max_steps, --max_epoch")) from None
 
 
 def find_checkpoint(run: Run, identity: dict) -> dict | None:
-    """Content and path of the checkpoint that --resume names; None to start at step 0."""
-    if run.flags.resume == "off":
+    """Content and "path" of the checkpoint that --resume names; None to start at step 0.
+
+    With "auto" a broken checkpoint gives way to the one before.
+    """
+    named, broken = run.flags.resume, []
+    if named == "off":
         return None
-    if run.flags.resume != "auto":
-        path = Path(run.flags.resume)
-        content = checkpoints.read_checkpoint(path)
-    elif found := checkpoints.load_newest(run.checkpoints):
-        content, path, broken = found
+    for path in checkpoints.step_files(run.checkpoints) if named == "auto" else [Path(named)]:
+        try:
+            content = checkpoints.read_checkpoint(path)
+        except UserError as error:
+            if named != "auto":
+                raise
+            broken.append(str(error).splitlines()[0])
+            continue
         for sentence in broken:
             run.say(f"{sentence}; falling back to the one before")
-    else:
-        return None
-    check_identity(content["identity"], identity, path)
-    return {**content, "path": path}
+        check_identity(content["identity"], identity, path)
+        return {**content, "path": path}
+    if broken:
+        sentences = "; ".join(broken)
+        raise UserError(f"{sentences}; no checkpoint is whole: --resume off starts again")
+    return None
 
 
 def check_identity(saved: dict, own: dict, path: Path) -> None:
@@ -153,7 +184,7 @@ def check_identity(saved: dict, own: dict, path: Path) -> None:
 
 
 def resume(run: Run, state: TrainState, found: dict | None) -> None:
-    """Puts what `find_checkpoint` found into a state at step 0: all that `save` wrote."""
+    """Puts what `find_checkpoint` found into a state at step 0."""
     seed_everything(run.flags.seed + run.process.rank)  # each process draws its own dropout
     if found is not None:
         state.model.load_state_dict(found["model"])
@@ -167,11 +198,12 @@ def resume(run: Run, state: TrainState, found: dict | None) -> None:
         checkpoints.set_rng_state(found["rng"][run.process.rank], run.process.device)
         done, total = state.progress.step, state.plan.total_steps
         run.say(f"resumed from {found['path']}: {done} of {total} steps done")
-    state.replaced = checkpoints.later_than(run.checkpoints, state.progress.step)
+    # which would pass for the newest of this run
+    state.replaced = checkpoints.step_files(run.checkpoints, after=state.progress.step)
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Writes a checkpoint. Every process calls it, for each has a random state of its own."""
+    """Writes a checkpoint. Every process calls it, because each has a random state of its own."""
     begun = time.monotonic()
     if state.pruner:
         state.pruner.check_masks_equal()

@@ -3,17 +3,9 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, run again to go on
-
-
-@dataclass
-class StopRequest:
-    """Whether a signal has asked the process to stop."""
-
-    requested: bool = False
 
 
 @contextmanager
@@ -33,18 +25,10 @@ def exit_stopped(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def listen_for_stop() -> Iterator[StopRequest]:
-    """Inside the block SIGTERM and SIGINT are noted, for the block to look at after each step.
-
-    Raises:
-        SystemExit: with EXIT_STOPPED at the end of the block, after a signal.
-    """
-    stop = StopRequest()
-
-    def note(number, frame):
-        stop.requested = True
-
-    with stop_signals_to(note):
-        yield stop
-    if stop.requested:
+def noted_signals() -> Iterator[list[int]]:
+    """Inside the block SIGTERM and SIGINT are appended to the list; then they end the process."""
+    signals = []
+    with stop_signals_to(lambda number, frame: signals.append(number)):
+        yield signals
+    if signals:
         raise SystemExit(EXIT_STOPPED)

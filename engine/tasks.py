@@ -1,21 +1,14 @@
-"""The tasks. A new one is its own files, its keys in `configs.SCHEMAS`, and one record here.
+"""The tasks. A new one is its own files, its keys in `configs.SCHEMAS`, and one record here."""
 
-Nothing heavy is imported: what builds and evaluates a task is imported when it is first called.
-"""
-
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 
 def later(place: str) -> Callable:
-    """The function "module:name", imported when it is called."""
+    """The function "module:name", imported when it is called: mistakes do not wait for torch."""
     module, name = place.split(":")
-
-    def call(*args, **options):
-        return getattr(importlib.import_module(module), name)(*args, **options)
-
-    return call
+    return lambda *args, **options: getattr(import_module(module), name)(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -23,34 +16,24 @@ class Task:
     """What sets one task apart from another.
 
     Attributes:
-        name: key of `configs.SCHEMAS`.
-        script: file that trains and evaluates it.
-        config: default of --config.
-        warmups: defaults of --initial_warmup and --final_warmup, in units of --warmup_steps.
-        held_out: names of the two held-out splits; the first validates.
-        best_by: score, the higher the better, that chooses among the epochs' weights.
-        results: file with an evaluation's scores by split, and the one score that it holds ("" for
-            all); ("", "") for none.
-        images: names of the model's image inputs.
-        tokens: text length of the published multiply-adds; None for the model's `context_length`.
         build_datasets: (config, seed) -> training set and the two held-out sets.
         build_model: config -> model with random weights. `model.prepare(*inputs)` turns a training
             batch into the arguments of `model(...)`, which returns the mean loss, and counts its
-            terms. Optional: `model.on_step(epochs done)` comes before each step,
+            terms. Optional: `model.on_step(epochs done, parts)` comes before each step,
             `model.check_batch(samples)` with the global batch before the first.
         evaluate: (model in eval mode, held-out set, its name, `engine.loading.EvalOptions`) ->
             report with "scores" by name on the main process at least, and "notes" (sentences).
     """
 
-    name: str
-    script: str
-    config: str
-    warmups: tuple[int, int]
-    held_out: tuple[str, str]
-    best_by: str
-    results: tuple[str, str]
-    images: tuple[str, ...]
-    tokens: int | None
+    name: str  # key of `configs.SCHEMAS`
+    script: str  # file that trains and evaluates it
+    config: str  # default of --config
+    warmups: tuple[int, int]  # defaults of --initial_warmup and --final_warmup
+    held_out: tuple[str, str]  # names of the held-out splits; the first validates
+    best_by: str  # score, the higher the better, that chooses among the epochs' weights
+    results: tuple[str, str]  # file of an evaluation, "" for none; its one score, "" for all
+    images: tuple[str, ...]  # names of the model's image inputs
+    tokens: int | None  # text length of the published multiply-adds; None: `context_length`
     build_datasets: Callable
     build_model: Callable
     evaluate: Callable

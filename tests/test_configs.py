@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_caption
-from configs import REQUIRED, SCHEMAS, Number, Switch, load_config
+from configs import REQUIRED, SCHEMAS, Number, load_config, switch
 from tests.runs import TINY_TEXT, TINY_VIT, make_scenes, write_config
 from utils import UserError
 
@@ -28,11 +28,6 @@ def test_configs_hold_the_papers_values():
     assert (config["image_size"], config["batch_size"], config["max_epoch"]) == (384, 20, 5)
     assert (config["num_beams"], config["max_length"], config["min_length"]) == (3, 20, 5)
     assert config["prompt"] == "a picture of "
-
-
-def test_overrides_replace_and_none_does_not():
-    config = load_config("configs/caption_coco.yaml", {"batch_size": 3, "init_lr": None})
-    assert (config["batch_size"], config["init_lr"]) == (3, 1e-5)
 
 
 def test_places_are_read_as_in_a_shell(tmp_path, monkeypatch):
@@ -55,59 +50,53 @@ def test_configs_as_other_systems_write_them(encoding, line_end, tmp_path):
     assert load_config(tmp_path / "c.yaml") == load_config("configs/caption_coco.yaml")
 
 
-def test_batch_sizes_have_one_name():
+def test_batch_sizes_have_one_name_and_overrides_replace_them():
     config = load_config("configs/nlvr.yaml")
     assert (config["batch_size"], config["eval_batch_size"]) == (10, 64)
-    config = load_config("configs/caption_coco.yaml", {"batch_size": 7})
+    config = load_config("configs/caption_coco.yaml", {"batch_size": 7, "init_lr": None})
     assert (config["batch_size"], config["eval_batch_size"]) == (7, 7)
+    assert config["init_lr"] == 1e-5
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda text: text + "\nbatchsize: 3\n", "unknown keys .*batchsize"),
-        (lambda text: text.replace("image_root:", "#"), "missing keys .*image_root"),
-        (lambda text: text.replace("image_size: 384", "image_size: big"), "image_size is 'big'"),
-        (lambda text: text.replace("augment: true", "augment: 1"), "augment is 1"),
-        (lambda text: text + "batch_size_train: 3", "batch_size_train and batch_size mean the sa"),
-        (
-            lambda text: text.replace("ion: total", "ion: Total"),
-            "'Total', but must be one of total",
-        ),
-        (lambda text: text.replace("vit: base", "vit: huge"), "'huge', but must be one of tiny, b"),
-        (lambda text: text.replace("num_beams: 3", "num_beams: true"), "num_beams is True, but"),
-        (lambda text: text.replace("init_lr: 1e-5", "init_lr: -1e-5"), "a number from 0 to 10"),
-        (lambda text: text + f"max_tokens: 1{'0' * 400}", "max_position_embeddings 512"),
-        (lambda text: text + "max_tokens: 1", "max_tokens is 1, but must be a whole number of at"),
-        (lambda text: text.replace("num_beams: 3", "num_beams: 0"), "whole number from 1 to"),
-        (lambda text: text.replace("batch_size: 20", "batch_size: 0"), "whole number from 1 to"),
-        (lambda text: text.replace("init_lr: 1e-5", "init_lr: .nan"), "a number from 0 to 10"),
-        (
-            lambda text: text.replace("max_length: 20", "max_length: 513"),
-            "max_position_embeddings 512",
-        ),
-        (lambda text: text + "max_tokens: 1000", "max_tokens is 1000, but .*_embeddings 512"),
-        (lambda text: text.replace("max_length: 20", "max_length: 4"), "5 is above max_length 4"),
-        (lambda text: text.replace("num_beams: 3", "num_beams: 20000"), "vocab_size 30524"),
-        (lambda text: "- a list", "mapping"),
-        (lambda text: "a: [", "cannot read"),
-        (lambda text: text + "batch_size: 7", 'duplicate key "batch_size" .*line 30, column 1'),
-        (lambda text: "a: !!python/object/apply:os.getcwd []", "cannot read"),
-    ],
-)
-def test_bad_configs_are_named(tmp_path, edit, message):
-    path = tmp_path / "bad.yaml"
-    path.write_text(edit(Path("configs/caption_coco.yaml").read_text()))
-    with pytest.raises(ValueError, match=message) as error:
+BAD = [  # what is replaced ("" adds a line), by what, and the sentence
+    ("", "batchsize: 3", "unknown keys .*batchsize"),
+    ("", "batch_size_train: 3", "batch_size_train and batch_size mean the same"),
+    ("", "batch_size: 7", 'duplicate key "batch_size" .*line 30, column 1'),
+    ("", f"max_tokens: 1{'0' * 400}", "max_position_embeddings 512"),
+    ("", "max_tokens: 1", "max_tokens is 1, but must be a whole number of at least 2"),
+    ("", "max_tokens: 1000", "max_tokens is 1000, but .*_embeddings 512"),
+    ("image_root:", "#", "missing keys .*image_root"),
+    ("image_size: 384", "image_size: big", "image_size is 'big'"),
+    ("augment: true", "augment: 1", "augment is 1"),
+    ("ion: total", "ion: Total", "'Total', but must be one of total"),
+    ("vit: base", "vit: huge", "'huge', but must be one of tiny, base"),
+    ("num_beams: 3", "num_beams: true", "num_beams is True, but"),
+    ("num_beams: 3", "num_beams: 0", "whole number from 1 to"),
+    ("num_beams: 3", "num_beams: 20000", "vocab_size 30524"),
+    ("init_lr: 1e-5", "init_lr: -1e-5", "a number from 0 to 10"),
+    ("init_lr: 1e-5", "init_lr: .nan", "a number from 0 to 10"),
+    ("batch_size: 20", "batch_size: 0", "whole number from 1 to"),
+    ("max_length: 20", "max_length: 513", "max_position_embeddings 512"),
+    ("max_length: 20", "max_length: 4", "5 is above max_length 4"),
+    (None, "- a list", "mapping"),
+    (None, "a: [", "cannot read"),
+    (None, "a: !!python/object/apply:os.getcwd []", "cannot read"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BAD)
+def test_bad_configs_are_named(tmp_path, old, new, message):
+    path, text = tmp_path / "bad.yaml", Path("configs/caption_coco.yaml").read_text()
+    path.write_text(text.replace(old, new) if old else new if old is None else f"{text}{new}\n")
+    with pytest.raises(UserError, match=message) as error:
         load_config(path)
     assert "bad.yaml" in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["momentum", "alpha"])
-@pytest.mark.parametrize("value", [-0.1, 1.1])
-def test_fractions_of_retrieval(key, value):
-    with pytest.raises(UserError, match=f"{key} is {value}, but must be a number from 0 to 1"):
-        load_config("configs/retrieval_demo.yaml", {key: value})
+def test_fractions_of_retrieval():
+    for key, value in (("momentum", -0.1), ("momentum", 1.1), ("alpha", -0.1), ("alpha", 1.1)):
+        with pytest.raises(UserError, match=f"{key} is {value}, but must be a number from 0 to 1"):
+            load_config("configs/retrieval_demo.yaml", {key: value})
 
 
 def test_values_at_the_ends_of_their_ranges():
@@ -158,7 +147,7 @@ def values(key):
         return near(TINY_VIT if key == "vit" else TINY_TEXT) | ANY
     if isinstance(rule, Number):
         return WHOLE | st.floats(0, 1) if rule.kind is float else WHOLE
-    if isinstance(rule, Switch):
+    if rule is switch:
         return st.booleans()
     return st.sampled_from(["total", "generated", "a picture of ", "no such file"]) | ANY
 
@@ -168,13 +157,13 @@ CHANGES = st.sampled_from(sorted(SCHEMAS["caption"])).flatmap(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(changes=st.lists(CHANGES, min_size=1, max_size=2))
 def test_any_value_trains_a_step_or_is_a_users_mistake(changes, fuzzed):
     scenes, folder, trained = fuzzed
     config = write_config(folder / "c.yaml", scenes, **dict(changes))
     flags = ["--config", config, "--output_dir", str(folder), "--max_steps", "1", "--seed", "1"]
-    flags += ["--final_threshold", "1", "--resume", "off"]
+    flags += ["--final_threshold", "1", "--resume", "off", "--eval_samples", "1"]
     try:
         train_caption.main(train_caption.parse_args(flags))
     except UserError:
@@ -183,4 +172,4 @@ def test_any_value_trains_a_step_or_is_a_users_mistake(changes, fuzzed):
 
 
 def test_some_of_these_values_train(fuzzed):
-    assert len(fuzzed[2]) > 5
+    assert len(fuzzed[2]) > 3

@@ -17,8 +17,7 @@ from data.records import read_references
 from engine import main as engine_main
 from engine.experiment import read_experiment
 from engine.loading import EvalOptions
-from engine.main import evaluate, run_task
-from engine.run import start
+from engine.main import evaluate, run_task, start
 from engine.tasks import CAPTION, NLVR, RETRIEVAL, TASKS
 from evaluation.captions import evaluate_captions
 from evaluation.nlvr import evaluate_statements

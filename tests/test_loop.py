@@ -14,7 +14,7 @@ from engine import loop
 from engine.loop import is_best
 from engine.stopping import EXIT_STOPPED
 from models import Captioner, vit
-from tests.runs import finish, make_scenes, result, same, start, write_config
+from tests.runs import finish, log_of, make_scenes, result, same, start, write_config
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def test_a_step_does_not_depend_on_the_spread_of_its_batch(train):
 
     def loss(name, flags, processes=1):
         folder = train(name, f"--final_threshold 1 --max_steps 1 {flags}", processes, dropout=0.0)
-        (line,) = (folder / "log.txt").read_text().splitlines()
-        return json.loads(line)["loss"]
+        (line,) = log_of(folder)
+        return line["loss"]
 
     whole = loss("one", "--batch_size 8")
     assert loss("other", "--batch_size 4") != pytest.approx(whole, rel=1e-4)
@@ -129,9 +129,8 @@ def test_printed_losses_are_means_over_their_steps(train):
     folder = train("run", flags)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     printed = {event.step: event.value for event in events.Scalars("train/loss")}
-    log = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     expected = [(printed[3] + printed[6]) / 2, printed[9]]  # kept in float32
-    assert [line["loss"] for line in log] == pytest.approx(expected, rel=1e-6)
+    assert [line["loss"] for line in log_of(folder)] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("off", torch.float32)])

@@ -8,10 +8,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import reporter
-from engine.plan import StepPlan
 from engine.processes import Process
 from engine.reporter import LOG_FILE, Reporter, hours
-from engine.state import Progress
+from engine.state import Progress, StepPlan
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ from engine import loop, state
 from engine import main as engine_main
 from engine.digests import data_digests
 from engine.experiment import read_experiment
-from engine.run import prepare, start
-from engine.state import build_state, check_identity, find_checkpoint, resume
+from engine.loop import learning_rate
+from engine.main import prepare, start
+from engine.state import StepPlan, build_state, check_identity, plan_steps, resume
 from engine.tasks import CAPTION
 from models import prunable_layers
-from tests.runs import make_scenes, result, same, saved_steps, write_config
+from tests.runs import log_of, make_scenes, result, same, saved_steps, write_config
 from utils import UserError
 
 
@@ -46,6 +47,29 @@ def built(flags, *more):
     run = start(read_experiment(train_caption.parse_args([*flags, *more]), "caption"))
     model, train_set, _, layer_id = prepare(run)
     return run, build_state(run, model, train_set, layer_id)
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+def test_steps_are_counted():
+    def plan(samples, samples_per_step, max_epoch, max_steps=None, warmup_steps=None):
+        flags = argparse.Namespace(max_steps=max_steps, warmup_steps=warmup_steps)
+        return plan_steps(flags, samples, samples_per_step, max_epoch)
+
+    assert plan(566_747, 40, 5) == StepPlan(14168, 5, 70840, 14168)  # the paper's
+    early = plan(100, 10, 1, max_steps=25, warmup_steps=3)
+    assert early == StepPlan(10, 3, 25, 3)
+    assert [early.steps_of(epoch) for epoch in range(3)] == [10, 10, 5]
+    assert plan(100, 10, 1, warmup_steps=0).warmup_steps == 0
+    with pytest.raises(UserError, match=r"takes 21 samples .* training set has 20"):
+        plan(20, 21, 5)
+
+
+def test_learning_rate_is_a_cosine_by_epoch():
+    rates = [learning_rate(epoch, 4, init_lr=3.0, min_lr=1.0) for epoch in range(5)]
+    half = math.sqrt(0.5)
+    assert rates == pytest.approx([3, 2 + half, 2, 2 - half, 1])
 
 
 # --- flags and config arrive ---------------------------------------------------------------------
@@ -93,13 +117,6 @@ def test_mistakes_in_the_schedule_name_flags(flags):
         built(flags, "--deltaT", "99")
 
 
-def test_weights_decay_by_the_configs_value(scenes, tmp_path):
-    config = write_config(tmp_path / "c.yaml", scenes, weight_decay=0.125)
-    _, of_run = built(["--config", config, "--output_dir", str(tmp_path), "--warmup_steps", "3"])
-    assert {group["weight_decay"] for group in of_run.optimizer.param_groups} == {0.125}
-    assert isinstance(of_run.optimizer, torch.optim.AdamW)
-
-
 def test_processes_draw_their_own_dropout(plain):
     run, of_run = plain
     drawn = []
@@ -111,20 +128,23 @@ def test_processes_draw_their_own_dropout(plain):
     assert torch.equal(drawn[1], torch.rand(3))
 
 
-@pytest.mark.parametrize("flag", ["", "--compile"])
-def test_compiled_steps_use_the_compiled_model(flags, flag, monkeypatch):
+def test_compiled_steps_use_the_compiled_model(flags, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
-    built(flags, *flag.split())
-    assert [kind.__name__ for kind in compiled] == ["Captioner"] * bool(flag)
+    for flag, kinds in (("", []), ("--compile", ["Captioner"])):
+        built(flags, *flag.split())
+        assert [kind.__name__ for kind in compiled] == kinds
 
 
-def test_the_learning_rate_falls_to_the_configs_least(scenes, tmp_path):
-    config = write_config(tmp_path / "c.yaml", scenes, max_epoch=2, batch_size=24, min_lr=5e-4)
+def test_weight_decay_and_least_learning_rate_are_the_configs(scenes, tmp_path):
+    changes = {"max_epoch": 2, "batch_size": 24, "min_lr": 5e-4, "weight_decay": 0.125}
+    config = write_config(tmp_path / "c.yaml", scenes, **changes)
     flags = ["--config", config, "--output_dir", str(tmp_path), "--eval_epochs", "0"]
-    train(flags, "--final_threshold", "1")
-    log = [json.loads(line) for line in (tmp_path / "c/log.txt").read_text().splitlines()]
-    assert [line["lr"] for line in log] == pytest.approx([1e-3, 7.5e-4])
+    run, of_run = built([*flags, "--final_threshold", "1"])
+    assert {group["weight_decay"] for group in of_run.optimizer.param_groups} == {0.125}
+    assert isinstance(of_run.optimizer, torch.optim.AdamW)
+    loop.train(run, of_run, dict.fromkeys(CAPTION.held_out))
+    assert [line["lr"] for line in log_of(tmp_path / "c")] == pytest.approx([1e-3, 7.5e-4])
 
 
 @pytest.mark.parametrize(("method", "averages"), [("PLATON", 3), ("Taylor", 0), ("Magnitude", 0)])
@@ -183,28 +203,22 @@ def test_a_run_that_starts_again_keeps_its_own_checkpoints(flags, tmp_path, monk
     train(flags, "--model_dir", "undisturbed", "--seed", "7")
     assert same(result(tmp_path / "run"), result(tmp_path / "undisturbed"))
     assert not same(result(tmp_path / "run"), old)
+    record = (tmp_path / "run/config.json").read_text()
+    monkeypatch.setattr(engine_main, "train", None)  # which a finished run does not call
+    train(flags, *again, "--compile")
+    printed = capsys.readouterr().out
+    assert "already finished; the last epoch: {" in printed
+    assert f"--evaluate --pruned {tmp_path / 'run'}" in printed
+    assert (tmp_path / "run/config.json").read_text() == record
 
 
 def test_going_on_from_an_older_file_replaces_the_later_ones(flags, tmp_path, monkeypatch):
     more = ["--model_dir", "run", "--checkpoint_steps", "2", "--keep_checkpoints", "9"]
-    train(flags, *more)
-    assert saved_steps(tmp_path / "run") == [2, 4, 6, 8, 10, 12]
-    middle = str(tmp_path / "run/checkpoints/step_00000004.pt")
-    train_and_kill(monkeypatch, 7, flags, *more, "--resume", middle)
-    assert saved_steps(tmp_path / "run") == [2, 4, 6]
-    train(flags, *more, "--resume", "off")
-    assert saved_steps(tmp_path / "run") == [2, 4, 6, 8, 10, 12]
-
-
-def test_a_finished_run_says_so_and_stays_as_it_is(flags, tmp_path, capsys, monkeypatch):
-    train(flags, "--model_dir", "run")
-    record = (tmp_path / "run/config.json").read_text()
-    monkeypatch.setattr(engine_main, "train", None)
-    train(flags, "--model_dir", "run", "--keep_checkpoints", "5")
-    said = capsys.readouterr().out
-    assert "already finished; the last epoch: {" in said
-    assert f"--evaluate --pruned {tmp_path / 'run'}" in said
-    assert (tmp_path / "run/config.json").read_text() == record
+    train_and_kill(monkeypatch, 9, flags, *more)
+    assert saved_steps(tmp_path / "run") == [2, 4, 6, 8]
+    middle = str(tmp_path / "run/checkpoints/step_00000002.pt")
+    train_and_kill(monkeypatch, 5, flags, *more, "--resume", middle)
+    assert saved_steps(tmp_path / "run") == [2, 4]
 
 
 def test_a_file_of_weights_is_no_checkpoint(flags, tmp_path):
@@ -234,8 +248,7 @@ def test_a_run_killed_before_its_last_line_writes_it(flags, tmp_path, monkeypatc
                 train(flags, *more, "--seed", "7", *first)
     assert saved_steps(tmp_path / "run") == [6, 8]
     train(flags, *more, "--seed", "7")
-    log = [json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines()]
-    assert [line["step"] for line in log] == [6, 8]
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [6, 8]
     train(flags, *more[2:], "--model_dir", "undisturbed", "--seed", "7")
     assert same(result(tmp_path / "run"), result(tmp_path / "undisturbed"))
     assert not same(result(tmp_path / "run"), old)
@@ -255,8 +268,7 @@ def test_skipped_samples_are_counted_by_epoch_and_survive_a_resume(scenes, tmp_p
     train_and_kill(monkeypatch, 9, flags, "--model_dir", "killed")
     train(flags, "--model_dir", "killed")
     for name in ("whole", "killed"):
-        log = [json.loads(x) for x in (tmp_path / name / "log.txt").read_text().splitlines()]
-        assert [line["bad_images"] for line in log] == [2, 2]
+        assert [line["bad_images"] for line in log_of(tmp_path / name)] == [2, 2]
     assert same(result(tmp_path / "whole"), result(tmp_path / "killed"))
 
 
@@ -287,8 +299,6 @@ def test_what_a_name_stands_for_counts_and_not_the_name(flags, scenes, tmp_path)
         assert f"the content of the {what} differs" in str(error.value)
 
 
-# What may change between a stop and a resume: places, speed, evaluation, what is said and kept.
-# --max_steps, --warmup_steps and --max_epoch count as the steps that they come to.
 IDENTITY_FLAGS = """
     seed amp pruner_name beta1 beta2 deltaT initial_threshold final_threshold initial_warmup
     final_warmup gradient_accumulation_steps
@@ -300,17 +310,13 @@ FREE_KEYS = """
 """.split()
 
 
-def test_the_flags_that_make_another_run(plain):
-    """These, and a flag that is new and that nobody has thought about."""
+def test_the_flags_and_keys_that_make_another_run(plain):
+    """A flag that is new, too, and that nobody has thought about."""
     run, _ = plain
     flags = vars(run.flags)
     for name in [*flags, "new_flag"]:
         changed = replace(run, flags=argparse.Namespace(**flags | {name: "changed"}))
         assert (changed.identity() != run.identity()) == (name in [*IDENTITY_FLAGS, "new_flag"])
-
-
-def test_the_keys_of_configs_that_make_another_run(plain):
-    run, _ = plain
     for key in SCHEMAS["caption"]:
         changed = replace(run, config={**run.config, key: "changed"})
         assert (changed.identity() == run.identity()) == (key in FREE_KEYS), key
@@ -356,14 +362,6 @@ def test_checkpoints_of_earlier_versions_are_compared_by_what_they_hold(plain, t
     assert earlier <= plain[1].identity.keys()
 
 
-def test_no_checkpoint_is_taken_with_resume_off(flags, tmp_path, capsys):
-    train(flags, "--model_dir", "run", "--max_steps", "8")
-    run, of_run = built(flags, "--model_dir", "run", "--max_steps", "8")
-    assert find_checkpoint(run, of_run.identity)["progress"]["step"] == 8
-    run.flags.resume = "off"
-    assert find_checkpoint(run, of_run.identity) is None
-
-
 # --- the loop's ends -----------------------------------------------------------------------------
 
 
@@ -406,15 +404,16 @@ def test_epochs_between_validations(flags, eval_test, monkeypatch):
         train_step(run, of_run, parts, weights)
 
     monkeypatch.setattr(loop, "train_step", step)
-    more = ["--max_epoch", "5", "--eval_epochs", "2", *["--eval_test"] * eval_test]
+    more = "--max_epoch 5 --batch_size 24 --warmup_steps 1 --eval_epochs 2".split()
+    more += ["--eval_test"] * eval_test
     run, of_run = built(flags, *more)
     run = replace(run, task=replace(CAPTION, evaluate=evaluate))
     loop.train(run, of_run, dict.fromkeys(CAPTION.held_out))
-    log = [json.loads(line) for line in (run.folder / "log.txt").read_text().splitlines()]
+    log = log_of(run.folder)
     assert ["val_CIDEr" in line for line in log] == [False, True, False, True, True]
     assert validated == (["val", "test"] if eval_test else ["val"]) * 3
     assert ("test_CIDEr" in log[-1]) == eval_test
-    assert training == [True] * 30
+    assert training == [True] * 10
     assert same(load_file(run.folder / loop.BEST_FILE), result(run.folder))
 
 

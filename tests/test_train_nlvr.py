@@ -10,7 +10,7 @@ import train_nlvr
 from configs import load_config
 from data.nlvr_dataset import build_nlvr_datasets
 from data.scenes import __main__ as scenes
-from engine.plan import plan_steps
+from engine.state import plan_steps
 from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
 from tests.runs import finish, in_float64, log_of, result, start, write_nlvr_config, zeros
 from tests.runs import run as run_script

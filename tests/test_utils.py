@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,6 +29,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # as readable as any other
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -41,33 +45,24 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert done == ["fsync", "replace"]
 
 
-def test_a_file_is_as_readable_as_any_other(tmp_path):
-    with atomic_write(tmp_path / "atomic") as file:
-        file.write("new")
-    (tmp_path / "plain").write_text("new")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
 SAFETENSORS = struct.pack("<Q", 0x3C20) + b'{"a":{"dtype":"F32"'  # its length reads " <"
 
 
-@pytest.mark.parametrize(
-    ("content", "clause"),
-    [
-        (b"", "empty"),
-        (b" \n", "empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
-        (b"\xef\xbb\xbf\r\n<!DOCTYPE html>", "page"),
-        (b"<?xml version='1.0'?><Error>", "page"),
-        (b"PK\3\4", "unpack"),
-        (b"\x1f\x8b\x08", "unpack"),
-        *((data, None) for data in (b"[1]", b"[PAD]\n", b"\x80\x02}", b"\x89PNG", SAFETENSORS)),
-    ],
-)
-def test_what_is_no_data_is_known_at_a_glance(content, clause, tmp_path):
-    (tmp_path / "file").write_bytes(content)
-    found = mistaken_for(tmp_path / "file")
-    assert clause in found if clause else found == mistaken_for(tmp_path / "absent") == ""
+def test_what_is_no_data_is_known_at_a_glance(tmp_path):
+    for content, clause in {
+        b"": "empty",
+        b" \n": "empty",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n": "git lfs pull",
+        b"\xef\xbb\xbf\r\n<!DOCTYPE html>": "page",
+        b"<?xml version='1.0'?><Error>": "page",
+        b"PK\3\4": "unpack",
+        b"\x1f\x8b\x08": "unpack",
+    }.items():
+        (tmp_path / "file").write_bytes(content)
+        assert clause in mistaken_for(tmp_path / "file")
+    for data in (b"[1]", b"[PAD]\n", b"\x80\x02}", b"\x89PNG", SAFETENSORS):
+        (tmp_path / "file").write_bytes(data)
+        assert mistaken_for(tmp_path / "file") == mistaken_for(tmp_path / "absent") == ""
 
 
 def test_downloads_are_whole_files_and_no_pages(tmp_path):
@@ -98,27 +93,24 @@ def test_downloads_are_whole_files_and_no_pages(tmp_path):
 # --- how a script ends ---------------------------------------------------------------------------
 
 
-def raising(error):
-    def main(args):
-        raise error
-
-    return main
+def fail(error):
+    raise error
 
 
-@pytest.mark.parametrize(("rank", "where"), [("", ""), ("0", ""), ("3", " (rank 3)")])
-def test_a_users_mistake_is_a_sentence_that_names_its_rank(rank, where, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as stop:
-        launch(raising(UserError("no such file")), None)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error{where}: no such file\n"
+def test_a_users_mistake_is_a_sentence_that_names_its_rank(capsys, monkeypatch):
+    for rank, where in (("", ""), ("0", ""), ("3", " (rank 3)")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            launch(fail, UserError("no such file"))
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"error{where}: no such file\n"
 
 
 def test_other_errors_stay_what_they_are():
     """Also a ValueError, which many mistakes of users are."""
     for error in (ValueError("ours"), RuntimeError("ours"), KeyboardInterrupt(), SystemExit(75)):
         with pytest.raises(type(error)) as raised:
-            launch(raising(error), None)
+            launch(fail, error)
         assert raised.value is error
 
 
@@ -189,13 +181,9 @@ def test_a_failing_process_of_several_prints_and_leaves_at_once(error, code, pri
     said = (tmp_path / "log").read_text()
     assert said.endswith(printed) and ("Traceback" in said) == (code == 1)
     child = int((tmp_path / "child").read_text())
-    for _ in range(100):  # its parent is gone: who adopts it buries it
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
-            break
-        if open(f"/proc/{child}/stat").read().split()[2] == "Z":
-            break
-        time.sleep(0.05)
-    else:
+    with suppress(psutil.NoSuchProcess):
+        for _ in range(100):
+            if psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+                return  # until the process that adopted it buries it
+            time.sleep(0.05)
         pytest.fail("a loading process outlived its trainer")
