@@ -29,7 +29,12 @@ class Captioner(nn.Module):
     official_name = staticmethod(blip_name)
 
     def __init__(self, config: dict):
-        """See `build_captioner`."""
+        """Makes random weights. Raises a UserError if a value cannot be.
+
+        Args:
+            config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `prompt`,
+                `length_normalization`, `max_tokens`, `vit_grad_ckpt` and `vit_ckpt_layer`.
+        """
         super().__init__()
         self.tokenizer = load_tokenizer(config["tokenizer"])
         self.visual_encoder = build_vision_encoder(config)
@@ -135,15 +140,4 @@ class Captioner(nn.Module):
         return [text.strip() for text in texts]
 
 
-def build_captioner(config: dict) -> Captioner:
-    """A captioner with random weights.
-
-    Args:
-        config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `prompt`,
-            `length_normalization`, `max_tokens`, `vit_grad_ckpt` and `vit_ckpt_layer`; `min_length`
-            and `max_length` are checked.
-
-    Raises:
-        UserError: a value cannot be, or the tokenizer cannot be read.
-    """
-    return Captioner(config)
+build_captioner = Captioner

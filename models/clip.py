@@ -66,7 +66,7 @@ class WordPieces:
     """BERT's tokenizer in CLIP's manner: the end token has the highest id, padding is 0."""
 
     def __init__(self, name: str):
-        """Loads a tokenizer by `models.text.load_tokenizer`."""
+        """See `load_tokenizer`."""
         self.tokenizer = load_tokenizer(name)
         self.vocab_size = len(self.tokenizer)
 
@@ -79,27 +79,29 @@ class WordPieces:
 
 
 class ClipRetrieval(CLIP):
-    """CLIP, trained to give an image and its captions similar features.
+    """CLIP, trained to give an image and its captions similar features; names are OpenAI's.
 
-    Parameter names are OpenAI's. What training needs besides is in buffers, so that checkpoints
-    hold it while optimizer, pruner and data parallelism see the parameters alone.
+    Momentum copy and queues are buffers: checkpoints hold them, optimizer and pruner see none.
     """
 
     official_name = staticmethod(openai_name)
     size_keys = "`clip`"  # of the config
 
     def __init__(self, config: dict):
-        """See `build_clip`."""
+        """Makes random weights. Raises a UserError if a value cannot be.
+
+        Args:
+            config: `clip` ("large" or a mapping with its keys), `image_size` in pixels, and
+                optionally `queue_size` (57600), `momentum` of the copy (0.995 a step), `alpha`, the
+                weight of the soft targets (0.4), and `tokenizer`: "clip" for OpenAI's vocabulary,
+                else a BERT tokenizer's. A smaller model without it takes token ids only.
+        """
         heads = {"vision_width": "vision_heads", "text_width": "text_heads"}
         sizes = choose_sizes(config, "clip", SIZES, heads)
         tokenizer = choose_tokenizer(config.get("tokenizer"), sizes["vocab_size"])
-        vision = {
-            "image_size": config["image_size"],
-            "patch_size": sizes["patch_size"],
-            "width": sizes["vision_width"],
-            "layers": sizes["vision_layers"],
-            "head_width": sizes["vision_width"] // sizes["vision_heads"],
-        }
+        vision = {key: sizes[f"vision_{key}"] for key in ("width", "layers")}
+        vision |= {"image_size": config["image_size"], "patch_size": sizes["patch_size"]}
+        vision["head_width"] = sizes["vision_width"] // sizes["vision_heads"]
         text = {key: sizes[key] for key in ("context_length", "vocab_size")}
         text |= {key: sizes[f"text_{key}"] for key in ("width", "heads", "layers")}
         super().__init__(sizes["embed_dim"], vision, text, quick_gelu=True)
@@ -164,7 +166,7 @@ class ClipRetrieval(CLIP):
         Without it, a call of `forward` is a step of one part.
 
         Args:
-            epochs: done before the step, whole and in part; alpha ramps from 0 over the first.
+            epochs: done before the step, a fraction too; alpha ramps from 0 over the first.
             parts: arguments of the calls of `forward` that follow in this process.
         """
         self.ramp = min(1.0, epochs)
@@ -261,19 +263,7 @@ class ClipRetrieval(CLIP):
         self._move_momentum_copy(0.0)
 
 
-def build_clip(config: dict) -> ClipRetrieval:
-    """A CLIP with random weights.
-
-    Args:
-        config: `clip` ("large" or a mapping with its keys), `image_size` in pixels, and optionally
-            `queue_size` (57600), `momentum` of the copy (0.995 a step), `alpha`, the weight of the
-            soft targets (0.4), and `tokenizer`: "clip" for OpenAI's vocabulary, else a BERT
-            tokenizer's name or folder. Without it, a smaller model takes token ids only.
-
-    Raises:
-        UserError: a value cannot be, or the tokenizer cannot be read.
-    """
-    return ClipRetrieval(config)
+build_clip = ClipRetrieval
 
 
 def choose_tokenizer(name: str | None, vocab_size: int) -> SimpleTokenizer | WordPieces | None:

@@ -73,7 +73,12 @@ class NlvrClassifier(nn.Module):
     official_name = staticmethod(blip_name)
 
     def __init__(self, config: dict):
-        """See `build_nlvr`."""
+        """Makes random weights. Raises a UserError if a value cannot be.
+
+        Args:
+            config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `max_tokens` (all
+                positions, as in the original), `vit_grad_ckpt` and `vit_ckpt_layer`.
+        """
         super().__init__()
         self.tokenizer = load_tokenizer(config["tokenizer"])
         # BLIP trains base with a drop path of 0.1 for NLVR2
@@ -172,14 +177,4 @@ class NlvrClassifier(nn.Module):
         return adapted, own
 
 
-def build_nlvr(config: dict) -> NlvrClassifier:
-    """An NLVR2 model with random weights.
-
-    Args:
-        config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `max_tokens` (all
-            positions, as in the original), `vit_grad_ckpt` and `vit_ckpt_layer`.
-
-    Raises:
-        UserError: a value cannot be, or the tokenizer cannot be read.
-    """
-    return NlvrClassifier(config)
+build_nlvr = NlvrClassifier
