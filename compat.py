@@ -1,8 +1,7 @@
 """Makes torchvision importable beside a CPU-only torch. Import this before torchvision or timm.
 
-PyPI serves torchvision as a CUDA build; beside a CPU-only torch its compiled operators do not
-load, and its import dies because two of them are unknown. Their schemas alone make the import
-succeed; neither the transforms nor the vision transformers call a compiled operator.
+PyPI's torchvision is a CUDA build; beside a CPU-only torch its compiled operators do not load, and
+its import fails because two are unknown. Their schemas suffice: nothing here calls them.
 """
 
 import importlib.util

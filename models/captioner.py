@@ -29,7 +29,12 @@ class Captioner(nn.Module):
     official_name = staticmethod(blip_name)
 
     def __init__(self, config: dict):
-        """Makes random weights; see `build_captioner`."""
+        """Makes random weights. Raises a UserError if a value cannot be.
+
+        Args:
+            config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `prompt`,
+                `length_normalization`, `max_tokens`, `vit_grad_ckpt` and `vit_ckpt_layer`.
+        """
         super().__init__()
         self.tokenizer = load_tokenizer(config["tokenizer"])
         self.visual_encoder = build_vision_encoder(config)
@@ -60,15 +65,9 @@ class Captioner(nn.Module):
         return count_cut(self.tokenizer, captions, self.max_tokens)
 
     def prepare(self, image: Tensor, captions: list[str]) -> tuple[tuple[Tensor, ...], int]:
-        """The tensors of `forward`, and the number of predicted tokens.
+        """The tensors of `forward`, and the number of predicted tokens: those after the prompt.
 
-        Args:
-            image: (B, 3, S, S), normalised; handed on.
-            captions: B captions that begin with the prompt; its tokens are not predicted.
-
-        Returns:
-            The image, input ids, attention mask and labels, each (B, L) on the CPU; and over how
-            many tokens the loss is a mean.
+        The tensors are the image, and input ids, attention mask and labels, each (B, L).
         """
         input_ids, attention_mask = self.tokenize(captions)
         labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
@@ -77,16 +76,15 @@ class Captioner(nn.Module):
         return (image, input_ids, attention_mask, labels), terms
 
     def forward(self, image: Tensor, *text) -> Tensor:
-        """The loss of a batch: label-smoothed cross-entropy, a mean over all predicted tokens.
+        """Label-smoothed cross-entropy, a mean over all predicted tokens of a batch.
 
         Args:
             image: (B, 3, S, S), normalised.
-            *text: B captions that begin with the prompt, or what `prepare` makes of them.
+            *text: B captions that begin with the prompt, or the tensors of `prepare`.
         """
         if len(text) == 1:
             (_, *text), _ = self.prepare(image, *text)
-        input_ids, attention_mask, labels = (tensor.to(image.device) for tensor in text)
-        return self.text_loss(self.encode_image(image), input_ids, attention_mask, labels)
+        return self.text_loss(self.encode_image(image), *(t.to(image.device) for t in text))
 
     def text_loss(
         self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
@@ -108,62 +106,38 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def generate_ids(
-        self,
-        image: Tensor,
-        prompt_ids: Tensor,
-        num_beams: int = 3,
-        max_length: int = 20,
-        min_length: int = 5,
+        self, image: Tensor, prompt_ids: Tensor, num_beams=3, max_length=20, min_length=5
     ) -> Tensor:
-        """Ids (B, <= max_length) of the best captions of images (B, 3, S, S), padded.
+        """Padded ids (B, <= max_length) of the best captions of images (B, 3, S, S).
 
-        They begin with the prompt (B, P), [DEC] first, which both lengths count; without an end
-        token they were cut. See `models.generation.generate_ids`.
+        They begin with the prompt (B, P), [DEC] first, which both lengths count; a caption without
+        an end token was cut.
         """
-        lengths = dict(num_beams=num_beams, max_length=max_length, min_length=min_length)
-        return self._generate_ids(self.encode_image(image), prompt_ids, **lengths)
+        lengths = num_beams, max_length, min_length
+        return self._generate_ids(self.encode_image(image), prompt_ids, *lengths)
 
-    def _generate_ids(self, image_embeds: Tensor, prompt_ids: Tensor, **lengths: int) -> Tensor:
-        return generate_ids(
-            self.text_decoder,
-            image_embeds,
-            prompt_ids,
-            **lengths,
-            eos_id=self.tokenizer.sep_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            length_normalization=self.length_normalization,
-        )
-
-    def generate(
-        self, image: Tensor, num_beams: int = 3, max_length: int = 20, min_length: int = 5
-    ) -> list[str]:
-        """Captions of images (B, 3, S, S), without the prompt. Lengths as in `generate_ids`."""
-        lengths = dict(num_beams=num_beams, max_length=max_length, min_length=min_length)
-        return self.caption(self.encode_image(image), **lengths)
+    def _generate_ids(self, image_embeds: Tensor, prompt_ids: Tensor, *lengths: int) -> Tensor:
+        special = self.tokenizer.sep_token_id, self.tokenizer.pad_token_id
+        rule = self.length_normalization
+        return generate_ids(self.text_decoder, image_embeds, prompt_ids, *lengths, *special, rule)
 
     @torch.no_grad()
-    def caption(self, image_embeds: Tensor, **lengths: int) -> list[str]:
+    def generate(self, image: Tensor, num_beams=3, max_length=20, min_length=5) -> list[str]:
+        """Captions of images (B, 3, S, S), without the prompt. Lengths as in `generate_ids`."""
+        return self.caption(self.encode_image(image), num_beams, max_length, min_length)
+
+    def caption(self, image_embeds: Tensor, num_beams=3, max_length=20, min_length=5) -> list[str]:
         """The captions of `generate` from image tokens (B, L, D)."""
         prompt_ids = self.tokenize([self.prompt])[0][:, : self.prompt_length]
         prompt_ids = prompt_ids.to(image_embeds.device).expand(len(image_embeds), -1)
-        ids = self._generate_ids(image_embeds, prompt_ids, **lengths)
-        ids = ids[:, self.prompt_length :]
+        ids = self._generate_ids(image_embeds, prompt_ids, num_beams, max_length, min_length)
         # Joining "man ' s" to "man's" was the default when BLIP's scores were published.
         texts = self.tokenizer.batch_decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=True
+            ids[:, self.prompt_length :],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=True,
         )
         return [text.strip() for text in texts]
 
 
-def build_captioner(config: dict) -> Captioner:
-    """Builds a captioner with random weights.
-
-    Args:
-        config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `prompt`,
-            `length_normalization`, `max_tokens`, `vit_grad_ckpt` and `vit_ckpt_layer`; `min_length`
-            and `max_length` are checked.
-
-    Raises:
-        UserError: a value that cannot be, or a tokenizer that cannot be read.
-    """
-    return Captioner(config)
+build_captioner = Captioner

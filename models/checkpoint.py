@@ -1,4 +1,4 @@
-"""Loading checkpoints of every format that BLIP's and the paper's users have.
+"""Loads checkpoints of every format that users of BLIP and of the paper have.
 
 1. Official BLIP `.pth`: {"model": weights, ...}.
 2. The paper's pruned files: {"model_state_dict": {"module.": weights}, ...}.
@@ -8,7 +8,7 @@
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import compat  # noqa: F401
@@ -55,10 +55,8 @@ class LoadReport:
     def __str__(self) -> str:
         """A line for the log; names where they are few."""
         parts = [f"{self.path}: {len(self.loaded)} loaded"]
-        labels = ("ignored", "resampled", "newly initialised")
-        for label, names in zip(
-            labels, (self.ignored, self.resampled, self.initialised), strict=True
-        ):
+        lists = {"ignored": self.ignored, "resampled": self.resampled}
+        for label, names in (lists | {"newly initialised": self.initialised}).items():
             if names:
                 listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
                 parts.append(f"{len(names)} {label} ({listed})")
@@ -69,14 +67,14 @@ class LoadReport:
 def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
     """Loads weights in place; every parameter must be set.
 
-    Position embeddings of another image size are resampled bicubically. Tensors are copied one by
-    one from the mapped file, after all names, types and shapes were checked.
+    Position embeddings of another image size are resampled bicubically. Names, types and shapes are
+    checked first; then tensors are copied one by one from the mapped file.
 
     Args:
         model: not wrapped in DistributedDataParallel. `official_name(name)` turns another library's
-            name of a parameter into its own; `adapt_weights(weights)`, if it has it, gives them as
-            it takes them, and the names that may be missing and keep their initial values;
-            `weights_loaded()`, if it has it, is called at the end.
+            name of a parameter into its own. Optional are `adapt_weights(weights)`, which returns
+            them as the model takes them and the names that may be missing, and `weights_loaded()`,
+            which is called at the end.
         path_or_url: a file, a folder with safetensors, or an address, see `fetch`. No process waits
             for another here.
 
@@ -93,15 +91,16 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
     if hasattr(model, "adapt_weights"):
         weights, may_be_missing = model.adapt_weights(weights)
     targets = dict(model.named_parameters(remove_duplicate=False))
-    _check(report, weights, targets, may_be_missing, getattr(model, "size_keys", SIZE_KEYS))
+    hint = f"does the config's {getattr(model, 'size_keys', SIZE_KEYS)} fit it?"
+    _check(report, weights, targets, may_be_missing, hint)
     for name in report.loaded:
         value, target = weights.pop(name), targets[name]
         if isinstance(value, Packed):
             value = value.dense()
         if name in report.resampled:
-            value = resample_position_embedding(value.float(), target)
+            value = _resample(value.float(), target)
         target.copy_(value)
-        # inf and nan are inherited by a sum; float32's is fast, but may overflow by itself
+        # a sum inherits inf and nan; one in float32 is fast, but may overflow by itself
         if not (target.sum().isfinite() or target.sum(dtype=torch.float64).isfinite()):
             raise UserError(
                 f"{path_or_url}: {name} holds values that are not finite (inf or nan): the file is "
@@ -113,7 +112,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
 
 
 def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:
-    """As `load_checkpoint`, but a parameter that keeps its initial values is a mistake, too."""
+    """As `load_checkpoint`, but no parameter may keep its initial values."""
     report = load_checkpoint(model, path_or_url)
     if report.initialised:
         raise UserError(
@@ -124,7 +123,7 @@ def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that a file of weights holds: parameters, of tied ones the first name.
+    """Names and tensors that a file of weights holds: parameters, tied ones under the first name.
 
     Buffers (CLIP's momentum copy and queues) belong to a training run, not to its result.
     """
@@ -134,22 +133,24 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def blip_name(name: str) -> str:
     """The official name of a BLIP parameter that may have Hugging Face's."""
-    if name.startswith("vision_model."):
-        for ours, theirs in _HUGGING_FACE:
-            name = name.replace(theirs, ours)
-    return name
+    theirs = name.startswith("vision_model.")
+    return replace_all(name, [pair[::-1] for pair in _HUGGING_FACE]) if theirs else name
 
 
 def hugging_face_name(name: str) -> str:
     """Hugging Face's name of a captioner's parameter."""
-    if name.startswith("visual_encoder."):
-        for ours, theirs in _HUGGING_FACE:
-            name = name.replace(ours, theirs)
+    return replace_all(name, _HUGGING_FACE) if name.startswith("visual_encoder.") else name
+
+
+def replace_all(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """A name in which each old part is replaced by its new one, in turn."""
+    for old, new in pairs:
+        name = name.replace(old, new)
     return name
 
 
 def _renamed(weights: Weights, official_name: Callable[[str], str], report: LoadReport) -> Weights:
-    """The same weights under the official names; prefixes that fell off go to the report."""
+    """The same weights under the official names; the report gets the prefixes that fell off."""
     renamed = {}
     for name, value in weights.items():
         bare = _PREFIXES.sub("", name)
@@ -167,19 +168,13 @@ def _renamed(weights: Weights, official_name: Callable[[str], str], report: Load
 
 
 def _check(
-    report: LoadReport,
-    weights: Weights,
-    targets: dict[str, Tensor],
-    may_be_missing: set[str],
-    size_keys: str,
+    report: LoadReport, weights: Weights, targets: Weights, may_be_missing: set[str], hint: str
 ) -> None:
     """Fills the report. Raises a UserError if a tensor does not fit or a parameter stays unset."""
-    hint = f"does the config's {size_keys} fit it?"
-    for name, value in weights.items():
-        if name not in targets:
-            report.ignored.append(name)
-            continue
-        report.loaded.append(name)
+    report.ignored = [name for name in weights if name not in targets]
+    report.loaded = [name for name in weights if name in targets]
+    for name in report.loaded:
+        value = weights[name]
         stored = value.values if isinstance(value, Packed) else value
         if stored.dtype not in _DTYPES or stored.layout != torch.strided or stored.is_meta:
             kind = "of device meta" if stored.is_meta else f"{stored.dtype}, {stored.layout}"
@@ -188,13 +183,13 @@ def _check(
                 "or bfloat16: save them before they are quantised or packed"
             )
         shape, wanted = tuple(value.shape), tuple(targets[name].shape)
-        if shape != wanted and not _can_be_resampled(name, shape, wanted):
-            raise UserError(
-                f"{report.path}: {name} has shape {shape}, the model's is {wanted}; {hint}"
-            )
         if shape != wanted:
+            if not _can_be_resampled(name, shape, wanted):
+                raise UserError(
+                    f"{report.path}: {name} has shape {shape}, the model's is {wanted}; {hint}"
+                )
             report.resampled.append(name)
-    loaded = {targets[name].data_ptr() for name in report.loaded}  # of tied ones a file has one
+    loaded = {targets[name].data_ptr() for name in report.loaded}  # tied ones stand there once
     unset = [name for name, target in targets.items() if target.data_ptr() not in loaded]
     report.initialised = [name for name in unset if name in may_be_missing]
     names = [name for name in unset if name not in may_be_missing]
@@ -213,7 +208,7 @@ def _can_be_resampled(name: str, shape: tuple, wanted: tuple) -> bool:
     return same_but_for_tokens and round((shape[-2] - 1) ** 0.5) ** 2 == shape[-2] - 1
 
 
-def resample_position_embedding(value: Tensor, target: Tensor) -> Tensor:
+def _resample(value: Tensor, target: Tensor) -> Tensor:
     """Position embeddings (..., 1 + g^2, D) on a target's grid; the class token's is kept."""
     grid = round((target.shape[-2] - 1) ** 0.5)
     value = value.view(1, *value.shape[-2:])

@@ -5,7 +5,6 @@ Sources: Radford et al., CLIP, ICML 2021 (the model); Li et al., ALBEF, NeurIPS 
 """
 
 from copy import deepcopy
-from typing import NamedTuple
 
 import compat  # noqa: F401
 
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 from open_clip import CLIP, SimpleTokenizer
 from torch import Tensor, nn
 
-from models.checkpoint import Weights
-from models.sizes import check_image_size, check_sizes, choose_sizes
+from models.checkpoint import Weights, replace_all
+from models.sizes import choose_sizes
 from models.stages import Stage, resblock_stages
 from models.text import load_tokenizer, tokenize
 from utils import UserError
@@ -39,8 +38,7 @@ OPENAI_TOKENIZER = "clip"  # the config's name for the vocabulary that CLIP was 
 MAX_LOGIT_SCALE = 4.6052  # log 100
 NO_IMAGE = -100  # id of a queue's columns that no batch has filled; datasets count from 0
 
-# Hugging Face's names of CLIP's parameters, and OpenAI's
-_HUGGING_FACE = {
+_HUGGING_FACE = {  # its names of CLIP's parameters: OpenAI's
     "vision_model.": "visual.",
     "text_model.": "",
     "embeddings.patch_embedding": "conv1",
@@ -56,17 +54,19 @@ _HUGGING_FACE = {
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
-_TRANSPOSED = {
-    "visual_projection.weight": "visual.proj",
-    "text_projection.weight": "text_projection",
-}
+
+
+def openai_name(name: str) -> str:
+    """OpenAI's name of a parameter that may have Hugging Face's."""
+    theirs = name.startswith(("vision_model.", "text_model."))
+    return replace_all(name, _HUGGING_FACE.items()) if theirs else name
 
 
 class WordPieces:
     """BERT's tokenizer in CLIP's manner: the end token has the highest id, padding is 0."""
 
     def __init__(self, name: str):
-        """Loads a tokenizer by `models.text.load_tokenizer`."""
+        """See `load_tokenizer`."""
         self.tokenizer = load_tokenizer(name)
         self.vocab_size = len(self.tokenizer)
 
@@ -78,42 +78,30 @@ class WordPieces:
         return ids.masked_fill(ids == self.tokenizer.sep_token_id, end) * mask
 
 
-class StepKeys(NamedTuple):
-    """What the pairs of an optimizer step are compared with, N of them in all processes.
-
-    The K = N + Q keys are the momentum features of these pairs, then the queue.
-    """
-
-    slow: list[tuple[Tensor, Tensor]]  # momentum features (B, D) of the parts still to come
-    seen: list[Tensor]  # the model's own features (B, 2 * D) of the parts that were
-    images: Tensor  # (D, K)
-    texts: Tensor  # (D, K)
-    ids: Tensor  # (K,) of their images
-
-
 class ClipRetrieval(CLIP):
-    """CLIP, trained to give an image and its captions similar features.
+    """CLIP, trained to give an image and its captions similar features; names are OpenAI's.
 
-    Parameter names are OpenAI's. What training needs besides is in buffers, so that checkpoints
-    hold it while optimizer, pruner and data parallelism see the parameters alone.
+    Momentum copy and queues are buffers: checkpoints hold them, optimizer and pruner see none.
     """
 
+    official_name = staticmethod(openai_name)
     size_keys = "`clip`"  # of the config
 
     def __init__(self, config: dict):
-        """Makes random weights and queues; see `build_clip`."""
-        sizes = choose_sizes("clip", config["clip"], SIZES)
+        """Makes random weights. Raises a UserError if a value cannot be.
+
+        Args:
+            config: `clip` ("large" or a mapping with its keys), `image_size` in pixels, and
+                optionally `queue_size` (57600), `momentum` of the copy (0.995 a step), `alpha`, the
+                weight of the soft targets (0.4), and `tokenizer`: "clip" for OpenAI's vocabulary,
+                else a BERT tokenizer's. A smaller model without it takes token ids only.
+        """
         heads = {"vision_width": "vision_heads", "text_width": "text_heads"}
-        check_sizes("clip", sizes, (), heads)
-        check_image_size(config["image_size"], sizes["patch_size"])
+        sizes = choose_sizes(config, "clip", SIZES, heads)
         tokenizer = choose_tokenizer(config.get("tokenizer"), sizes["vocab_size"])
-        vision = {
-            "image_size": config["image_size"],
-            "patch_size": sizes["patch_size"],
-            "width": sizes["vision_width"],
-            "layers": sizes["vision_layers"],
-            "head_width": sizes["vision_width"] // sizes["vision_heads"],
-        }
+        vision = {key: sizes[f"vision_{key}"] for key in ("width", "layers")}
+        vision |= {"image_size": config["image_size"], "patch_size": sizes["patch_size"]}
+        vision["head_width"] = sizes["vision_width"] // sizes["vision_heads"]
         text = {key: sizes[key] for key in ("context_length", "vocab_size")}
         text |= {key: sizes[f"text_{key}"] for key in ("width", "heads", "layers")}
         super().__init__(sizes["embed_dim"], vision, text, quick_gelu=True)
@@ -122,12 +110,15 @@ class ClipRetrieval(CLIP):
         self.momentum, self.alpha = config.get("momentum", 0.995), config.get("alpha", 0.4)
         self.queue_size = config.get("queue_size", 57600)
         self.ramp = 1.0  # of alpha
-        self.step_keys: StepKeys | None = None  # of an optimizer step that has begun
         columns = sizes["embed_dim"], self.queue_size  # (D, Q): features of the last pairs
         self.register_buffer("image_queue", F.normalize(torch.randn(columns), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(columns), dim=0))
         self.register_buffer("id_queue", torch.full(columns[1:], NO_IMAGE))  # of their images
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))  # the oldest
+        # an optimizer step that has begun, of N pairs in all processes
+        self.slow: list[Tensor] = []  # momentum features (B, 2, D) of the parts still to come
+        self.seen: list[Tensor] = []  # the model's own features (B, 2, D) of the other parts
+        self.keys: tuple[Tensor, ...] = ()  # texts, images (D, N + Q) and their ids (N + Q,)
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids, and a mask up to the end token, both (B, context_length); it has the highest id."""
@@ -144,13 +135,7 @@ class ClipRetrieval(CLIP):
     def prepare(
         self, image: Tensor, captions: list[str], image_ids: Tensor
     ) -> tuple[tuple[Tensor, ...], int]:
-        """The tensors of `forward`, and the number of pairs, over which its loss is a mean.
-
-        Args:
-            image: (B, 3, S, S), normalised; handed on.
-            captions: B captions.
-            image_ids: (B,) int64, equal for captions of the same image; handed on.
-        """
+        """The tensors of `forward`, and the number of pairs."""
         return (image, self.tokenize(captions)[0], image_ids), len(captions)
 
     def stages(self) -> list[Stage]:
@@ -170,7 +155,7 @@ class ClipRetrieval(CLIP):
 
     def logits_from_ids(self, image: Tensor, ids: Tensor) -> Tensor:
         """Similarities (B, B) of images (B, 3, S, S) and token ids (B, context_length), scaled."""
-        images, texts = _normalised_features(self, image, ids)
+        images, texts = _unit_features(self, image, ids).unbind(1)
         return self.logit_scale.exp() * images @ texts.T
 
     @torch.no_grad()
@@ -181,22 +166,21 @@ class ClipRetrieval(CLIP):
         Without it, a call of `forward` is a step of one part.
 
         Args:
-            epochs: done before the step, whole and in part; alpha ramps from 0 over the first.
+            epochs: done before the step, a fraction too; alpha ramps from 0 over the first.
             parts: arguments of the calls of `forward` that follow in this process.
         """
         self.ramp = min(1.0, epochs)
-        image_ids = gather(torch.cat([part[2] for part in parts]))
+        image_ids = gather(torch.cat([image_ids for *_, image_ids in parts]))
         self.check_batch(len(image_ids))
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         self._move_momentum_copy(self.momentum)
-        slow = [_normalised_features(self.momentum_copy, *part[:2]) for part in parts]
-        images, texts = gather(torch.cat([torch.cat(pair, 1) for pair in slow])).chunk(2, dim=1)
-        self.step_keys = StepKeys(
-            slow=slow,
-            seen=[],
-            images=torch.cat([images.T, self.image_queue], dim=1),
-            texts=torch.cat([texts.T, self.text_queue], dim=1),
-            ids=torch.cat([image_ids, self.id_queue]),
+        self.slow = [_unit_features(self.momentum_copy, image, ids) for image, ids, _ in parts]
+        self.seen = []
+        images, texts = gather(torch.cat(self.slow)).unbind(1)
+        self.keys = (
+            torch.cat([texts.T, self.text_queue], dim=1),
+            torch.cat([images.T, self.image_queue], dim=1),
+            torch.cat([image_ids, self.id_queue]),
         )
 
     def forward(self, image: Tensor, ids: Tensor, image_ids: Tensor) -> Tensor:
@@ -210,26 +194,22 @@ class ClipRetrieval(CLIP):
             ids: (B, context_length) token ids, padded with 0; the end token has the highest.
             image_ids: (B,) int64, at least 0; equal for captions of the same image.
         """
-        if self.step_keys is None:
+        if not self.slow:
             self.on_step(self.ramp, [(image, ids, image_ids)])
-        keys, alpha = self.step_keys, self.alpha * self.ramp
-        slow_images, slow_texts = keys.slow.pop(0)
-        images, texts = _normalised_features(self, image, ids)
-        same = image_ids[:, None] == keys.ids  # (B, K)
-        hard = same / same.sum(dim=1, keepdim=True)
-
-        def cross_entropy(features: Tensor, slow_features: Tensor, keys: Tensor) -> Tensor:
-            scale = self.logit_scale.exp()
-            soft = (scale.detach() * slow_features @ keys).softmax(dim=1)
-            return F.cross_entropy(scale * features @ keys, alpha * soft + (1 - alpha) * hard)
-
+        *keys, key_ids = self.keys
+        own, slow = _unit_features(self, image, ids), self.slow.pop(0)
+        same = image_ids[:, None] == key_ids  # (B, N + Q)
+        hard, alpha = same / same.sum(dim=1, keepdim=True), self.alpha * self.ramp
+        loss = 0
         with torch.autocast(image.device.type, enabled=False):  # logits reach 100: not in bfloat16
-            loss = cross_entropy(images, slow_images, keys.texts)
-            loss = (loss + cross_entropy(texts, slow_texts, keys.images)) / 2
-        keys.seen.append(torch.cat([images, texts], dim=1).detach())
-        if not keys.slow:
-            self._enqueue(*gather(torch.cat(keys.seen)).chunk(2, dim=1), keys.ids)
-            self.step_keys = None
+            scale = self.logit_scale.exp()
+            for side in range(2):  # images to texts, texts to images
+                soft = (scale.detach() * slow[:, side] @ keys[side]).softmax(dim=1)
+                target = alpha * soft + (1 - alpha) * hard
+                loss = loss + F.cross_entropy(scale * own[:, side] @ keys[side], target) / 2
+        self.seen.append(own.detach())
+        if not self.slow:
+            self._enqueue()
         return loss
 
     def check_batch(self, pairs: int) -> None:
@@ -248,22 +228,16 @@ class ClipRetrieval(CLIP):
             self.momentum_copy.get_buffer(name).lerp_(parameter, weight)
 
     @torch.no_grad()
-    def _enqueue(self, images: Tensor, texts: Tensor, image_ids: Tensor) -> None:
-        """Replaces the oldest columns by features (N, D) and the first N of the ids."""
-        columns = self.queue_pointer + torch.arange(len(images), device=images.device)
-        columns %= self.queue_size
+    def _enqueue(self) -> None:
+        """Ends a step: its pairs replace the oldest columns of the queues."""
+        images, texts = gather(torch.cat(self.seen)).unbind(1)
+        pairs, ids = len(images), self.keys[2]
+        columns = (self.queue_pointer + torch.arange(pairs, device=ids.device)) % self.queue_size
         self.image_queue.index_copy_(1, columns, images.T)
         self.text_queue.index_copy_(1, columns, texts.T)
-        self.id_queue.index_copy_(0, columns, image_ids[: len(images)])
-        self.queue_pointer.copy_((self.queue_pointer + len(images)) % self.queue_size)
-
-    @staticmethod
-    def official_name(name: str) -> str:
-        """OpenAI's name of a parameter that may have Hugging Face's."""
-        if name.startswith(("vision_model.", "text_model.")):
-            for theirs, openai in _HUGGING_FACE.items():
-                name = name.replace(theirs, openai)
-        return name
+        self.id_queue.index_copy_(0, columns, ids[:pairs])
+        self.queue_pointer.copy_((self.queue_pointer + pairs) % self.queue_size)
+        self.seen, self.keys = [], ()
 
     def adapt_weights(self, weights: Weights) -> tuple[Weights, set[str]]:
         """Transposes Hugging Face's projections and joins its q, k, v. See `load_checkpoint`.
@@ -271,10 +245,11 @@ class ClipRetrieval(CLIP):
         Training starts anew: a checkpoint's own momentum copy and queues are left out. (A resumed
         run restores them by `load_state_dict`.)
         """
-        buffers = {name for name, _ in self.named_buffers()}
-        weights = {name: value for name, value in weights.items() if name not in buffers}
-        for theirs, openai in _TRANSPOSED.items():
-            if theirs in weights:
+        weights = weights.copy()
+        for name, _ in self.named_buffers():
+            weights.pop(name, None)
+        for tower, openai in (("visual", "visual.proj"), ("text", "text_projection")):
+            if (theirs := f"{tower}_projection.weight") in weights:
                 weights[openai] = weights.pop(theirs).T
         for name in [name for name in weights if ".attn.q_proj." in name]:
             parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
@@ -288,27 +263,14 @@ class ClipRetrieval(CLIP):
         self._move_momentum_copy(0.0)
 
 
-def build_clip(config: dict) -> ClipRetrieval:
-    """Builds a CLIP with random weights.
-
-    Args:
-        config: `clip` ("large" or a mapping with its keys), `image_size` in pixels, and optionally
-            `queue_size` (57600), `momentum` of the copy (0.995 a step), `alpha`, the weight of the
-            soft targets (0.4), and `tokenizer`: "clip" for OpenAI's vocabulary, else a BERT
-            tokenizer's name or folder. Without it, a smaller model takes token ids only.
-
-    Raises:
-        UserError: a value that cannot be, or a tokenizer that cannot be read.
-    """
-    return ClipRetrieval(config)
+build_clip = ClipRetrieval
 
 
 def choose_tokenizer(name: str | None, vocab_size: int) -> SimpleTokenizer | WordPieces | None:
     """The tokenizer that a config names for a model with so many words."""
     if name is None and vocab_size != SIZES["large"]["vocab_size"]:
         return None
-    openai = name in (None, OPENAI_TOKENIZER)
-    tokenizer = SimpleTokenizer() if openai else WordPieces(name)
+    tokenizer = SimpleTokenizer() if name in (None, OPENAI_TOKENIZER) else WordPieces(name)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"clip: vocab_size {vocab_size} is below the {tokenizer.vocab_size} tokens of "
@@ -335,7 +297,7 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _normalised_features(model: CLIP, image: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors of images and texts, (B, D) each, of the weights' type even under autocast."""
-    features = model.encode_image(image), model.encode_text(ids)
-    return tuple(F.normalize(feature.to(model.logit_scale.dtype), dim=-1) for feature in features)
+def _unit_features(model: CLIP, image: Tensor, ids: Tensor) -> Tensor:
+    """Unit vectors (B, 2, D) of images and texts, of the weights' type even under autocast."""
+    features = torch.stack([model.encode_image(image), model.encode_text(ids)], dim=1)
+    return F.normalize(features.to(model.logit_scale.dtype), dim=-1)

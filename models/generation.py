@@ -1,9 +1,8 @@
 """Beam search over BLIP's text decoder, by the rule of the published captions.
 
-The beams of an image are query positions of one sequence. An image has one cache of past tokens,
-in which a beam sees the entries of its own ancestors only: when beams fork or die, nothing but
-that mask is reordered. So the prompt and the image's keys and values are computed and kept once
-for an image, whatever the number of beams.
+The beams of an image are query positions of one sequence over one cache of past tokens. A mask
+shows a beam its own ancestors only; when beams fork or die, only the mask is reordered. So the
+prompt's and the image's keys and values are computed and kept once for an image.
 """
 
 import compat  # noqa: F401
@@ -12,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
-
-LENGTH_NORMALIZATIONS = ("total", "generated")  # see `BeamSearch`
 
 
 @torch.no_grad()
@@ -39,7 +36,7 @@ def generate_ids(
         min_length: no end token before this length in tokens, prompt included.
         eos_id: end token.
         pad_id: fills the rows of shorter captions.
-        length_normalization: of LENGTH_NORMALIZATIONS, see `BeamSearch`.
+        length_normalization: "total" or "generated", see `BeamSearch`.
 
     Returns:
         (B, <= max_length) ids: prompt, caption, end token unless max_length cut it off, padding.
@@ -70,15 +67,15 @@ def generate_ids(
 class BeamSearch:
     """The hypotheses of a batch of images.
 
-    A hypothesis is scored by the mean of its log-probabilities. The published rule divides by all
-    tokens, prompt included and end token excluded ("total"); today's transformers divides by the
-    generated tokens, end token included, which prefers longer captions ("generated").
+    Its score is the mean of its log-probabilities. The published rule divides by all tokens, prompt
+    included and end token excluded ("total"); today's transformers divides by the generated tokens,
+    end token included, which prefers longer captions ("generated").
 
-    At each step the best 2 * num_beams continuations of an image are taken in order. An end token
-    among the first num_beams finishes a hypothesis; the first num_beams that do not end run on.
-    An image is done when it has num_beams finished hypotheses, the worst of them as good as the
-    best that runs: the best of all continuations over the length before it ("total"), or the best
-    running beam over the length after it ("generated"). At max_length running beams finish too.
+    A step takes an image's best 2 * num_beams continuations in order. Those of the first num_beams
+    that end are finished; the first num_beams that do not end run on. An image is done when it has
+    num_beams finished hypotheses, the worst of them as good as a bound: the best continuation over
+    the length before it ("total"), or the best running beam over the length after it ("generated").
+    At max_length running beams finish too.
     """
 
     def __init__(self, prompt_ids, num_beams, max_length, eos_id, pad_id, length_normalization):
@@ -86,7 +83,7 @@ class BeamSearch:
         batch, self.prompt_length = prompt_ids.shape
         self.num_beams, self.max_length = num_beams, max_length
         self.eos_id, self.pad_id = eos_id, pad_id
-        assert length_normalization in LENGTH_NORMALIZATIONS
+        assert length_normalization in ("total", "generated")
         self.total = length_normalization == "total"
         padding = max_length - self.prompt_length
         self.tokens = F.pad(prompt_ids, (0, padding), value=pad_id)[:, None]  # (B, beams, length)
@@ -96,14 +93,9 @@ class BeamSearch:
         self.done = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
 
     def advance(self, log_probs: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Continues the running beams by one token.
+        """Continues beams of `length` tokens by one, given its log-probabilities (B, beams, V).
 
-        Args:
-            log_probs: (B, beams, V) of the next token.
-            length: of the running beams in tokens.
-
-        Returns:
-            The parent beam and the last token of each new running beam, best first; (B, num_beams).
+        Returns the parent beam and the last token of each new beam, best first; (B, num_beams).
         """
         images = torch.arange(len(log_probs), device=log_probs.device)[:, None]
         sums = (self.sums[..., None] + log_probs).flatten(1)
@@ -129,10 +121,7 @@ class BeamSearch:
         return self.captions[:, : used.max() + 1]
 
     def _finish(self, scores: Tensor, tokens: Tensor) -> None:
-        """Adds hypotheses (B, n, max_length) with scores (B, n) where an image is not done.
-
-        A score of -inf is no hypothesis.
-        """
+        """Adds hypotheses (B, n, max_length) of images not done; a score of -inf adds none."""
         scores = scores.masked_fill(self.done[:, None], -torch.inf)
         best, place = scores.max(dim=1, keepdim=True)
         tokens = tokens.gather(1, place[..., None].expand(-1, -1, self.max_length))[:, 0]
@@ -143,8 +132,8 @@ class BeamSearch:
 class CachedDecoder:
     """The text decoder over a batch of images, fed a few tokens at a time.
 
-    It runs the layers of the library's decoder itself: the library's own forward pass needs a
-    copy of the image's keys and values for each beam.
+    It runs the layers itself: the library's forward pass would copy the image's keys and values for
+    each beam.
     """
 
     def __init__(self, decoder: BlipTextLMHeadModel, image_embeds: Tensor, capacity: int):
@@ -153,20 +142,17 @@ class CachedDecoder:
         self.caches, self.image_caches = [], []  # keys and values of a layer, (B, heads, ., d)
         for layer in decoder.bert.encoder.layer:
             attention = layer.crossattention.self
-            keys = self._heads(attention.key(image_embeds)).contiguous()
-            values = self._heads(attention.value(image_embeds)).contiguous()
+            projected = attention.key(image_embeds), attention.value(image_embeds)
+            keys, values = (self._heads(x).contiguous() for x in projected)
             self.image_caches.append((keys, values))
             room = (*keys.shape[:2], capacity, keys.shape[-1])
             self.caches.append((keys.new_zeros(room), keys.new_zeros(room)))
         self.filled = 0
 
     def feed(self, ids: Tensor, position: Tensor, visible: Tensor) -> Tensor:
-        """Hidden states (B, Q, width) of Q new tokens of each image.
+        """Hidden states (B, Q, W) of Q new tokens (B, Q) at positions (Q,), or (1,) for all.
 
-        Args:
-            ids: (B, Q) token ids.
-            position: (Q,) in the caption, or (1,) for all of them.
-            visible: (B, Q, S), whether a token sees a cache entry; the last Q are the new tokens.
+        `visible` (B, Q, S) tells which cache entries a token sees; the last Q are the new tokens.
         """
         new = slice(self.filled, self.filled + ids.shape[1])
         self.filled = new.stop

@@ -2,8 +2,7 @@
 
 from torch import nn
 
-# Where the transformer blocks of our models are. Their linear layers are pruned; embeddings, norms,
-# patch_embed and heads stay whole.
+# Transformer blocks, whose linear layers are pruned; embeddings, norms, patch_embed, heads are not
 TOWERS = (
     "visual_encoder.blocks.",  # BLIP
     "text_decoder.bert.encoder.layer.",  # its captioner
@@ -17,14 +16,9 @@ VISION = ("visual_encoder.", "visual.")  # the image encoders of BLIP and CLIP
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of all transformer blocks, vision first, in forward order.
 
-    CLIP's attention keeps its input projections in one parameter that is no layer and stays whole;
-    its `out_proj` is a layer whose own `forward` is never called.
-
-    Args:
-        model: a captioner, NLVR2 or retrieval model, wrapped in DistributedDataParallel or not.
-
-    Returns:
-        Layer name to module: 168 for BLIP base captioning, 222 for NLVR2, 108 for CLIP large.
+    The model may be wrapped in DistributedDataParallel. BLIP base has 168 for captioning and 222
+    for NLVR2, CLIP large 108: its attention's input projections are no layers, and its `out_proj`
+    is a layer whose own `forward` is never called.
     """
     model = getattr(model, "module", model)
     if is_sparse(model):
@@ -42,11 +36,11 @@ def is_sparse(model: nn.Module) -> bool:
 
 
 def modality(layer_name: str) -> str:
-    """Tells "vision" (the image encoder's layers) from "language" (the text transformer's)."""
+    """Either "vision" (a layer of the image encoder) or "language" (of the text transformer)."""
     return "vision" if layer_name.startswith(VISION) else "language"
 
 
 def sees_image(layer_name: str) -> bool:
-    """Whether a layer's output has image tokens: vision, and keys and values of cross-attention."""
+    """Whether a layer's output has image tokens: vision, and cross-attention's keys and values."""
     keys_and_values = ".crossattention." in layer_name and layer_name.endswith((".key", ".value"))
     return modality(layer_name) == "vision" or keys_and_values

@@ -3,26 +3,31 @@
 from utils import UserError
 
 
-def choose_sizes(key: str, sizes: str | dict, known: dict[str, dict], optional: str = "") -> dict:
-    """The sizes that a config names or gives under a key; known["large"] has all of them."""
+def choose_sizes(config: dict, key: str, known: dict, heads: dict, **optional: float) -> dict:
+    """The checked sizes that a config names or gives under a key; known["large"] has all of them.
+
+    Keyword arguments are the defaults of optional sizes; `heads` as in `check_sizes`.
+    """
+    sizes = config[key]
     if isinstance(sizes, str):
         if sizes not in known:
             raise UserError(f"{key}: {sizes!r} is none of {sorted(known)} and no mapping of sizes")
         sizes = known[sizes]
-    keys = set(known["large"])
-    if not keys - {optional} <= set(sizes) <= keys:
+    keys = known["large"].keys()
+    if not keys - optional <= set(sizes) <= keys:
         raise UserError(f"{key}: a mapping needs {sorted(keys)}; got {sorted(sizes)}")
+    sizes = optional | sizes
+    check_sizes(key, sizes, heads, optional)
+    size, patch = config["image_size"], sizes["patch_size"]
+    if size < 1 or size % patch:
+        raise UserError(f"image_size: {size} is no multiple of patch_size {patch}")
     return sizes
 
 
-def check_sizes(key: str, sizes: dict, fractions: tuple, heads: dict[str, str]) -> None:
-    """Checks whole numbers above 0, fractions in [0, 1), and widths that heads share.
+def check_sizes(key: str, sizes: dict, heads: dict[str, str], fractions) -> None:
+    """Checks numbers, and that a width is a multiple of its number of heads.
 
-    Args:
-        key: of the config, for the message.
-        sizes: name to value.
-        fractions: names of the sizes that are fractions.
-        heads: name of a width to the name of the number of its heads.
+    `fractions` names the sizes in [0, 1); the others are whole numbers above 0.
     """
     for name, value in sizes.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -35,9 +40,3 @@ def check_sizes(key: str, sizes: dict, fractions: tuple, heads: dict[str, str]) 
             raise UserError(
                 f"{key}: {width} {sizes[width]} is no multiple of {number} {sizes[number]}"
             )
-
-
-def check_image_size(image_size: int, patch_size: int) -> None:
-    """Checks that patches fill an image. Sizes are in pixels."""
-    if image_size < 1 or image_size % patch_size:
-        raise UserError(f"image_size: {image_size} is no multiple of patch_size {patch_size}")

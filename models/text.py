@@ -5,9 +5,9 @@ from pathlib import Path
 
 import compat  # noqa: F401
 
-import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from torch import Tensor
 from transformers import BertTokenizer
 from transformers.activations import ACT2FN
 from transformers.models.blip.configuration_blip import BlipTextConfig
@@ -17,10 +17,8 @@ from models.sizes import check_sizes
 from models.weight_files import fetch
 from utils import UserError, mistaken_for
 
-LABEL_SMOOTHING = 0.1
 MAX_TOKENS = 40
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BERT_BASE_PROMPT_IDS = [101, 1037, 3861, 1997, 102]  # "a picture of" in bert-base-uncased
 
 _BERT_BASE = {
     "vocab_size": 30524,
@@ -42,13 +40,10 @@ _FIXED |= {"add_cross_attention", "pad_token_id"}
 
 
 def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTextConfig:
-    """The text transformer's configuration.
+    """The configuration of a text transformer that cross-attends to embeddings of a width.
 
-    Args:
-        med_config: path of a JSON file or a mapping, with BERT's field names; what it leaves out is
-            as in BERT base.
-        encoder_width: width of the image embeddings that cross-attention reads.
-        tokenizer: gives the special tokens' ids.
+    `med_config` is a mapping, or a JSON file, with BERT's field names; a field that is not there is
+    BERT base's.
     """
     fields = read_med_config(med_config)
     unknown = sorted(set(fields) - set(_BERT_BASE) - _FIXED)
@@ -56,21 +51,18 @@ def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTe
         raise UserError(f"med_config: unknown fields {unknown}; known are {sorted(_BERT_BASE)}")
     sizes = {key: fields.get(key, default) for key, default in _BERT_BASE.items()}
     activation = sizes.pop("hidden_act")
-    check_sizes("med_config", sizes, _FRACTIONS, {"hidden_size": "num_attention_heads"})
+    check_sizes("med_config", sizes, {"hidden_size": "num_attention_heads"}, _FRACTIONS)
     if str(activation) not in ACT2FN:
-        known = ", ".join(sorted(ACT2FN))
-        raise UserError(f"med_config: hidden_act {activation!r} is none of {known}")
-    if len(tokenizer) > sizes["vocab_size"]:
-        raise UserError(
-            f"med_config: vocab_size {sizes['vocab_size']} is below the tokenizer's "
-            f"{len(tokenizer)} tokens"
-        )
+        raise UserError(f"med_config: hidden_act {activation!r} is none of {sorted(ACT2FN)}")
+    size, tokens = sizes["vocab_size"], len(tokenizer)
+    if tokens > size:
+        raise UserError(f"med_config: vocab_size {size} is below the tokenizer's {tokens} tokens")
     return BlipTextConfig(
         **sizes,
         hidden_act=activation,
         encoder_hidden_size=encoder_width,
-        is_decoder=True,  # in the library's BLIP this is what gives a layer its cross-attention
-        label_smoothing=LABEL_SMOOTHING,
+        is_decoder=True,  # gives a layer of the library's BLIP its cross-attention
+        label_smoothing=0.1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.sep_token_id,
         sep_token_id=tokenizer.sep_token_id,
@@ -79,10 +71,10 @@ def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTe
 
 
 def load_tokenizer(name: str) -> BertTokenizer:
-    """BERT's WordPiece tokenizer with BLIP's [DEC] (its `bos_token`) and [ENC].
+    """BERT's WordPiece tokenizer, by folder or hub name, with BLIP's [DEC] (`bos_token`) and [ENC].
 
-    Args:
-        name: a local folder with `vocab.txt`, or a name on the model hub.
+    Raises:
+        UserError: the vocabulary cannot be read, or is not BERT's.
     """
     file = vocabulary_file(name)
     try:
@@ -91,32 +83,29 @@ def load_tokenizer(name: str) -> BertTokenizer:
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot read {file}: {error}") from error
     vocabulary = {token: i for i, token in enumerate(lines)}
-    if len(vocabulary) < len(lines):
-        twice = next(token for i, token in enumerate(lines) if vocabulary[token] != i)
-        raise UserError(f"tokenizer: {file} is no vocabulary of BERT: it names {twice!r} twice")
+    twice = [token for i, token in enumerate(lines) if vocabulary[token] != i]
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-    if missing:
-        why = mistaken_for(file) or f"it lacks {' '.join(missing)}"
+    if twice or missing:
+        why = f"it names {twice[0]!r} twice" if twice else f"it lacks {' '.join(missing)}"
+        why = mistaken_for(file) or why
         raise UserError(f"tokenizer: {file} is no vocabulary of BERT: {why}")
     tokenizer = BertTokenizer(vocab=vocabulary)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)
     ids = tokenizer("a picture of ").input_ids
-    is_bert_base = tokenizer.convert_tokens_to_ids("[DEC]") == 30522
-    if tokenizer.unk_token_id in ids or (is_bert_base and ids != BERT_BASE_PROMPT_IDS):
+    base = tokenizer.bos_token_id == 30522  # the size of bert-base-uncased
+    if tokenizer.unk_token_id in ids or (base and ids != [101, 1037, 3861, 1997, 102]):
         raise UserError(f"tokenizer: {name!r} reads 'a picture of' as {ids}; wrong vocab.txt?")
     return tokenizer
 
 
 def vocabulary_file(name: str) -> Path:
     """The `vocab.txt` of a local folder or of a name on the hub, which is downloaded once."""
+    remedy = f"For BLIP's weights take {_address('bert-base-uncased')}"
     if Path(name).is_dir():
         file = Path(name, "vocab.txt")
         if not file.is_file():
-            raise UserError(
-                f"tokenizer: there is no vocab.txt in the folder {name}. For BLIP's weights put "
-                f"{_address('bert-base-uncased')} there"
-            )
+            raise UserError(f"tokenizer: there is no vocab.txt in the folder {name}. {remedy}")
         return file
     reason = "HF_HUB_OFFLINE is set"
     try:
@@ -130,9 +119,8 @@ def vocabulary_file(name: str) -> Path:
             except UserError as error:
                 reason = str(error.__cause__)
     raise UserError(
-        f"tokenizer: cannot load {name!r} ({reason}). Set `tokenizer` to a local folder with "
-        f"vocab.txt: for BLIP's weights {_address('bert-base-uncased')}; for the demo configs "
-        "`python -m data.scenes` writes datasets/scenes/tokenizer"
+        f"tokenizer: cannot load {name!r} ({reason}). Set `tokenizer` to a folder with vocab.txt. "
+        f"{remedy}; for the demo configs run `python -m data.scenes`"
     )
 
 
@@ -141,20 +129,11 @@ def _address(name: str) -> str:
 
 
 def tokenize(
-    tokenizer: BertTokenizer,
-    texts: list[str],
-    first_token: str,
-    max_tokens: int,
-    padding: str = "longest",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    tokenizer: BertTokenizer, texts: list[str], first_token: str, max_tokens: int, padding="longest"
+) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both (B, L), of B texts, cut at `max_tokens`.
 
-    Args:
-        tokenizer: BERT's, from `load_tokenizer`.
-        texts: B texts.
-        first_token: "[DEC]" or "[ENC]", which takes the place of [CLS].
-        max_tokens: length at which texts are cut.
-        padding: to the "longest" text, or to "max_length", which is `max_tokens`.
+    `first_token` takes the place of [CLS]; `padding` is to the "longest" text or to "max_length".
     """
     tokens = tokenizer(
         texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt"
@@ -164,7 +143,7 @@ def tokenize(
 
 
 def count_cut(tokenizer: BertTokenizer, texts: Sequence[str], max_tokens: int) -> int:
-    """Number of texts that are longer than `max_tokens`, so that `tokenize` cuts them."""
+    """Number of texts that `tokenize` cuts."""
     batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # memory: 1 KB a token
     return sum(len(ids) > max_tokens for batch in batches for ids in tokenizer(batch).input_ids)
 

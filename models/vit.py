@@ -6,7 +6,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.sizes import check_image_size, check_sizes, choose_sizes
+from models.sizes import choose_sizes
 
 SIZES = {
     "tiny": {"patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4},
@@ -41,24 +41,17 @@ class VisionEncoder(VisionTransformer):
 
 
 def build_vision_encoder(config: dict, drop_path_rate: float = 0.0) -> VisionEncoder:
-    """Builds the image encoder of a config.
+    """An image encoder with random weights; `vit` may name its own drop path rate.
 
-    Args:
-        config: `vit` (a name or a mapping as in SIZES), `image_size` in pixels, and optionally
-            `vit_grad_ckpt` with `vit_ckpt_layer`, the number of the last blocks that are recomputed
-            (0 is all).
-        drop_path_rate: used where the size does not name its own.
+    With `vit_grad_ckpt` the last `vit_ckpt_layer` blocks (0: all) are recomputed.
     """
-    vit = choose_sizes("vit", config["vit"], SIZES, optional="drop_path_rate")
-    sizes = {"drop_path_rate": drop_path_rate, **vit}
-    check_sizes("vit", sizes, ("drop_path_rate",), {"embed_dim": "num_heads"})
-    check_image_size(config["image_size"], sizes["patch_size"])
+    heads = {"embed_dim": "num_heads"}
     encoder = VisionEncoder(
         img_size=config["image_size"],
         num_classes=0,
         global_pool="",
         weight_init="jax",  # Xavier: timm's default of 0.02 leaves a narrow ViT slow to learn
-        **sizes,
+        **choose_sizes(config, "vit", SIZES, heads, drop_path_rate=drop_path_rate),
     )
     if config.get("vit_grad_ckpt"):
         encoder.checkpointed_blocks = config.get("vit_ckpt_layer") or len(encoder.blocks)

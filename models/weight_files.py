@@ -1,7 +1,6 @@
-"""Files of weights as dicts of tensors, mapped from the file: what is not used is not read.
+"""Files of weights (safetensors or torch.save's) and folders of them as dicts of tensors.
 
-A file is safetensors (dense, or compressed as `models.compressed` writes it) or what torch.save
-wrote. A folder is a run's results or Hugging Face's. No pickled code runs.
+Tensors are mapped from the file: what is not used is not read. No pickled code runs.
 """
 
 import json
@@ -32,7 +31,7 @@ _GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")  # in torch's senten
 class Packed(NamedTuple):
     """A tensor of a compressed file, which is unpacked where it is wanted."""
 
-    where: str  # its file and name, for messages
+    where: str  # file and name, for messages
     shape: tuple[int, ...]
     bitmask: Tensor
     values: Tensor
@@ -48,10 +47,9 @@ class Packed(NamedTuple):
 
 
 def fetch(path_or_url: str | Path) -> Path:
-    """The file or folder itself, or the copy of an address in torch.hub's folder.
+    """The file or folder itself, or an address's copy in torch.hub's folder, downloaded once.
 
-    An address is downloaded if its copy is not there yet. No process waits for another here, so
-    several call this inside `engine.processes.main_process_first`.
+    No process waits for another here: call this inside `engine.processes.main_process_first`.
     """
     url = str(path_or_url)
     address = urlparse(url)
@@ -71,15 +69,14 @@ def fetch(path_or_url: str | Path) -> Path:
             download(url, copy)
         except (OSError, ValueError) as error:  # of the network or the disk
             raise UserError(
-                f"cannot download {url} ({error}): fetch it on another machine and put it at "
-                f"{copy} (set TORCH_HOME to move that folder), give its path as --pretrained, or "
-                "try the demo config"
+                f"cannot download {url} ({error}): put it at {copy} (set TORCH_HOME to move that "
+                "folder), give the path of a copy as --pretrained, or try the demo config"
             ) from error
     return copy
 
 
 def open_weights(path: Path) -> dict[str, Tensor | Packed]:
-    """The tensors of a file or folder, by the names that stand there."""
+    """The tensors of a file or folder, by their names in it."""
     if path.is_dir():
         path = _file_of_folder(path)
     if path.name == INDEX:
@@ -89,14 +86,17 @@ def open_weights(path: Path) -> dict[str, Tensor | Packed]:
             is_safetensors = file.read(9)[8:] == b"{"  # behind the length of a header in JSON
         return _open_safetensors(path) if is_safetensors else _open_pickle(path)
     except _UNREADABLE as error:
-        why = _why_unreadable(path, error)
-        raise UserError(f"cannot read weights from {path}: {why}") from error
+        raise UserError(
+            f"cannot read weights from {path}: {_why_unreadable(path, error)}"
+        ) from error
 
 
 def _file_of_folder(folder: Path) -> Path:
     """The file of weights in a folder, or the index of several."""
-    files = [folder / name for name in (RUN_WEIGHTS, INDEX) if (folder / name).exists()]
-    files = files[:1] or sorted(folder.glob("*.safetensors"))
+    for name in (RUN_WEIGHTS, INDEX):
+        if (folder / name).exists():
+            return folder / name
+    files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
     if files:
@@ -138,10 +138,7 @@ def _open_shards(index: Path) -> dict[str, Tensor | Packed]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor | Packed]:
-    """Maps the file in parts: what was read of a part counts as memory until its tensors go.
-
-    (`safetensors.torch.load_file` maps it as one: a model would need twice its memory.)
-    """
+    """Maps the file in parts, because what was read of a part is memory until its tensors go."""
     weights, part_end, size = {}, 0, path.stat().st_size
     with safe_open(path, "pt") as file, open(path, "rb") as raw:
         data = int.from_bytes(raw.read(8), "little") + 8  # where it begins, behind a JSON header
@@ -160,7 +157,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor | Packed]:
                 )
             count, dtype = tensor.numel(), tensor.dtype
             flat = torch.frombuffer(part, dtype=dtype, count=count, offset=first - start)
-            weights[name] = flat.view(tensor.shape)
+            weights[name] = flat.view_as(tensor)
     if compressed.claims(metadata):
         stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         for name, shape in compressed.shapes(path, metadata, stored).items():
@@ -194,13 +191,12 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if path.suffix == ".safetensors" and zipfile.is_zipfile(path):
         return "it is what torch.save writes: rename it to .pth"
     pickled = isinstance(error, pickle.UnpicklingError)
-    found = pickled and _GLOBAL.search(str(error))
-    if not found:
-        why = "it is neither safetensors nor what torch.save writes"
-        return mistaken_for(path) or (not pickled and str(error)) or why
-    return (
-        f"it holds {found[1]} beside tensors and plain values, and pickled code is never run here. "
-        "If you trust the file, save its weights alone, with its key of them for 'model': python "
-        f"-c \"import torch; content = torch.load('{path}', 'cpu', weights_only=False); "
-        "torch.save(content['model'], 'NEW.pth')\" (or content.state_dict(), of a whole model)"
-    )
+    if pickled and (found := _GLOBAL.search(str(error))):
+        return (
+            f"it holds {found[1]} beside tensors and plain values, and pickled code is never run. "
+            "If you trust the file, save its weights alone, with its key of them for 'model': "
+            f"python -c \"import torch; content = torch.load('{path}', 'cpu', weights_only=False); "
+            "torch.save(content['model'], 'NEW.pth')\" (or content.state_dict(), of a whole model)"
+        )
+    why = "" if pickled else str(error)
+    return mistaken_for(path) or why or "it is neither safetensors nor what torch.save writes"

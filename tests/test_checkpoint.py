@@ -1,4 +1,4 @@
-"""Checkpoints of every format, and what is said of files that are none."""
+"""Checkpoints of every format, and the errors for files that are none."""
 
 import json
 import pickle
@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from models import (
     build_captioner,
+    build_nlvr,
     compressed,
     load_checkpoint,
     modality,
     prunable_layers,
     weight_files,
 )
-from models.checkpoint import load_trained
-from models.weight_files import fetch, open_weights
+from models.checkpoint import hugging_face_name, load_trained
+from models.weight_files import INDEX, fetch, open_weights
 from tests.conftest import read_golden
 from utils import UserError
 
@@ -43,22 +44,6 @@ def assert_holds(model, weights):
     state = model.state_dict()
     assert set(state) == set(weights) - {POSITION_IDS}
     assert all(torch.equal(value, weights[name]) for name, value in state.items())
-
-
-def hugging_face_name(name: str) -> str:
-    for ours, theirs in [
-        ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
-        ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
-        ("visual_encoder.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
-        ("visual_encoder.norm.", "vision_model.post_layernorm."),
-        ("visual_encoder.blocks", "vision_model.encoder.layers"),
-        ("attn.qkv", "self_attn.qkv"),
-        ("attn.proj", "self_attn.projection"),
-        ("norm1", "layer_norm1"),
-        ("norm2", "layer_norm2"),
-    ]:
-        name = name.replace(ours, theirs)
-    return name
 
 
 def official(weights, folder):
@@ -89,7 +74,7 @@ def hugging_face(weights, folder):
         save_file({name: kept[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     return folder
 
 
@@ -131,18 +116,28 @@ def test_files_that_are_mapped_in_parts(monkeypatch, tmp_path, part):
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
 
 
-def test_base_has_the_official_names_shapes_and_layers(official_keys, golden_tokenizer):
+@pytest.mark.parametrize(
+    ("build", "keys", "profile", "layers", "numbers"),
+    [
+        (build_captioner, "blip_caption_base", "blip_coco", 168, 198_383_616),
+        (build_nlvr, "blip_nlvr_base", "blip_nlvr", 222, 233_814_528),
+    ],
+)
+def test_base_has_the_official_names_shapes_and_layers(
+    official_keys, golden_tokenizer, build, keys, profile, layers, numbers
+):
     config = {"vit": "base", "image_size": 384, "med_config": "configs/med_config.json"}
     with torch.device("meta"):
-        base = build_captioner(config | {"tokenizer": golden_tokenizer})
-    expected = official_keys("blip_caption_base")
-    del expected[POSITION_IDS]
-    assert {name: list(value.shape) for name, value in base.state_dict().items()} == expected
-    layers = prunable_layers(base)
-    assert list(layers) == list(json.loads(Path("configs/id/blip_coco.json").read_text()))
-    assert len(layers) == 168
-    assert sum(modality(name) == "vision" for name in layers) == 48
-    assert sum(m.weight.numel() + m.bias.numel() for m in layers.values()) == 198_383_616
+        base = build(config | {"tokenizer": golden_tokenizer})
+    shapes = {name: list(value.shape) for name, value in base.state_dict().items()}
+    expected = official_keys(keys)
+    assert shapes == {n: s for n, s in expected.items() if not n.endswith("position_ids")}
+    assert len(expected) == len(shapes) + 1
+    prunable = prunable_layers(base)
+    assert list(prunable) == list(json.loads(Path(f"configs/id/{profile}.json").read_text()))
+    assert len(prunable) == layers
+    assert sum(modality(name) == "vision" for name in prunable) == 48
+    assert sum(m.weight.numel() + m.bias.numel() for m in prunable.values()) == numbers
 
 
 def test_position_embedding_of_another_grid(caption_tiny_config, weights, tmp_path):
@@ -182,7 +177,7 @@ def test_safetensors_are_known_by_their_content(weights, tmp_path, name):
     assert set(open_weights(tmp_path / name)) == set(weights)
 
 
-# --- weights that do not fit ---------------------------------------------------------------------
+# --- weights that do not fit
 
 
 def without_a_tensor(weights):
@@ -245,7 +240,7 @@ def test_a_start_for_training_is_no_trained_model(model, weights, tmp_path, monk
         load_trained(model, path)
 
 
-# --- files that are no weights -------------------------------------------------------------------
+# --- files that are no weights
 
 
 class Planted:
@@ -268,14 +263,12 @@ def test_no_pickled_code_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def cut_short(path):
-    save_file({"a": torch.ones(99)}, path)
-    path.write_bytes(path.read_bytes()[:-99])
+def cut_short(save):
+    def write(path):
+        save({"a": torch.ones(99)}, path)
+        path.write_bytes(path.read_bytes()[:-99])
 
-
-def cut_short_pickle(path):
-    torch.save({"model": {"a": torch.ones(99)}}, path)
-    path.write_bytes(path.read_bytes()[:-99])
+    return write
 
 
 @pytest.mark.parametrize(
@@ -287,8 +280,8 @@ def cut_short_pickle(path):
         (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
         (b"<!DOCTYPE html>", "it is a page"),
         (b"\x1f\x8b\x08 compressed", "it is an archive"),
-        (cut_short, "its end is missing"),
-        (cut_short_pickle, "its end is missing"),
+        (cut_short(save_file), "its end is missing"),
+        (cut_short(torch.save), "its end is missing"),
         ({"model": {}, "n": np.float64(1)}, "multiarray.scalar beside tensors"),
         ({"args": Namespace(lr=1)}, "argparse.Namespace beside tensors"),
         (torch.nn.Linear(1, 1), "Linear beside tensors.*content.state_dict()"),
@@ -299,7 +292,7 @@ def cut_short_pickle(path):
         ({}, "no mapping of names to tensors, but has nothing:"),
     ],
 )
-def test_files_that_hold_no_weights_are_told_by_what_they_are(tmp_path, content, message):
+def test_files_that_hold_no_weights_are_named_by_what_they_are(tmp_path, content, message):
     path = tmp_path / "a.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -317,7 +310,7 @@ def test_what_torch_wrote_is_known_under_the_other_name(tmp_path):
         open_weights(tmp_path / "a.safetensors")
 
 
-# --- which files of a folder --------------------------------------------------------------------
+# --- which files of a folder
 
 
 def test_the_index_rules(model, weights, tmp_path):
@@ -327,7 +320,7 @@ def test_the_index_rules(model, weights, tmp_path):
     first, second = sorted(tmp_path.glob("model-*.safetensors"))
     name = next(iter(open_weights(first)))
     save_file(load_file(second) | {name: torch.full((7,), 7.0)}, second)
-    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+    for path in (tmp_path, tmp_path / INDEX):
         report = load_checkpoint(model, path)
         assert_holds(model, weights)
         assert report.ignored == [POSITION_IDS]
@@ -345,8 +338,12 @@ def keep(*names):
     return apply
 
 
+def drop(name):
+    return lambda folder: (folder / name).unlink()
+
+
 def wrong_index(folder):
-    file = folder / "model.safetensors.index.json"
+    file = folder / INDEX
     index = json.loads(file.read_text())
     index["weight_map"]["a"] = "model-00001-of-00002.safetensors"
     file.write_text(json.dumps(index))
@@ -356,23 +353,14 @@ def wrong_index(folder):
     ("spoil", "message"),
     [
         (
-            lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
-            r"model-00002-of-00002\.safetensors is missing, though .* names it",
+            drop("model-00002-of-00002.safetensors"),
+            r"model-00002\S+ is missing, though .* names it",
         ),
-        (
-            lambda folder: (folder / "model.safetensors.index.json").unlink(),
-            r"several files of weights \(model-00001\S+, model-00002\S+ and no .*index\.json",
-        ),
+        (drop(INDEX), r"several files .* \(model-00001\S+, model-00002\S+ and no .*index\.json"),
         (wrong_index, r"model-00001-of-00002\.safetensors has no tensor a,"),
-        (
-            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weights": []}'),
-            r"index\.json is no index of safetensors",
-        ),
+        (lambda folder: (folder / INDEX).write_text('{"weights": []}'), "json is no index of safe"),
         (keep("model.safetensors", "model.fp16.safetensors"), "several files.*the file itself"),
-        (
-            keep("pytorch_model.bin"),
-            r"pytorch_model\.bin, but .* only safetensors.*save_pretrained",
-        ),
+        (keep("pytorch_model.bin"), r"_model\.bin, but .* only safetensors.*save_pretrained"),
         (keep("model_base.pth"), r"give one of its files itself: model_base\.pth"),
         (keep(), r"no \*\.safetensors in the folder \S+$"),
     ],
@@ -384,7 +372,7 @@ def test_folders_that_do_not_say_what_belongs_together(weights, tmp_path, spoil,
         open_weights(tmp_path)
 
 
-# --- addresses ----------------------------------------------------------------------------------
+# --- addresses
 
 OFFICIAL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/base.pth"
 

@@ -171,10 +171,10 @@ def test_alpha_ramps_over_the_first_epoch(model):
 def test_autocast_does_not_reach_the_logits(golden_clip, monkeypatch):
     image, texts, ids = batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        images, texts = clip._normalised_features(golden_clip, image, texts)
-    assert images.dtype == texts.dtype == torch.float32
-    torch.testing.assert_close(images.norm(dim=1), torch.ones(4))  # normalised in float32, too
-    monkeypatch.setattr(clip, "_normalised_features", lambda *_: (images, texts))
+        features = clip._unit_features(golden_clip, image, texts)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(4, 2))  # in float32, too
+    monkeypatch.setattr(clip, "_unit_features", lambda *_: features)
     state = {name: value.clone() for name, value in golden_clip.state_dict().items()}
     expected = golden_clip(image, texts, ids)
     golden_clip.load_state_dict(state)
