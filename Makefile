@@ -13,9 +13,13 @@ $(READY): requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-# The files of tests side by side, for many of them wait for processes; small models want one thread.
+# Tests side by side, because many of them wait for processes; small models want one thread. One file
+# with `make test FILE=tests/test_x.py`, in one process.
+FILE   :=
+SPREAD := --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(or $(FILE),$(SPREAD))
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -107,11 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(pruner.parameters)} tensors, {pruner.numel:,} parameters")
     print(f"{'':10} {'ours':>8} {'straightforward':>18} {'copies':>8}")
     for name, passes in PASSES.items():
-        other = f"{straight[name]:8.3f} s {straight[name] / times[name]:5.1f} x"
-        bound = passes * times["copy"] / 2
-        print(
-            f"{name:10} {times[name]:6.3f} s {other if name in straight else '':18} {bound:6.3f} s"
-        )
+        other = straight.get(name)
+        compared = f"{other:8.3f} s {other / times[name]:5.1f} x" if other else " " * 18
+        print(f"{name:10} {times[name]:6.3f} s {compared} {passes * times['copy'] / 2:6.3f} s")
     print(f"a mask event takes {memory / 1e6:.1f} MB; its threshold is kthvalue's: {same}")
     found = dict(threshold=threshold, tied=tied, same_threshold=same, event_bytes=memory)
     print_document("pruner", seconds=times, straightforward=straight, **found)

@@ -107,7 +107,8 @@ def build_run(args: argparse.Namespace, folder: str) -> tuple[Run, nn.Module, tu
     flags = ["--warmup_steps", "50", "--output_dir", folder, "--batch_size", str(args.batch_size)]
     run = start(train_caption.parse_args([*flags, "--device", args.device]), CAPTION)
     sizes = {"vit": args.vit, "image_size": args.image_size, "tokenizer": folder}
-    model = build_captioner({**run.config, **sizes}).to(run.process.device).train()
+    run = replace(run, config={**run.config, **sizes})
+    model = build_captioner(run.config).to(run.process.device).train()
     image = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
     return run, model, (image.to(run.process.device), [TEXT] * args.batch_size)
 

@@ -11,16 +11,11 @@ from utils import UserError
 def choose_layers(
     model: nn.Module, names: Iterable[str] | None = None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers to prune, by name.
-
-    Args:
-        model: any.
-        names: linear layers (`nn.Linear`, transformers' `Conv1D`) among its `named_modules`; None
-            takes `models.prunable_layers`, which knows BLIP and CLIP.
+    """The named linear layers; without names those of `models.prunable_layers`.
 
     Returns:
-        The layers, and those that are left out because another module has the same weight, a word
-        embedding for instance: by name, with the other module's name.
+        The layers by name; and by name the module that has the same weight, a word embedding for
+        instance, of layers that are left out.
     """
     if names is None and not (names := prunable_layers(model)):
         raise UserError(

@@ -10,25 +10,17 @@ from pruners.score import PIECE_ON_CPU
 
 
 def mask_(scores: Iterable[tuple[Tensor, Tensor]], threshold: float) -> None:
-    """Zeroes, in place, every parameter whose score is strictly below a threshold.
-
-    Args:
-        scores: pieces of the parameters and their scores, float32, which are overwritten.
-        threshold: the lowest score that stays.
-    """
+    """Zeroes in place every parameter whose score is below a threshold; overwrites the scores."""
     for p, score in scores:
         kept = score.ge_(threshold).to(p.dtype)  # 1 or 0; float operations are the quickest
         torch.addcmul(p.new_zeros(()), p, kept, out=p)  # 0 + p * kept: all zeros are positive
 
 
 def mask_checksums(parameters: Iterable[Tensor]) -> Tensor:
-    """A number for each tensor that tells where its zeros are.
+    """A number (tensors,) int64 for each tensor that depends on where its zeros are.
 
-    Every position within a piece has a small random weight. The checksum adds up the weights of
-    the zeros, times 1 in the first piece, 2 in the second, and so on.
-
-    Returns:
-        (tensors,) int64.
+    The zeros' positions within a piece have random weights, times 1 in the first piece, 2 in the
+    second, and so on.
     """
     parameters = list(parameters)
     device, length = parameters[0].device, PIECE_ON_CPU
@@ -46,23 +38,15 @@ def mask_checksums(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def check_masks_equal(parameters: dict[str, Tensor]) -> None:
-    """Stops every process if their masks differ. All processes must call it.
-
-    Raises:
-        RuntimeError: names the first parameter that differs; on all processes alike.
-    """
+    """Raises RuntimeError on all processes, which must all call it, if their masks differ."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     lowest = mask_checksums(parameters.values())
     highest = lowest.clone()
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
-    differ = [
-        name
-        for name, same in zip(parameters, (lowest == highest).tolist(), strict=True)
-        if not same
-    ]
-    if differ:
+    equal = dict(zip(parameters, (lowest == highest).tolist(), strict=True))
+    if differ := [name for name, same in equal.items() if not same]:
         raise RuntimeError(
             f"the processes have pruned different weights ({len(differ)} parameters, first "
             f"{differ[0]}): they no longer train one model. Resume from an earlier checkpoint, and "

@@ -147,14 +147,9 @@ def precise(x: Tensor) -> Tensor:
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Where the lowest scores of each row are; of equal ones the first.
+    """Where (rows, columns) the `count` lowest scores are; of equal ones the first.
 
-    Args:
-        scores: (rows, columns).
-        count: in all; where the rows do not share it equally, the first ones have one more.
-
-    Returns:
-        (rows, columns) bool, `count` of them true.
+    Rows share the count equally; where it does not divide, the first ones have one more.
     """
     each, more = divmod(count, len(scores))
     found = torch.zeros_like(scores, dtype=torch.bool)
@@ -181,11 +176,7 @@ def allocate(
     With one, a layer keeps the share r_l = min(1, c * w_l), where c is such that of all weights
     together int(sparsity * N) become zero, exactly.
 
-    Args:
-        shapes: (outputs, inputs) by layer name.
-        sparsity: in (0, 1).
-        method: "Wanda" compares within rows, "Magnitude" within the layer.
-        profile: w_l > 0 by layer name.
+    Shapes are (outputs, inputs). "Wanda" compares within rows, "Magnitude" within the layer.
     """
     if profile is None:
         groups = {n: (o, i) if method == "Wanda" else (1, o * i) for n, (o, i) in shapes.items()}
@@ -230,16 +221,10 @@ def inverse(profile: Mapping[str, float]) -> dict[str, float]:
 def input_norms(
     model: nn.Module, layers: dict[str, nn.Module], batches: Iterable
 ) -> dict[str, Tensor]:
-    """||x_j||: the norm of each input feature over all tokens of all samples, from one pass.
+    """||x_j|| (inputs,): the norm of each input feature over all tokens of all samples.
 
-    Args:
-        model: in eval mode for the pass.
-        layers: those to watch, by name. `out_proj` of torch's MultiheadAttention is never called;
-            its input is the attention's context.
-        batches: as in `prune_`.
-
-    Returns:
-        (inputs,) by name, in the order of the first calls; layers not called are missing.
+    One pass, in the order of first calls; layers that are not called are missing. `out_proj` of
+    torch's MultiheadAttention is never called: its input is the attention's context.
     """
     squares: dict[str, Tensor] = {}
     padding: list[Tensor | None] = [None]  # attention_mask of the batch

@@ -122,34 +122,21 @@ class Pruner:
         return ratio, threshold
 
     def threshold(self, rank: int) -> tuple[float, int]:
-        """The rank-th smallest score, from 1, and how many scores equal it.
-
-        Between changes of the scores it is found once.
-
-        Raises:
-            NonFiniteScores: a score is NaN.
-        """
+        """The rank-th smallest score, and how many equal it; found anew when scores change."""
         if self._found is None or self._found[0] != rank:
             found = kth_smallest(self.score, rank)
             if math.isnan(found[0]):
                 pieces = ((n, s) for n in self.parameters for _, s in self.score.scores(n))
                 broken = next(name for name, score in pieces if score.isnan().any())
                 raise NonFiniteScores(
-                    f"the scores of {broken} are not numbers: its weights or gradients "
-                    "became infinite or NaN. Resume from an earlier checkpoint with a lower "
-                    "learning rate"
+                    f"the scores of {broken} are not numbers: its weights or gradients became "
+                    "infinite or NaN. Resume from an earlier checkpoint with a lower learning rate"
                 )
             self._found = rank, found
         return self._found[1]
 
     def check_masks_equal(self) -> None:
-        """Stops all processes if their masks differ; `step` calls it in the cubic phase.
-
-        Call it before each checkpoint too, on all processes.
-
-        Raises:
-            RuntimeError: on all processes; names the first parameter that differs.
-        """
+        """Raises RuntimeError if the masks of the processes differ; call it before a checkpoint."""
         check_masks_equal(self.parameters)
 
     def report(self) -> dict:
@@ -170,8 +157,7 @@ class Pruner:
         """Continues from a state, copied to the parameters' devices."""
         if state["method"] != self.method:
             raise UserError(
-                f"the state is of method {state['method']}, this is {self.method}: "
-                "resume with the method that began the run"
+                f"the state is of method {state['method']}: resume with it, not with {self.method}"
             )
         for kind, own in self.score.state.items():
             saved = state["score"][kind]

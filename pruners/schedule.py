@@ -24,8 +24,8 @@ class CubicSchedule:
         final_warmup: length of the final phase, in units of `warmup_steps`.
         warmup_steps: optimizer steps in a unit.
         delta_t: optimizer steps between mask events of the cubic phase.
-        steps_per_epoch: the cubic phase also masks after the last step of an epoch; None does not.
-        first_scored: the first step at whose end there are scores to prune by.
+        steps_per_epoch: with it, the cubic phase masks after the last step of an epoch, too.
+        first_scored: the first step at whose end there are scores.
 
     Raises:
         UserError: an argument is out of its range, or the run would not end at `final_threshold`.

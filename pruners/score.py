@@ -1,9 +1,6 @@
-"""The equations: how important each prunable parameter is.
+"""The equations: how important each prunable parameter is. All are computed in float32.
 
-The functions are those of PLATON, Taylor, magnitude and the ID weighting, on tensors of any device
-and type, computed in float32. The classes say which tensors a method puts into them and when.
-
-Memory traffic bounds them. So they take pieces of large tensors, short enough for a CPU's cache.
+Memory traffic bounds them, so they take pieces of large tensors, short enough for a CPU's cache.
 """
 
 from collections.abc import Iterator
@@ -52,13 +49,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class Score:
-    """Scores of all prunable parameters; the higher, the more important.
-
-    Args:
-        parameters: by name `<layer>.weight` or `<layer>.bias`.
-        layer_id: intrinsic dimension by layer name; None weighs all layers alike.
-        delta_t: steps in PLATON's window; beta1, beta2: decays of its `avg` and `unc`.
-    """
+    """Scores of all prunable parameters; the higher, the more important. See `Pruner`."""
 
     def __init__(
         self,
@@ -136,24 +127,21 @@ class Taylor(Score):
 
 
 class Platon(Score):
-    """PLATON: importance times its uncertainty, avg * unc.
+    """Importance times its uncertainty, avg * unc (Zhang et al., ICML 2022, section 3).
 
     A window of `delta_t` steps averages the sensitivity (`ipt`). The first step of the next window
-    folds it into the averages `avg` and `unc`. Between folds the scores stand still. Zhang et al.,
-    ICML 2022 (arXiv 2206.12562), section 3.
+    folds it into the averages `avg` and `unc`. Between folds the scores stand still.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], *arguments, **named):
         super().__init__(parameters, *arguments, **named)
         if not 0 < self.beta1 < 1:  # with 0, avg is ipt at each fold
             raise UserError(
-                f"beta1 is the decay of an average: choose 0 < beta1 < 1, got {self.beta1}. With 0 "
-                "there is no uncertainty, and all scores are zero"
+                f"beta1 decays an average: choose 0 < beta1 < 1, got {self.beta1}. With 0 there is "
+                "no uncertainty, and all scores are zero"
             )
         if not 0 <= self.beta2 < 1:
-            raise UserError(
-                f"beta2 is the decay of an average: choose 0 <= beta2 < 1, got {self.beta2}"
-            )
+            raise UserError(f"beta2 decays an average: choose 0 <= beta2 < 1, got {self.beta2}")
         self.state = {
             kind: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
             for kind in ("ipt", "avg", "unc")

@@ -11,17 +11,16 @@ UNTOLD = 1e-3  # a difference from the asked-for share that is not worth a sente
 
 
 def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None = None) -> dict:
-    """Counts the zeros of layers, weights and biases, in one pass.
+    """Counts the zeros of layers, weights and biases. Fit for JSON.
 
     Args:
-        layers: by name, as `models.prunable_layers` gives them.
-        kinds: modality by layer name; None knows the layers of our models, "vision" and "language",
-            and calls those of any other model "other".
+        layers: layers by name.
+        kinds: modality by layer name; None knows "vision" and "language" of our models, and calls
+            the layers of any other model "other".
 
     Returns:
-        `overall`, `by_modality` and `by_layer`: shares of zeros, in [0, 1]; `pruned`: zeros among
-        the `prunable` parameters; `vision_share_of_pruned`: share of all zeros that lie in vision
-        layers, 0 without zeros. Fit for JSON.
+        `overall`, `by_modality`, `by_layer`: shares of zeros, in [0, 1]; `pruned` of `prunable`
+        parameters; `vision_share_of_pruned`: share of all zeros that lie in vision layers.
     """
     nonzero = torch.stack(
         [sum(p.count_nonzero() for p in layer.parameters()) for layer in layers.values()]
@@ -48,18 +47,10 @@ def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None =
 
 
 def off_target(report: dict, final_threshold: float, tied: int) -> str | None:
-    """What to say at the end of a run whose share of zeros is not the one asked for.
+    """A sentence if the share of zeros at the end is not the one asked for; else None.
 
-    A mask event zeroes the scores strictly below the k-th smallest. The k-th itself stays, and so
-    do all scores equal to it.
-
-    Args:
-        report: of `sparsity_report`, after the last step.
-        final_threshold: share that should remain, in (0, 1].
-        tied: scores equal to the last threshold (`Pruner.tied`).
-
-    Returns:
-        A sentence; None if as many remain as should, to UNTOLD of all or to the k-th parameter.
+    A mask event zeroes the scores strictly below the k-th smallest: the k-th stays, and so do all
+    `tied` scores equal to it.
     """
     prunable, zeros = report["prunable"], report["pruned"]
     missing = int(prunable * (1 - final_threshold)) - zeros

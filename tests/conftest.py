@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,20 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 OF_USERS = {"annotation", "datasets", "output", "ID"}  # what the README lays into a checkout
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="files and tests in random order")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Shuffles files, and the tests of each; the same in every process of a run."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        chance = random.Random(seed)
+        files = sorted({item.path for item in items})
+        place = {path: chance.random() for path in files}
+        items.sort(key=lambda item: (place[item.path], chance.random()))
 
 
 @pytest.fixture(scope="session", autouse=True)

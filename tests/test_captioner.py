@@ -75,6 +75,7 @@ def test_checkpointed_blocks_keep_gradients(caption_tiny_config):
     config = caption_tiny_config | {"vit_grad_ckpt": True, "vit_ckpt_layer": 1}
     model = build_captioner(config).visual_encoder.train()
     assert model.checkpointed_blocks == 1
+    assert model.blocks[0].mlp.fc1.weight.std() > 0.05  # Xavier: sqrt(2 / (48 + 192)) is 0.09
     gradients = []
     for model.checkpointed_blocks in (0, 1, 2):
         model.zero_grad()

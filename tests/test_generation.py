@@ -87,8 +87,8 @@ def plain_beam_search(decoder, embeds, num_beams, max_length, min_length) -> lis
     return max(finished, key=lambda f: f[0])[1]
 
 
-@pytest.mark.parametrize("num_beams", [1, 3, 5])
-@pytest.mark.parametrize("eos_bias", [0.0, 3.0])
+@pytest.mark.parametrize("num_beams", [1, 2, 3])
+@pytest.mark.parametrize("eos_bias", [0.0, 1.0, 3.0])
 def test_equals_a_plain_search_of_one_image_at_a_time(num_beams, eos_bias):
     for seed in range(2):
         decoder, embeds = random_decoder(seed, eos_bias), images(4)

@@ -241,7 +241,7 @@ def test_state_of_another_run_is_an_error():
     other = pruner_of({"a.0.z": (2, 4)}, method="PLATON")
     with pytest.raises(UserError, match=r"a\.0\.[xz]"):
         pruner.load_state_dict(other.state_dict())
-    with pytest.raises(UserError, match="method PLATON, this is Magnitude"):
+    with pytest.raises(UserError, match="method PLATON: resume with it, not with Magnitude"):
         pruner_of({"a.0.x": (2, 4)}).load_state_dict(pruner.state_dict())
 
 
