@@ -2,11 +2,5 @@
 
 from utils import lazy_names
 
-__getattr__ = lazy_names(
-    {
-        "LayerReport": "sparse.linear",
-        "SparseLinear": "sparse.linear",
-        "SparsifyReport": "sparse.linear",
-        "sparsify_": "sparse.linear",
-    }
-)
+_NAMES = ("LayerReport", "SparseLinear", "SparsifyReport", "sparsify_")
+__getattr__ = lazy_names(dict.fromkeys(_NAMES, "sparse.linear"))

@@ -1,15 +1,11 @@
 """The compiled product of a sparse matrix and a tile of tokens.
 
-Tokens come in tiles, transposed to (columns, tile), so that a nonzero of the matrix multiplies a
-contiguous vector of tokens. A row of the matrix is walked along its nonzeros while the sums of the
-whole tile stay in registers: each nonzero costs one broadcast and tile / 16 fused multiply-adds
-whose second operand is read from the cache. Columns are taken in panels of 256, so that the part
-of the tile in use stays in the L1 or L2 cache and a column of a panel fits in a byte.
+Tokens come in tiles, transposed to (columns, tile): a nonzero multiplies a contiguous vector of
+tokens. The sums of a tile stay in registers while a row's nonzeros are walked, at one broadcast and
+tile / 16 multiply-adds each. Of a tile, the panel of 256 columns in use stays in the cache.
 
-The loops over tasks, panels and rows are compiled by Numba. The loop over nonzeros and the
-transposition are written as LLVM instructions on vectors: from a plain loop Numba makes one that
-keeps the sums in memory, at half the speed. LLVM splits a vector of 16 elements into as many as
-the processor needs (one with AVX-512, two with AVX2, four on ARM64).
+The loop over nonzeros and the transposition are LLVM instructions on vectors, because a plain loop
+of Numba keeps the sums in memory, at half the speed.
 """
 
 import numpy as np
@@ -20,17 +16,16 @@ from numba.extending import intrinsic
 
 from sparse.matrix import PANEL
 
-# Places in a kernel's arguments. The threads count up the first two. `TASKS` is the address of
-# (n, 4) int64: first token, tokens, first row, end of rows; `SCRATCH` of the first thread's bytes,
-# which the other threads' follow; `X` of (tokens, columns) float32; `Y` of (tokens, rows) float32;
-# `BIAS` of (rows,) float32; the last three of a `SparseMatrix`.
+# Places in a kernel's arguments; the threads count up the first two. Addresses: `TASKS` of (n, 4)
+# int64 (first token, tokens, first row, end of rows), `SCRATCH` of `SCRATCH_BYTES` for each thread,
+# `X` of (tokens, columns), `Y` of (tokens, rows), `BIAS` of (rows,), then a `SparseMatrix`'s parts.
 NEXT_TASK, NEXT_THREAD, TASKS, TASK_COUNT, SCRATCH, SCRATCH_BYTES = range(6)
 X, COLUMNS, Y, ROWS, BIAS, STARTS, OFFSETS, VALUES = range(6, 14)
 
 BYTES = 4  # of a float32
-LANES = 16  # elements of a vector
+LANES = 16  # elements of a vector, which LLVM splits into the processor's
 BLOCK = 8  # side of the blocks that are transposed in registers
-CHAINS = 4  # sums that are independent: a multiply-add takes about four cycles to finish
+CHAINS = 4  # independent sums: a multiply-add takes about four cycles to finish
 
 _inline = njit(error_model="numpy")
 _F32, _I64, _I32, _I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
@@ -41,25 +36,22 @@ def _constant(value: int) -> ir.Constant:
 
 
 def _vector_at(builder, base, offset, vector):
-    """The address of a vector, `offset` elements behind a pointer to elements."""
     return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
 
 
 def _load(builder, base, offset, vector):
-    value = builder.load(_vector_at(builder, base, offset, vector))
-    value.align = BYTES
-    return value
+    return builder.load(_vector_at(builder, base, offset, vector), align=BYTES)
 
 
 def _store(builder, value, base, offset) -> None:
-    builder.store(value, _vector_at(builder, base, offset, value.type)).align = BYTES
+    builder.store(value, _vector_at(builder, base, offset, value.type), align=BYTES)
 
 
 def _splat(builder, scalar, vector):
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
     return builder.shuffle_vector(
-        first, undefined, ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
+        first, undefined, ir.Constant(ir.VectorType(_I32, vector.count), None)
     )
 
 
@@ -102,7 +94,7 @@ def _add_row(typing_context, tile, first, x, offsets, values, start, stop, y, bi
             begin = [_splat(builder, bias, vector)] * count
         else:
             begin = [_load(builder, y, _constant(i * lanes), vector) for i in range(count)]
-        begin += [ir.Constant(vector, [0.0] * lanes)] * (len(sums) - count)
+        begin += [ir.Constant(vector, None)] * (len(sums) - count)
         for value, place in zip(begin, sums, strict=True):
             builder.store(value, place)
         if chains > 1:
@@ -122,11 +114,12 @@ def _add_row(typing_context, tile, first, x, offsets, values, start, stop, y, bi
 
 
 @intrinsic(prefer_literal=True)
-def _transpose(typing_context, side, source, source_stride, rows, target, target_stride, columns):
+def _transpose_block(
+    typing_context, side, source, source_stride, rows, target, target_stride, columns
+):
     """Transposes a block of `side` x `side` elements; strides are in elements.
 
-    Only `rows` rows of the source are read and only `columns` rows of the target, which are columns
-    of the source, are written: what lies beyond takes the last one's place, and is overwritten.
+    Beyond `rows` of the source and `columns` of them in the target, the last one's place is taken.
     """
     n = side.literal_value
     vector = ir.VectorType(_F32, n)
@@ -161,7 +154,7 @@ def _transpose(typing_context, side, source, source_stride, rows, target, target
 
 @intrinsic
 def _pointer(typing_context, address, dtype):
-    """The elements of type `dtype` at an address, to be read and written by their index."""
+    """A pointer to elements of `dtype` at an address."""
     kind = types.CPointer(dtype.dtype)
 
     def codegen(context, builder, signature, arguments):
@@ -172,7 +165,7 @@ def _pointer(typing_context, address, dtype):
 
 @intrinsic
 def _take(typing_context, counters, index):
-    """Counts up an int64, and returns what it was; no two threads get the same."""
+    """Counts up an int64 and returns its value before; no two threads get the same one."""
 
     def codegen(context, builder, signature, arguments):
         counter = builder.gep(arguments[0], [arguments[1]])
@@ -182,52 +175,28 @@ def _take(typing_context, counters, index):
 
 
 @_inline
-def _to_features(side, tile, x, stride, tokens, columns, target):
-    """Transposes `tokens` rows of `columns` elements to (columns, tile); the last row fills up."""
-    whole = columns - columns % side
-    for t in range(0, tile, side):
-        first = x + min(t, tokens - 1) * stride * BYTES
-        left = max(tokens - t, 1)
-        for c in range(0, whole, side):
-            block = target + (c * tile + t) * BYTES
-            _transpose(side, first + c * BYTES, stride, left, block, tile, side)
-    rest, source = _pointer(target, np.float32), _pointer(x, np.float32)
-    for t in range(tile):
-        row = min(t, tokens - 1) * stride
-        for c in range(whole, columns):
-            rest[c * tile + t] = source[row + c]
-
-
-@_inline
-def _to_tokens(side, tile, source, rows, y, stride, tokens):
-    """Transposes (rows, tile) to `tokens` rows of `rows` elements."""
-    whole = rows - rows % side
-    for r in range(0, whole, side):
-        for t in range(0, tokens, side):
-            block = source + (r * tile + t) * BYTES
-            corner = y + (t * stride + r) * BYTES
-            _transpose(side, block, tile, side, corner, stride, min(tokens - t, side))
-    rest, sums = _pointer(y, np.float32), _pointer(source, np.float32)
-    for r in range(whole, rows):
-        for t in range(tokens):
-            rest[t * stride + r] = sums[r * tile + t]
+def _transpose(side, source, source_shape, rows, target, target_shape, columns):
+    """Transposes (rows, columns); blocks may reach into the room of a shape, (rows, stride)."""
+    elements, turned = _pointer(source, np.float32), _pointer(target, np.float32)
+    (row_room, stride), (column_room, target_stride) = source_shape, target_shape
+    for r in range(0, rows, side):
+        for c in range(0, columns, side):
+            if r + side <= row_room and c + side <= column_room:
+                block = source + (r * stride + c) * BYTES
+                corner = target + (c * target_stride + r) * BYTES
+                _transpose_block(side, block, stride, rows - r, corner, target_stride, columns - c)
+                continue
+            for i in range(r, min(r + side, rows)):
+                for j in range(c, min(c + side, columns)):
+                    turned[j * target_stride + i] = elements[i * stride + j]
 
 
 def compile_kernel(tile: int):
-    """Compiles `void kernel(int64_t *arguments)` for tiles of `tile` tokens; it has an `address`.
+    """Compiles `void kernel(int64_t *arguments)` for tiles of `tile` tokens, in about a second.
 
-    Every thread that calls it with the same arguments takes tasks until none is left. It is
-    compiled in about a second and kept on disk, for as long as this file and the processor are the
-    same.
+    Each thread that calls it with the same arguments takes tasks until none is left. It is kept on
+    disk for as long as this file and the processor are the same.
     """
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True)(_kernel(tile))
-    except Exception:  # no folder can be written, or what Numba kept there is damaged
-        return cfunc(signature)(_kernel(tile))
-
-
-def _kernel(tile: int):
     side = min(tile, BLOCK)
 
     def kernel(arguments):
@@ -248,7 +217,7 @@ def _kernel(tile: int):
             for c in range(0, columns, PANEL):
                 width = min(PANEL, columns - c)
                 corner = x + (token * columns + c) * BYTES
-                _to_features(side, tile, corner, columns, tokens, width, panel)
+                _transpose(side, corner, (tile, columns), tokens, panel, (width, tile), width)
                 starts = _pointer(arguments[STARTS] + c // PANEL * (rows + 1) * 4, np.int32)
                 for r in range(first, stop):
                     begin, end = np.int64(starts[r]), np.int64(starts[r + 1])
@@ -259,6 +228,10 @@ def _kernel(tile: int):
                         zero = np.float32(0)
                         _add_row(tile, False, panel, offsets, values, begin, end, here, zero)
             corner = y + (token * rows + first) * BYTES
-            _to_tokens(side, tile, sums, stop - first, corner, rows, tokens)
+            _transpose(side, sums, (stop - first, tile), stop - first, corner, (tile, rows), tokens)
 
-    return kernel
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return cfunc(signature, cache=True)(kernel)
+    except Exception:  # no folder can be written, or what Numba kept there is damaged
+        return cfunc(signature)(kernel)

@@ -38,7 +38,7 @@ def compress(matrix: Tensor) -> SparseMatrix:
 
 @torch.library.custom_op("sparse::decompress", mutates_args=())
 def decompress(starts: Tensor, offsets: Tensor, values: Tensor, columns: int) -> Tensor:
-    """The matrix (rows, columns) that `compress` was given, from the parts of a `SparseMatrix`."""
+    """The dense matrix (rows, columns) of a `SparseMatrix`."""
     panels, rows = starts.shape[0], starts.shape[1] - 1
     first = torch.arange(panels, device=starts.device)[:, None] * PANEL
     first = first + torch.arange(rows, device=starts.device) * columns  # of a panel's row

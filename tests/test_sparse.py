@@ -368,7 +368,7 @@ def test_captions_stay_the_same(caption_tiny_config, tmp_path, every_layer_gains
 def test_clips_similarities_stay_the_same(every_layer_gains):
     """open_clip asks a layer's weight for its type; its attention uses the weight of `out_proj`."""
     torch.manual_seed(0)
-    model = build_clip(SMALL_CLIP).eval()
+    model = build_clip({"clip": SMALL_CLIP, "image_size": 32, "queue_size": 8}).eval()
     prune_(model, 0.2)
     images, ids = torch.randn(3, 3, 32, 32), torch.randint(1, 40, (3, 12))
     with torch.no_grad():
