@@ -413,7 +413,8 @@ def page_text(study: Study, figures: dict[str, str]) -> str:
     parts = [MARK, f"{done}, in {hours:.1f} hours of one process, on {on}."]
     parts += ["## Verdicts", *study.notes.values(), markdown(verdicts), "## Figures"]
     parts += [f"![{sentence}]({file})\n\n{sentence}" for file, sentence in figures.items()]
-    return "\n\n".join([*parts, "## Scores", *scores, "## Paired differences", *differences]) + "\n"
+    parts += ["## Scores", *scores, "## Paired differences", *differences]
+    return "\n\n".join(part for part in parts if part.strip("| \n")) + "\n"  # but empty tables
 
 
 def plot_scores(study: Study):
