@@ -2,7 +2,7 @@ r"""Does weighting by ID prune better than other weights? Runs the cells of a st
 
     python -m data.scenes                              # the embedded data
     python study.py --preset embedded                  # the cells that docs/study.json lacks
-    python study.py --preset embedded --report         # only the page and its figures, in seconds
+    python study.py --preset embedded --report         # the page and its figures alone, in seconds
     python study.py --config configs/caption_coco.yaml --id_profile configs/id/blip_coco.json \
         --file output/coco/study.json --cells 3/16 --num_workers 8 -- --batch_size 32
     python study.py --file output/coco/study.json --report
@@ -24,12 +24,14 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 from pycocoevalcap.cider.cider import Cider
 from ruamel.yaml import YAML
 
@@ -44,17 +46,19 @@ from reports.tables import markdown
 from utils import UserError, atomic_write, available_cpus, launch, write_json
 
 ROOT = Path(__file__).parent
-SCORES = {task: ("loss", TASKS[task].best_by) for task in ("caption", "nlvr")}  # of a cell
-# flags of a training script that a cell sets, or that would make something else of it
+SCORES = {task: ("loss", TASKS[task].best_by) for task in ("caption", "nlvr")}
+# flags of a training script that each cell sets, or that do not go with a study
 CELL_FLAGS = "config output_dir model_dir seed final_threshold eval_epochs pruner_name".split()
 CELL_FLAGS += "id_profile useID check evaluate pruned split eval_samples".split()
 DENSE = "dense"  # the method of a cell that scores the starting weights
 NONE, ID, SHUFFLED = "none", "ID", "shuffled"
 WITHIN, MEAN, INVERSE = "shuffled within modality", "modality mean", "1/ID"
 UNSEEN = "no difference seen at this n"
+ARROWS = {"loss": "↓", "CIDEr": "↑", "accuracy": "↑"}  # which way is better
 MARK = "<!-- below: written by study.py -->"
 STYLES = [("k", "o", "-"), ("C0", "s", "-"), ("C1", "^", "--"), ("C2", "v", "--")]
 STYLES += [("C4", "D", "-."), ("C3", "P", ":"), ("C9", "X", "-."), ("C6", "*", ":")]
+Group = tuple[str, str, tuple[float, ...]]  # task, method, and fractions that remain
 
 modality, load_profile = later("models.layers:modality"), later("dimension.profile:load_profile")
 choose_device = later("engine.processes:choose_device")
@@ -79,36 +83,27 @@ class Cell(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What runs, and its results.
+    """What runs, and its results: the content of --file."""
 
-    Attributes:
-        notes: sentences that were written before the cells ran.
-        pooled: remaining fractions over which each seed's mean is compared, too.
-        settings: by task: "config" and "id_profile" (files), "validation" (samples that score a
-            cell; 0 takes the split), "flags" of the training script, and optionally "profiles",
-            files of further weightings by name.
-        cells: in the order in which they run; one that has ended has a "result" of scores,
-            "sparsity", "seconds", "processor", "torch" and "threads".
-    """
-
-    notes: dict[str, str]
-    pooled: list[float]
-    settings: dict[str, dict]
-    cells: dict[Cell, dict]
+    notes: dict[str, str]  # sentences that were written before the cells ran
+    pooled: list[float]  # remaining fractions over which each seed's mean is compared, too
+    settings: dict[str, dict]  # by task: config, id_profile, validation (samples; 0: all), flags
+    cells: dict[Cell, dict]  # in the order in which they run, with "result" when they have ended
 
     @property
     def results(self) -> dict[Cell, dict]:
         """Results of the cells that have ended."""
         return {cell: record["result"] for cell, record in self.cells.items() if "result" in record}
 
+    @property
+    def styles(self) -> dict[str, tuple[str, str, str]]:
+        """Colour, marker and line of each weighting, in the order in which cells run."""
+        weightings = dict.fromkeys(cell.weighting for cell in self.cells)
+        return dict(zip(weightings, cycle(STYLES), strict=False))
+
 
 def planned(args: argparse.Namespace) -> Study:
-    """The study of --preset or --config, without results.
-
-    Raises:
-        UserError: the config's task has no study, or a flag after `--` is the cells' own.
-        SystemExit: a flag of the training script is wrong.
-    """
+    """The study of --preset or --config, without results."""
     file = ROOT / "configs" / "studies" / f"{args.preset or 'default'}.yaml"
     content = YAML(typ="safe").load(file)
     if not args.preset:
@@ -140,16 +135,14 @@ def open_study(args: argparse.Namespace) -> Study:
         try:
             content = json.loads(args.file.read_text())
             cells = {Cell(*map(row.pop, Cell._fields)): row for row in content["cells"]}
-            study = Study(*(content[key] for key in Study._fields[:3]), cells)
+            study = Study(**content | {"cells": (wanted.cells if wanted else {}) | cells})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{args.file} is no study that study.py wrote: {error!r}") from error
         if wanted and study.settings != wanted.settings:
             raise UserError(
-                f"{args.file} is of another study: its settings are not those that the flags ask "
-                "for. Give another --file, or --file alone to go on with what it holds"
+                f"{args.file} is of another study: its settings are not those of the flags. Give "
+                "another --file, or --file alone to go on with its study"
             )
-        for cell in wanted.cells if wanted else ():
-            study.cells.setdefault(cell, {})
     for cell, record in study.cells.items():
         if "result" not in record and (file := args.output_dir / cell.name / "cell.json").exists():
             found = read_json(file)
@@ -167,16 +160,13 @@ def write_study(study: Study, path: Path) -> None:
         file.write(f"{start}[\n  " + ",\n  ".join(lines) + "\n ]\n}\n")
 
 
-# --- running -------------------------------------------------------------------------------------
-
-
 def share(cells: list[Cell], part: str) -> list[Cell]:
     """The I-th of N shares, for `part` "I/N"; cells that are compared stay together."""
     if not (found := re.fullmatch(r"(\d+)/(\d+)", part)) or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError(f"--cells {part}: give I/N, the I-th of N shares, from 1/N to N/N")
-    blocks = [cell._replace(weighting="") for cell in cells]
-    own = list(dict.fromkeys(blocks))[int(found[1]) - 1 :: int(found[2])]
-    return [cell for cell, block in zip(cells, blocks, strict=True) if block in own]
+    blocks = {cell: cell._replace(weighting="") for cell in cells}
+    own = list(dict.fromkeys(blocks.values()))[int(found[1]) - 1 :: int(found[2])]
+    return [cell for cell in cells if blocks[cell] in own]
 
 
 def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float]:
@@ -187,7 +177,7 @@ def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float]:
     if weighting in (SHUFFLED, WITHIN, MEAN):
         parts, profile = defaultdict(list), {}
         for name in ids:
-            parts["" if weighting == SHUFFLED else modality(name)].append(name)
+            parts[weighting == SHUFFLED or modality(name)].append(name)
         for names in parts.values():
             values = [ids[name] for name in names]
             if weighting == MEAN:
@@ -210,28 +200,21 @@ def commands(cell: Cell, setting: dict, args: argparse.Namespace) -> list[list[s
     flags |= {"seed": cell.seed, "device": args.device, "num_workers": args.num_workers}
     own = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     start = [sys.executable, str(ROOT / task.script), *setting["flags"], *own]
-    samples = f"--eval_samples={setting['validation']}"
     evaluation = [flag for flag in start if flag not in ("--compile", "--eval_test")]
-    evaluation += ["--evaluate", f"--split={task.held_out[0]}", samples]
+    evaluation += ["--evaluate", f"--split={task.held_out[0]}"]
+    evaluation += [f"--eval_samples={setting['validation']}"]
     if cell.method == DENSE:
         return [evaluation]
     training = [*start, f"--pruner_name={cell.method}", f"--final_threshold={cell.remaining}"]
-    if cell.weighting in setting.get("profiles", {}):
-        training.append(f"--id_profile={setting['profiles'][cell.weighting]}")
-    elif cell.weighting != NONE:
+    if cell.weighting != NONE:
         profile = folder / "weighting.json"
         write_json(profile, weigh(cell.weighting, load_profile(setting["id_profile"]), cell.seed))
         training.append(f"--id_profile={profile}")
     return [[*training, "--eval_epochs=0"], [*evaluation, f"--pruned={folder}"]]
 
 
-def run_cell(cell: Cell, setting: dict, args: argparse.Namespace, running: set) -> dict:
-    """The result of a cell's commands, the running one of which is in `running`.
-
-    Raises:
-        UserError: a command failed.
-        SystemExit: a signal stopped it.
-    """
+def run_cell(cell: Cell, setting: dict, args: argparse.Namespace) -> dict:
+    """The result of a cell's commands."""
     folder, begun = args.output_dir / cell.name, time.monotonic()
     device = args.device or trainer_flags(cell.task, setting["flags"]).device
     machine = machine_of(choose_device(device, 1))
@@ -239,18 +222,15 @@ def run_cell(cell: Cell, setting: dict, args: argparse.Namespace, running: set) 
     if file.exists() and read_json(file) != record:  # a result is from one machine
         shutil.rmtree(folder)
     write_json(file, record)
+    log = folder / "output.txt"
     for command in commands(cell, setting, args):
-        with open(folder / "output.txt", "a+") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output)
-            running.add(process)
-            code = process.wait()
-            running.remove(process)
-            output.seek(0)
-            *_, last = ["", *output.read().strip().splitlines()]
+        with open(log, "a") as output:
+            code = subprocess.run(command, stdout=output, stderr=output).returncode
         if code in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT):
             raise SystemExit(EXIT_STOPPED)
         if code:
-            raise UserError(f"{cell.name} failed: {last} (see {output.name})")
+            last = log.read_text().strip().rpartition("\n")[2]
+            raise UserError(f"{cell.name} failed: {last} (see {log})")
     result = scores(cell, folder) | {"seconds": round(time.monotonic() - begun, 3)} | machine
     write_json(file, record | {"result": result})
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # a study has many
@@ -271,18 +251,14 @@ def scores(cell: Cell, folder: Path) -> dict:
         truth = {row["image_id"]: list(map(ptb_tokenize, row["references"])) for row in images}
         found["CIDEr"] = float(Cider().compute_score(truth, captions)[0])
     zeros = read_json(folder / "sparsity.json")
-    shares = {"overall": zeros["overall"], **zeros["by_modality"]}
-    return {name: found[name] for name in SCORES[cell.task]} | {"sparsity": shares}
+    kept = {name: found[name] for name in SCORES[cell.task]}
+    return kept | {"sparsity": {"overall": zeros["overall"], **zeros["by_modality"]}}
 
 
 def run_cells(study: Study, cells: list[Cell], args: argparse.Namespace) -> None:
     """Runs cells, --processes at a time, and prints their scores; a signal stops all."""
-    running = set()
     with stop_signals_to(exit_stopped), ThreadPoolExecutor(args.processes) as pool:
-        jobs = {
-            pool.submit(run_cell, cell, study.settings[cell.task], args, running): cell
-            for cell in cells
-        }
+        jobs = {pool.submit(run_cell, c, study.settings[c.task], args): c for c in cells}
         try:
             for number, job in enumerate(as_completed(jobs), start=1):
                 cell, result = jobs[job], job.result()
@@ -292,68 +268,70 @@ def run_cells(study: Study, cells: list[Cell], args: argparse.Namespace) -> None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(job.done() for job in jobs):  # one may have only just started
-                for process in tuple(running):
-                    process.terminate()
+                for command in psutil.Process().children():
+                    command.terminate()
                 time.sleep(0.2)
             raise
-
-
-# --- statistics ----------------------------------------------------------------------------------
 
 
 def machine(result: dict) -> str:
     """What computed a result; one without "threads" is from one thread, or from a GPU."""
     threads = result.get("threads", 1)
-    several = f", {threads} threads" if threads > 1 else ""
+    several = f", {threads} threads" * (threads > 1)
     return f"{result['processor']}, torch {result['torch']}{several}"
 
 
-def groups(study: Study) -> list[tuple[str, str, float]]:
-    """Task, method and remaining fraction of finished cells, PLATON first, least pruned first."""
-    found = {cell[:3] for cell in study.results if cell.method != DENSE}
-    return sorted(found, key=lambda group: (group[0], group[1] != "PLATON", group[1], -group[2]))
+def groups(study: Study) -> dict[str, Group]:
+    """Groups of finished cells at one sparsity by title, PLATON first, least pruned first."""
+    cells = [cell for cell in study.results if cell.method != DENSE]
+    found = sorted({(c.task, c.method != "PLATON", c.method, -c.remaining) for c in cells})
+    groups = [(task, method, (-left,)) for task, _, method, left in found]
+    return {
+        f"{task}, {method}, {pruned(left)} pruned": (task, method, left)
+        for task, method, left in groups
+    }
 
 
-def matched(
-    study: Study, task: str, method: str, fractions: list[float], names: list[str]
-) -> tuple[list[dict[str, list[dict]]], int, int]:
-    """Results that differ in the weighting alone, for seeds that have them from one machine each.
+def pruned(fractions: tuple[float, ...]) -> str:
+    """Sparsities for remaining fractions."""
+    return " and ".join(f"{100 * (1 - fraction):.4g} %" for fraction in fractions)
 
-    Returns:
-        For each such seed, weighting to its results by fraction; how many seeds are planned; how
-        many of them are to come.
+
+def weightings(study: Study, group: Group) -> list[str]:
+    """The weightings of a group's finished cells, in the order in which cells run."""
+    found = [cell for cell in study.results if cell[:2] == group[:2] and cell.remaining in group[2]]
+    return [name for name in study.styles if name in {cell.weighting for cell in found}]
+
+
+def matched(study: Study, group: Group, score: str, names: Sequence[str] = ()) -> dict:
+    """A score, or a share of zeros, by weighting (default: all): arrays (seeds, fractions).
+
+    The seeds are those whose results of all weightings are there, and at each fraction from one
+    machine. Without such a seed the dictionary is empty.
     """
-    found, planned, to_come = [], 0, 0
+    (task, method, fractions), results, rows = group, study.results, []
+    names = names or weightings(study, group)
     for seed in sorted({cell.seed for cell in study.cells}):
-        rows = {
-            w: [study.cells.get(Cell(task, method, f, w, seed)) for f in fractions] for w in names
-        }
-        records = [record for row in rows.values() for record in row]
-        if not records or None in records:
-            continue
-        planned += 1
-        if not all("result" in record for record in records):
-            to_come += 1
-            continue
-        rows = {w: [record["result"] for record in row] for w, row in rows.items()}
-        if all(len(set(map(machine, column))) == 1 for column in zip(*rows.values(), strict=True)):
-            found.append(rows)
-    return found, planned, to_come
+        row = [[results.get(Cell(task, method, f, w, seed)) for f in fractions] for w in names]
+        by_fraction = zip(*row, strict=True)
+        if all(None not in found and len({*map(machine, found)}) == 1 for found in by_fraction):
+            rows.append([[(one | one["sparsity"])[score] for one in found] for found in row])
+    return dict(zip(names, np.array(rows).swapaxes(0, 1), strict=True)) if rows and names else {}
 
 
-def interval(values: list[float]) -> tuple[float, float]:
+def interval(values: np.ndarray) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean, seeded; nan of a single value."""
     if len(values) < 2:
         return math.nan, math.nan
     chosen = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
-    return tuple(np.percentile(np.array(values)[chosen].mean(axis=1), (2.5, 97.5)))
+    return tuple(np.percentile(values[chosen].mean(axis=1), (2.5, 97.5)))
 
 
-def compare(differences: list[float], score: str) -> tuple[float, float, float, str]:
+def compare(differences: np.ndarray, score: str) -> tuple[float, float, float, str]:
     """The mean's interval, p of the two-sided sign test, and the verdict on paired differences."""
     low, high = interval(differences)
     # a smaller difference is rounding, and has no sign
-    above, below = sum(d > 1e-12 for d in differences), sum(d < -1e-12 for d in differences)
+    above, below = sum(differences > 1e-12), sum(differences < -1e-12)
     tail = sum(math.comb(above + below, k) for k in range(min(above, below) + 1))
     p = min(1.0, 2 * tail / 2 ** (above + below))
     higher, lower = low > 0 and above > below, high < 0 and below > above
@@ -362,20 +340,52 @@ def compare(differences: list[float], score: str) -> tuple[float, float, float, 
     return low, high, p, "better" if higher != (score == "loss") else "worse"
 
 
-# --- page and figures ----------------------------------------------------------------------------
+def comparisons(study: Study, group: Group) -> list[dict]:
+    """Rows of a table: all weightings against none and shuffled, and ID against its controls."""
+    names, rows = weightings(study, group), []
+    pairs = [(w, base) for base in (NONE, SHUFFLED) for w in names if w not in (NONE, base)]
+    pairs += [(ID, control) for control in (WITHIN, MEAN) if {ID, control} <= {*names}]
+    cells = {cell for cell in study.cells if cell[:2] == group[:2] and cell.remaining in group[2]}
+    for pair, score in product(pairs, SCORES[group[0]]):
+        if found := matched(study, group, score, pair):
+            values = (found[pair[0]] - found[pair[1]]).mean(axis=1)
+            low, high, p, verdict = compare(values, score)
+            seeds = [{cell.seed for cell in cells if cell.weighting == name} for name in pair]
+            n, planned = len(values), len(set.intersection(*seeds))
+            to_come = {c for c in cells if c.weighting in pair} - study.results.keys()
+            row = {"weighting": pair[0], "against": pair[1], "score": f"{score} {ARROWS[score]}"}
+            row["pairs"] = f"{n} of {planned}" if n < planned else f"{n}"
+            row["mean difference"] = f"{values.mean():+.4f}"
+            row["95 % interval"] = f"{low:+.4f} to {high:+.4f}" if n > 1 else ""
+            row["sign test"] = f"p {p:.3f}"
+            row["verdict"] = verdict + " so far" * (verdict != UNSEEN and bool(to_come))
+            rows.append(row)
+    return rows
+
+
+def score_rows(study: Study, group: Group) -> list[dict]:
+    """Rows of a table: each weighting's mean scores, deviations, and sparsity by modality."""
+    rows = {}
+    for score in (*SCORES[group[0]], "vision", "language"):
+        for name, values in matched(study, group, score).items():
+            row = rows.setdefault(name, {"weighting": name, "seeds": f"{len(values)}"})
+            if score in ARROWS:
+                spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+                row[f"{score} {ARROWS[score]}"] = f"{values.mean():.4f}{spread}"
+            else:
+                row[f"{score} pruned"] = f"{values.mean():.1%}"
+    return list(rows.values())
 
 
 def report(study: Study, path: Path) -> Path:
     """Writes the page and its figures beside the study's file; text above the mark stays."""
-    page = path.with_suffix(".md")
+    page, figures = path.with_suffix(".md"), {}
     text = page.read_text() if page.exists() else "# What weighting by ID does\n\n"
-    figures = {}
-    for plot in (plot_scores, plot_differences, plot_sparsity) if study.results else ():
-        name = f"{path.stem}_{plot.__name__.removeprefix('plot_')}.png"
+    for plot, sentence in FIGURES.items() if groups(study) else ():
+        picture = page.with_name(f"{path.stem}_{plot.__name__.removeprefix('plot_')}.png")
         with settings({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
-            figure, figures[name] = plot(study)
-            with atomic_write(path.with_name(name), "wb") as file:
-                figure.savefig(file, format="png", dpi=150)
+            plot(study).savefig(picture, format="png", dpi=150)
+        figures[picture.name] = sentence
     with atomic_write(page) as file:
         file.write(text.partition(MARK)[0] + page_text(study, figures))
     return page
@@ -386,193 +396,108 @@ def page_text(study: Study, figures: dict[str, str]) -> str:
     results, found = study.results, groups(study)
     hours = sum(result["seconds"] for result in results.values()) / 3600
     where = Counter(map(machine, results.values())).items()
-    on = ", on " + "; ".join(f"{name} ({n} cells)" for name, n in where) if where else ""
+    on = "; ".join(f"{name} ({n} cells)" for name, n in where) or "no machine"
     done = f"{len(results)} of {len(study.cells)} planned cells are done"
-    parts = [f"{MARK}\n\n{done}, in {hours:.1f} hours of one process{on}.\n"]
-    if found:
-        verdicts = []
-        for task, method in dict.fromkeys(group[:2] for group in found):
-            fractions = [
-                f for f in study.pooled if (task, method, f) in {c[:3] for c in study.cells}
-            ]
-            sparsity = " and ".join(f"{100 * (1 - fraction):.4g} %" for fraction in fractions)
-            head = {"task": task, "method": method, "sparsity": sparsity}
-            verdicts += [head | row for row in comparisons(study, task, method, fractions)]
-        parts += ["## Verdicts\n", *(f"{note}\n" for note in study.notes.values())]
-        parts += [table(verdicts) or "No seed has all cells of a comparison yet.\n"]
-        parts += ["## Figures\n", *(f"![{s}]({file})\n\n{s}\n" for file, s in figures.items())]
-        parts += ["## Scores\n", *(scores_table(study, group) for group in found)]
-        parts += ["## Paired differences\n"]
-        parts += [table(comparisons(study, *g[:2], [g[2]]), title(g)) for g in found]
-    return "\n".join(part for part in parts if part).rstrip() + "\n"
+    verdicts, scores, differences = [], [], []
+    for task, method in dict.fromkeys(group[:2] for group in found.values()):
+        known = {cell.remaining for cell in study.cells if cell[:2] == (task, method)}
+        fractions = tuple(fraction for fraction in study.pooled if fraction in known)
+        head = {"task": task, "method": method, "sparsity": pruned(fractions)}
+        verdicts += [head | row for row in comparisons(study, (task, method, fractions))]
+    for title, group in found.items():
+        start = study.results.get(Cell(group[0], DENSE, 1.0, NONE, 0))
+        dense = [f"{score} {start[score]:.4f}" for score in SCORES[group[0]] if start]
+        scores.append(title + f" (the dense start: {', '.join(dense)})" * bool(start))
+        scores.append(markdown(score_rows(study, group)))
+        differences += [title, markdown(comparisons(study, group))]
+    parts = [MARK, f"{done}, in {hours:.1f} hours of one process, on {on}."]
+    parts += ["## Verdicts", *study.notes.values(), markdown(verdicts), "## Figures"]
+    parts += [f"![{sentence}]({file})\n\n{sentence}" for file, sentence in figures.items()]
+    parts += ["## Scores", *scores, "## Paired differences", *differences]
+    return "\n\n".join(part for part in parts if part.strip("| \n")) + "\n"  # but empty tables
 
 
-def table(rows: list[dict], head: str = "") -> str:
-    """Rows as Markdown below a line of text; "" where there are none."""
-    return f"{head}\n\n{markdown(rows)}\n".lstrip() if rows else ""
-
-
-def title(group: tuple[str, str, float]) -> str:
-    """Task, method and sparsity in words."""
-    return f"{group[0]}, {group[1]}, {100 * (1 - group[2]):.4g} % pruned"
-
-
-def arrow(score: str) -> str:
-    """A score's name, and which way is better."""
-    return f"{score} {'↓' if score == 'loss' else '↑'}"
-
-
-def weightings(study: Study, task: str, method: str, fractions: list[float]) -> dict[str, None]:
-    """Those of finished cells, in the order in which cells run."""
-    of_method = [cell for cell in study.results if cell[:2] == (task, method)]
-    done = {cell.weighting for cell in of_method if cell.remaining in fractions}
-    return dict.fromkeys(cell.weighting for cell in study.cells if cell.weighting in done)
-
-
-def comparisons(study: Study, task: str, method: str, fractions: list[float]) -> list[dict]:
-    """Rows of a table: all weightings against none and shuffled, and ID against its controls."""
-    names, rows = weightings(study, task, method, fractions), []
-    pairs = [(w, base) for base in (NONE, SHUFFLED) for w in names if w not in (NONE, base)]
-    pairs += [(ID, control) for control in (WITHIN, MEAN) if {ID, control} <= names.keys()]
-    for pair in pairs:
-        found, planned, to_come = matched(study, task, method, fractions, pair)
-        for score in SCORES[task] if found else ():
-            values = [difference(seed, pair, score) for seed in found]
-            low, high, p, verdict = compare(values, score)
-            lost = planned - to_come - len(found)  # cells ran on different machines
-            row = {"weighting": pair[0], "against": pair[1], "score": arrow(score)}
-            row["pairs"] = f"{len(found)} of {planned}" if len(found) < planned else f"{planned}"
-            row["pairs"] += f", {lost} lost" if lost else ""
-            row["mean difference"] = f"{np.mean(values):+.4f}"
-            row["95 % interval"] = f"{low:+.4f} to {high:+.4f}" if len(found) > 1 else ""
-            row["sign test"] = f"p {p:.3f}"
-            row["verdict"] = verdict + " so far" * (to_come > 0 and verdict != UNSEEN)
-            rows.append(row)
-    return rows
-
-
-def difference(seed: dict[str, list[dict]], pair: tuple[str, str], score: str) -> float:
-    """A seed's difference between two weightings, its mean over fractions."""
-    one, other = (seed[weighting] for weighting in pair)
-    return sum(a[score] - b[score] for a, b in zip(one, other, strict=True)) / len(one)
-
-
-def scores_table(study: Study, group: tuple[str, str, float]) -> str:
-    """Means and standard deviations of scores, and sparsity by modality, of each weighting."""
-    rows, dense = [], ""
-    for cell, result in study.results.items():
-        if (cell.task, cell.method) == (group[0], DENSE):
-            start = ", ".join(f"{score} {result[score]:.4f}" for score in SCORES[group[0]])
-            dense = f" (the dense start: {start})"
-    for weighting, results in by_weighting(study, group).items():
-        row = {"weighting": weighting, "seeds": str(len(results))}
-        for score in SCORES[group[0]]:
-            values = [result[score] for result in results]
-            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            row[arrow(score)] = f"{np.mean(values):.4f}{spread}"
-        for kind in ("vision", "language"):
-            row[f"{kind} pruned"] = f"{np.mean([r['sparsity'][kind] for r in results]):.1%}"
-        rows.append(row)
-    return table(rows, title(group) + dense)
-
-
-def by_weighting(study: Study, group: tuple[str, str, float]) -> dict[str, list[dict]]:
-    """A group's results by weighting, over the seeds that all of them have."""
-    task, method, fraction = group
-    names = weightings(study, task, method, [fraction])
-    found, *_ = matched(study, task, method, [fraction], names)
-    return {name: [seed[name][0] for seed in found] for name in names if found}
-
-
-def plot_scores(study: Study) -> tuple:
-    """Each score against sparsity, a line a weighting; and the sentence below the figure."""
-    methods = list(dict.fromkeys(group[:2] for group in groups(study)))
+def plot_scores(study: Study):
+    """Each score against sparsity, a line a weighting."""
+    methods = list(dict.fromkeys(group[:2] for group in groups(study).values()))
     figure = new_figure(figsize=(4.5 * len(methods), 6.5), layout="constrained")
     axes = figure.subplots(2, len(methods), squeeze=False)
     for (row, column), panel in np.ndenumerate(axes):
-        task, method = methods[column]
-        score, lines = SCORES[task][row], defaultdict(list)
-        for group in (group for group in groups(study) if group[:2] == (task, method)):
-            for weighting, results in by_weighting(study, group).items():
-                values = [result[score] for result in results]
-                point = (100 * (1 - group[2]), np.mean(values), *interval(values))
-                lines[weighting].append(point)
-        for weighting, points in lines.items():
+        (task, method), lines = methods[column], defaultdict(list)
+        score = SCORES[task][row]
+        for group in groups(study).values():
+            found = matched(study, group, score) if group[:2] == (task, method) else {}
+            for name, values in found.items():
+                x = 100 * (1 - group[2][0])
+                lines[name].append((x, values.mean(), *interval(values[:, 0])))
+        for name, points in lines.items():
             x, means, lows, highs = zip(*points, strict=True)
-            colour, marker, line = style(study, weighting)
-            panel.plot(x, means, color=colour, marker=marker, ls=line, ms=4, label=weighting)
+            colour, marker, line = study.styles[name]
+            panel.plot(x, means, color=colour, marker=marker, ls=line, ms=4, label=name)
             panel.fill_between(x, lows, highs, color=colour, alpha=0.12, lw=0)
             panel.vlines(x, lows, highs, color=colour, lw=1, alpha=0.5)
-        for cell, result in study.results.items():
-            if (cell.task, cell.method) == (task, DENSE):
-                panel.axhline(result[score], color="gray", lw=1, label="dense start")
+        if start := study.results.get(Cell(task, DENSE, 1.0, NONE, 0)):
+            panel.axhline(start[score], color="gray", lw=1, label="dense start")
         panel.set(title=f"{task}, {method}", ylabel=f"validation {score}", xlabel="pruned, %")
         panel.legend(fontsize="small")
-    return figure, (
-        "Scores against sparsity: means over the seeds that all weightings have; the bands and "
-        "bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which "
-        "pairs share: differences are in the next figure."
-    )
+    return figure
 
 
-def plot_differences(study: Study) -> tuple:
-    """Paired differences of the loss to each baseline; and the sentence below the figure."""
-    found = {group: list(weightings(study, *group[:2], group[2:])) for group in groups(study)}
-    heights = [0.9 + 0.2 * len(names) for names in found.values()]
-    figure = new_figure(figsize=(9, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(found), 2, sharey="row", squeeze=False, height_ratios=heights)
-    for row, (group, names) in zip(axes, found.items(), strict=True):
-        for panel, baseline in zip(row, (NONE, SHUFFLED), strict=True):
-            for place, weighting in enumerate(names):
-                pair = (weighting, baseline)
-                seeds, *_ = matched(study, *group[:2], group[2:], pair)
-                if weighting != baseline and seeds:
-                    losses = [difference(seed, pair, "loss") for seed in seeds]
-                    colour, marker, _ = style(study, weighting)
-                    panel.plot(losses, [place] * len(losses), marker, ms=3, alpha=0.4, color=colour)
-                    panel.plot(interval(losses), [place, place], lw=2, color=colour)
-                    panel.plot(np.mean(losses), place, marker, ms=6, color=colour)
-            panel.axvline(0, color="black", lw=0.8)
-            panel.set_yticks(range(len(names)), names)
-            panel.set_ylim(len(names) - 0.5, -0.5)
-            panel.set_title(f"{title(group)}, against {baseline}")
-            panel.set_xlabel("difference in validation loss")
-    return figure, (
-        "Paired differences of the validation loss (left of zero: better than the baseline): a "
-        "dot a seed, the mean, and its 95 % bootstrap interval."
-    )
+def plot_differences(study: Study):
+    """Paired differences of the loss to each baseline."""
+    found = groups(study)
+    figure = new_figure(figsize=(9, 2.2 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 2, sharey="row", squeeze=False)
+    for (row, column), panel in np.ndenumerate(axes):
+        title, group = list(found.items())[row]
+        baseline, names = (NONE, SHUFFLED)[column], weightings(study, group)
+        for place, name in enumerate(names):
+            pair = matched(study, group, "loss", [name, baseline])
+            if name != baseline and pair:
+                losses = (pair[name] - pair[baseline])[:, 0]
+                colour, marker, _ = study.styles[name]
+                panel.plot(losses, [place] * len(losses), marker, ms=3, alpha=0.4, color=colour)
+                panel.plot(interval(losses), [place, place], lw=2, color=colour)
+                panel.plot(losses.mean(), place, marker, ms=6, color=colour)
+        panel.axvline(0, color="black", lw=0.8)
+        panel.set_yticks(range(len(names)), names)
+        panel.set(title=f"{title}, against {baseline}", xlabel="difference in validation loss")
+        panel.set_ylim(len(names) - 0.5, -0.5)
+    return figure
 
 
-def plot_sparsity(study: Study) -> tuple:
-    """Shares of vision and language layers that are pruned; and the sentence below the figure."""
+def plot_sparsity(study: Study):
+    """Shares of vision and language layers that are pruned."""
     found = groups(study)
     rows, columns = -(-len(found) // 4), min(len(found), 4)
     figure = new_figure(figsize=(3.2 * columns, 3.4 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for group, panel in zip(found, panels, strict=False):
-        results = by_weighting(study, group)
+    for place, (title, group) in enumerate(found.items(), start=1):
+        panel = figure.add_subplot(rows, columns, place, title=title, ylabel="pruned, %")
         for kind, marker in (("vision", "o"), ("language", "s")):
-            shares = [100 * np.mean([r["sparsity"][kind] for r in of]) for of in results.values()]
-            panel.plot(shares, marker, label=f"{kind} layers")
-        panel.axhline(100 * (1 - group[2]), color="gray", ls="--", lw=1, label="all layers")
-        panel.set_xticks(range(len(results)), results, rotation=60, ha="right")
-        panel.set(title=title(group), ylabel="pruned, %")
-    for panel in panels[len(found) :]:
-        panel.axis("off")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure, (
+            shares = matched(study, group, kind)
+            means = [100 * values.mean() for values in shares.values()]
+            panel.plot(means, marker, label=f"{kind} layers")
+        panel.axhline(100 * (1 - group[2][0]), color="gray", ls="--", lw=1, label="all layers")
+        panel.set_xticks(range(len(shares)), shares, rotation=60, ha="right")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+FIGURES = {
+    plot_scores: (
+        "Scores against sparsity: means over the seeds that all weightings have; the bands and "
+        "bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which "
+        "pairs share: differences are in the next figure."
+    ),
+    plot_differences: (
+        "Paired differences of the validation loss (left of zero: better than the baseline): a "
+        "dot a seed, the mean, and its 95 % bootstrap interval."
+    ),
+    plot_sparsity: (
         "Where sparsity went: means over seeds of the share pruned in vision layers (circles) and "
         "language layers (squares); the dashed line is the share pruned overall."
-    )
-
-
-def style(study: Study, weighting: str) -> tuple[str, str, str]:
-    """Colour, marker and line of a weighting in all figures."""
-    place = list(dict.fromkeys(cell.weighting for cell in study.cells)).index(weighting)
-    return STYLES[place % len(STYLES)]
-
-
-# --- the script ----------------------------------------------------------------------------------
+    ),
+}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,13 +14,10 @@ PUBLISHED_AT = "https://storage.googleapis.com/sfr-vision-language-research/data
 def annotation_files(*wanted: tuple[str | Path, str]) -> list[Path]:
     """Finds annotation files; the main process downloads those that are missing.
 
-    Where processes are distributed, all of them must call this.
+    Every process of a run must call it.
 
     Args:
-        wanted: folder, which is created for a download, and name of each file.
-
-    Returns:
-        The paths of the files, which exist.
+        wanted: folder and name of each file; a download creates its folder.
     """
     paths = [Path(root) / name for root, name in wanted]
     reason = [_download_missing(paths) if is_main() else ""]

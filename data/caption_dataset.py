@@ -7,7 +7,7 @@ import torch
 
 from data.annotation import annotation_files
 from data.captions import normalize_caption
-from data.image_dataset import ImageDataset
+from data.image_dataset import ImageDataset, build_sets
 from data.records import (
     CAPTION_EVALUATION,
     CAPTION_TRAINING,
@@ -16,7 +16,6 @@ from data.records import (
     read_records,
     read_references,
 )
-from data.transforms import build_transform
 from utils import UserError
 
 
@@ -51,12 +50,7 @@ class CaptionEvalDataset(ImageDataset):
 
 
 def read_evaluation(path: Path, references_path: Path) -> list[dict]:
-    """Reads the images of a split that its references are for, each once.
-
-    Args:
-        path: records of the layout CAPTION_EVALUATION; several may be of one image.
-        references_path: file for `read_references`.
-    """
+    """The records of a split, one for each image; its references must be of the same images."""
     records, references = read_all(
         lambda: read_records(path, CAPTION_EVALUATION), lambda: read_references(references_path)
     )
@@ -89,16 +83,11 @@ def build_caption_datasets(
         *((config["ann_root"], coco(split)) for split in ("train", "val", "test")),
         *((config["coco_gt_root"], coco(f"{split}_gt")) for split in ("val", "test")),
     )
-    train, val, test = read_all(
+    records = read_all(
         partial(read_records, files[0], CAPTION_TRAINING),
         partial(read_evaluation, files[1], files[3]),
         partial(read_evaluation, files[2], files[4]),
     )
-    root, words = config["image_root"], {key: config[key] for key in ("prompt", "max_words")}
-    transform = build_transform(config["image_size"], config["augment"])
-    plain = build_transform(config["image_size"], augment=False)
-    return (
-        CaptionTrainDataset(train, root, transform, seed, **words),
-        CaptionEvalDataset(val, root, plain),
-        CaptionEvalDataset(test, root, plain),
-    )
+    words = {key: config[key] for key in ("prompt", "max_words")}
+    train = partial(CaptionTrainDataset, **words)
+    return build_sets(config, (train, CaptionEvalDataset, CaptionEvalDataset), records, seed)

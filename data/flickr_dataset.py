@@ -7,11 +7,8 @@ from torch.utils.data import Dataset
 
 from data.annotation import annotation_files
 from data.captions import normalize_caption
-from data.image_dataset import ImageDataset
+from data.image_dataset import ImageDataset, build_sets
 from data.records import RETRIEVAL_EVALUATION, RETRIEVAL_TRAINING, read_all, read_records
-from data.transforms import build_transform
-
-SPLITS = ("train", "val", "test")
 
 
 class FlickrTrainDataset(ImageDataset):
@@ -38,9 +35,8 @@ class FlickrTrainDataset(ImageDataset):
 class FlickrEvalDataset(ImageDataset):
     """Items `(image (3, S, S), index)` of records with several captions each.
 
-    Attributes:
-        texts: `TextDataset` of all captions, the first image's first.
-        image_of_text: (T,) int64, the index of each text's image.
+    `texts` has all captions, the first image's first; `image_of_text`, (T,) int64, the index of
+    each text's image.
     """
 
     def __init__(self, *images, max_words: int):
@@ -83,16 +79,11 @@ def build_flickr_datasets(
     config: dict, seed: int = 0
 ) -> tuple[FlickrTrainDataset, FlickrEvalDataset, FlickrEvalDataset]:
     """Builds the training, validation and test set; missing annotations are downloaded."""
-    root, words = config["image_root"], {"max_words": config["max_words"]}
-    files = annotation_files(*((config["ann_root"], f"flickr30k_{split}.json") for split in SPLITS))
+    splits = ("train", "val", "test")
+    files = annotation_files(*((config["ann_root"], f"flickr30k_{split}.json") for split in splits))
     layouts = (RETRIEVAL_TRAINING, RETRIEVAL_EVALUATION, RETRIEVAL_EVALUATION)
-    train, val, test = read_all(
-        *(partial(read_records, *pair) for pair in zip(files, layouts, strict=True))
-    )
-    transform = build_transform(config["image_size"], config["augment"])
-    plain = build_transform(config["image_size"], augment=False)
-    return (
-        FlickrTrainDataset(train, root, transform, seed, **words),
-        FlickrEvalDataset(val, root, plain, **words),
-        FlickrEvalDataset(test, root, plain, **words),
-    )
+    pairs = zip(files, layouts, strict=True)
+    records = read_all(*(partial(read_records, *pair) for pair in pairs))
+    classes = (FlickrTrainDataset, FlickrEvalDataset, FlickrEvalDataset)
+    classes = [partial(kind, max_words=config["max_words"]) for kind in classes]
+    return build_sets(config, classes, records, seed)

@@ -1,7 +1,7 @@
 """What the datasets share: images on disk, and chance that repeats."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,19 @@ from torch.utils.data import Dataset
 from data.images import BadImageError, instead_of, missing_files, open_image
 from data.records import listed
 from data.samplers import derived_seed
+from data.transforms import build_transform
 from utils import UserError
+
+
+def build_sets(config: dict, classes: Sequence[Callable], records: list, seed: int) -> tuple:
+    """The training set and two held-out sets of records, from their constructors."""
+    augmented = build_transform(config["image_size"], config["augment"])
+    plain = build_transform(config["image_size"], augment=False)
+    transforms = (augmented, plain, plain)
+    return tuple(
+        build(rows, config["image_root"], transform, seed)
+        for build, rows, transform in zip(classes, records, transforms, strict=True)
+    )
 
 
 @contextmanager
@@ -24,20 +36,13 @@ def seeded(*parts: int) -> Iterator[None]:
 
 
 class ImageDataset(Dataset):
-    """Records of an annotation file beside a folder of images.
+    """Records of an annotation file; their image paths are relative to `image_root`.
 
     An item is asked for by its index or, in training, by `(index, epoch)`: its random choices
     depend on (seed, epoch, index) only, not on the process or the order of loading.
 
-    Args:
-        records: of the annotation file.
-        image_root: folder that the records' image paths are relative to.
-        transform: from an RGB PIL image to a tensor (3, S, S).
-        seed: of the random choices.
-
     Attributes:
-        skip_bad_images: whether another sample stands in for one whose image cannot be read (not
-            in evaluation, which needs every image).
+        skip_bad_images: whether another sample stands in for one whose image cannot be read.
     """
 
     def __init__(
@@ -72,11 +77,10 @@ class ImageDataset(Dataset):
         return self.fetch(index)[0]
 
     def fetch(self, index: int | tuple[int, int]) -> tuple[tuple, int]:
-        """An item, or with `skip_bad_images` the next one that can be read; and how many it skips.
+        """An item, or with `skip_bad_images` the next one that can be read; and the number skipped.
 
         Raises:
             BadImageError: an image cannot be read and is not to be skipped.
-            UserError: no image at all can be read.
         """
         first, epoch = index if isinstance(index, tuple) else (index, 0)
         for skipped in range(len(self)):
@@ -90,11 +94,7 @@ class ImageDataset(Dataset):
         raise UserError(f"no image under {self.image_root} can be read (config key image_root)")
 
     def open(self, path: str) -> torch.Tensor:
-        """The transformed image (3, S, S).
-
-        Raises:
-            BadImageError: it cannot be read; the message names the flag that passes it over.
-        """
+        """The transformed image (3, S, S), or a BadImageError that names the flag to skip it."""
         try:
             image = open_image(path)
         except BadImageError as error:
@@ -113,7 +113,7 @@ class ImageDataset(Dataset):
         return True
 
     def check(self) -> None:
-        """Looks for all image files in the listings of their folders; reads none."""
+        """Looks for all image files in the listings of their folders."""
         if not self.image_root.is_dir():
             raise UserError(
                 f"image folder {self.image_root} does not exist: set config key image_root to "
@@ -123,10 +123,9 @@ class ImageDataset(Dataset):
         missing = missing_files(os.path.join(self.image_root, name) for name in names)
         if missing and not (self.skip_bad_images and len(missing) < len(names)):
             why, absolute = instead_of(min(missing)), any(map(os.path.isabs, names))
+            root = " (image_root is not for names that begin with /)" * absolute
             raise UserError(
                 f"{len(missing)} of {len(names)} images do not exist: {listed(sorted(missing))}"
                 f"{why and f'; {why}'}. They are named by the annotation file, so config keys "
-                "image_root and ann_root must belong to the same data"
-                + " (image_root is not for names that begin with /)"
-                * absolute
+                f"image_root and ann_root must belong to the same data{root}"
             )

@@ -23,11 +23,7 @@ class BadImageError(UserError):
 
 
 def open_image(path: str | Path, on_white: bool = False) -> Image.Image:
-    """Decodes an image as RGB with 8 bits; see `to_rgb`.
-
-    Raises:
-        BadImageError: it cannot be done, for whatever reason; the message names the file.
-    """
+    """Decodes an image as RGB with 8 bits, or raises BadImageError with the file's name."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -41,13 +37,11 @@ def open_image(path: str | Path, on_white: bool = False) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
-    """Converts as Pillow does, and grey of 16 bits, which Pillow cuts off at 255, by its high byte.
+    """Converts to RGB as Pillow does, but grey of 16 bits, which Pillow clips, by its high byte.
 
-    That is what Pillow makes of colours of 16 bits. (The original code sees 16-bit grey as white.)
-    Transparent pixels become white, or keep the colour under them, as the published models saw it.
-
-    Raises:
-        ValueError: the pixels are integers of 32 bits or floats, whose range is not known.
+    (The original code sees 16-bit grey as white.) Transparent pixels become white, or keep the
+    colour under them, as the published models saw it. Other pixels than those of 8 or 16 bits
+    raise a ValueError.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -63,8 +57,8 @@ def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
 def find_pictures(places: list[Path]) -> list[Path]:
     """The files among `places`, and the pictures in folders, by name.
 
-    Hidden files, such as the companions "._NAME" of Macs, are no pictures. What a folder has of
-    subfolders and of photographs that Pillow cannot read is printed once.
+    Hidden files, such as "._NAME" of Macs, are left out. The number of subfolders, and of
+    photographs that Pillow cannot read, is printed.
     """
     known = Image.registered_extensions().items()  # which also fills OPEN
     known = {end for end, name in known if name in Image.OPEN and name not in UNREADABLE}

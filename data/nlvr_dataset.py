@@ -6,9 +6,8 @@ import torch
 
 from data.annotation import annotation_files
 from data.captions import OTHER_SIDE, normalize_caption
-from data.image_dataset import ImageDataset
+from data.image_dataset import ImageDataset, build_sets
 from data.records import STATEMENTS, read_all, read_records
-from data.transforms import build_transform
 
 
 class NlvrDataset(ImageDataset):
@@ -48,14 +47,9 @@ def build_nlvr_datasets(
     config: dict, seed: int = 0
 ) -> tuple[NlvrDataset, NlvrDataset, NlvrDataset]:
     """Builds the training, development and test set; missing annotations are downloaded."""
-    root, words = config["image_root"], {"max_words": config["max_words"]}
     splits = ("train", "dev", "test")
     files = annotation_files(*((config["ann_root"], f"nlvr_{split}.json") for split in splits))
-    train, dev, test = read_all(*(partial(read_records, file, STATEMENTS) for file in files))
-    transform = build_transform(config["image_size"], config["augment"])
-    plain = build_transform(config["image_size"], augment=False)
-    return (
-        NlvrDataset(train, root, transform, seed, swap=True, **words),
-        NlvrDataset(dev, root, plain, swap=False, **words),
-        NlvrDataset(test, root, plain, swap=False, **words),
-    )
+    records = read_all(*(partial(read_records, file, STATEMENTS) for file in files))
+    build = partial(NlvrDataset, max_words=config["max_words"])
+    sets = [partial(build, swap=swap) for swap in (True, False, False)]
+    return build_sets(config, sets, records, seed)

@@ -1,17 +1,14 @@
-"""What the records of each annotation file must hold, and files of such records, read and checked.
+"""Annotation files: what their records must hold, read and checked before a run begins.
 
-Everything is checked when a file is read, so that a run ends at its start and not when a wrong
-record's turn comes. What can mean one thing only is read: ids as texts, labels in any case, one
-record a line.
+What can mean one thing only is read: ids as texts, labels in any case, one record a line.
 """
 
 import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils import UserError, mistaken_for
 
@@ -20,18 +17,17 @@ LABELS = {"false": 0, "true": 1, "0": 0, "1": 1}
 NUMBER_AT_END = re.compile(r"(?<!\d)0*(\d{1,18})(?:\.[a-z]\w*)?\s*$", re.ASCII | re.IGNORECASE)
 
 
-# --- values: from what is written to what is used, or None where it is not allowed ----------------
+# --- values: from what is written to what is used, or None where it is not allowed
 
 
 def read_string(value: Any) -> str | None:
     """Any text that can be encoded, the empty one included."""
     if not isinstance(value, str):
         return None
-    if not value.isascii():
-        try:
-            value.encode()  # half of a surrogate pair is valid JSON, but no character
-        except UnicodeEncodeError:
-            return None
+    try:
+        value.encode()  # half of a surrogate pair is valid JSON, but no character
+    except UnicodeEncodeError:
+        return None
     return value
 
 
@@ -42,14 +38,12 @@ def read_text(value: Any) -> str | None:
 
 def read_texts(value: Any) -> list[str] | None:
     """One or several texts that are not blank."""
-    texts = [read_text(text) for text in value] if isinstance(value, list) else [None]
-    return texts if texts and all(texts) else None
+    return value if isinstance(value, list) and value and all(map(read_text, value)) else None
 
 
 def read_name(value: Any) -> str | None:
-    """What tells records apart: a text that is not blank, or a whole number."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return str(value) if whole else read_text(value)
+    """A text that is not blank, or a whole number."""
+    return str(value) if type(value) is int else read_text(value)
 
 
 def read_image(value: Any) -> str | None:
@@ -60,9 +54,7 @@ def read_image(value: Any) -> str | None:
 
 def read_pair(value: Any) -> list[str] | None:
     """The paths of two images."""
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    pair = list(map(read_image, value))
+    pair = list(map(read_image, value)) if isinstance(value, list) and len(value) == 2 else [None]
     return pair if all(pair) else None
 
 
@@ -76,28 +68,19 @@ def read_id(value: Any) -> int | None:
     if isinstance(value, str):
         number = NUMBER_AT_END.search(value)
         return number and int(number[1])
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and 0 <= value < 10**18 else None
+    return value if type(value) is int and 0 <= value < 10**18 else None
 
 
-# --- layouts: the values that are used of a record, by key ----------------------------------------
+# --- layouts: the values that are used of a record, by key
 
 
-@dataclass(frozen=True)
-class Field:
-    """One value of a record.
+class Field(NamedTuple):
+    """One value of a record."""
 
-    Attributes:
-        read: from the value as written to the value to use; None where it is not allowed.
-        must_be: what is allowed, for the user.
-        example: a value as written.
-        instead: key whose value is read where the record lacks this one.
-    """
-
-    read: Callable[[Any], Any]
-    must_be: str
-    example: Any
-    instead: str | None = None
+    read: Callable[[Any], Any]  # from the value as written to the value to use, or None
+    must_be: str  # what is allowed
+    example: Any  # a value as written
+    instead: str | None = None  # key whose value is read where the record lacks this one
 
 
 Layout = dict[str, Field]
@@ -121,7 +104,7 @@ RETRIEVAL_EVALUATION: Layout = {"image": _IMAGE, "caption": _TEXTS}
 STATEMENTS: Layout = {"sentence": _TEXT, "label": _LABEL, "images": _PAIR}
 
 
-# by a key that tells them: layouts that others publish the same data in
+# layouts that others publish the same data in, by a key that they alone have
 FOREIGN = {
     "sentences": "; it is the Karpathy split in its original layout (dataset_coco.json)",
     "annotations": "; it is in COCO's own layout",
@@ -137,11 +120,11 @@ def _foreign(content: Any) -> str:
     """The published layout that wrong content is in, as a clause; or ""."""
     rows = content.get("images") if isinstance(content, dict) else content
     first = rows[0] if isinstance(rows, list) and rows else None
-    found = [part for part in (content, first) if isinstance(part, dict)]
-    return next((FOREIGN[key] for key in FOREIGN if any(key in part for part in found)), "")
+    keys = {key for part in (content, first) if isinstance(part, dict) for key in part}
+    return next((clause for key, clause in FOREIGN.items() if key in keys), "")
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- files
 
 
 def read_json(path: str | Path) -> Any:
@@ -165,15 +148,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[dict]:
-    """Reads a file that is a list of records.
+    """Reads a list of records: dictionaries of the layout's fields, with the values to use.
 
-    Args:
-        path: file.
-        layout: of the records.
-        content: of the file, if it has been read; changed in place.
-
-    Returns:
-        Dictionaries of the layout's fields, with the values to use.
+    `content` is that of the file, if it has been read, and changes in place.
     """
     content = read_json(path) if content is None else content
     if not isinstance(content, list) or not content:
@@ -183,11 +160,10 @@ def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[
     foreign, faults = _foreign(content), []
     for number, record in enumerate(content):
         content[number] = values = {}
-        fault = _read_fields(record, layout, values)
-        if fault:
+        if fault := _read_fields(record, layout, values):
             faults.append(f"record {number}: {fault}")
     if faults:
-        shown = "; ".join(faults[:SHOWN]) + ("; ..." if len(faults) > SHOWN else "")
+        shown = "; ".join(faults[:SHOWN]) + "; ..." * (len(faults) > SHOWN)
         raise UserError(
             f"{path}: {len(faults)} of {len(content)} records are wrong (the first is record 0)"
             f"{foreign}. {shown}. Mend or remove them; a record is like {_example(layout)}"
@@ -210,7 +186,7 @@ def _read_fields(record: Any, layout: Layout, values: dict) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as a user knows it: as JSON, cut after 60 characters."""
+    """A value as JSON, cut after 60 characters."""
     if isinstance(value, list | dict):
         return f"a list of {len(value)}" if isinstance(value, list) else "an object"
     text = json.dumps(value)
@@ -218,11 +194,7 @@ def _short(value: Any) -> str:
 
 
 def read_references(path: str | Path) -> dict[int, list[str]]:
-    """Reads references in COCO's format: `{"annotations": [{"image_id", "caption"}, ...]}`.
-
-    Returns:
-        Image id to its captions, in the order of the file.
-    """
+    """Image id to captions, of `{"annotations": [{"image_id", "caption"}, ...]}` as COCO has it."""
     content = read_json(path)
     if not isinstance(content, dict) or "annotations" not in content:
         raise UserError(
@@ -236,7 +208,7 @@ def read_references(path: str | Path) -> dict[int, list[str]]:
 
 
 def read_all(*readers: Callable[[], Any]) -> list:
-    """Calls each reader, and raises the mistakes of all together."""
+    """Calls each reader, and raises the mistakes of all in one."""
     results, mistakes = [], []
     for reader in readers:
         try:

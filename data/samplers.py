@@ -17,16 +17,9 @@ def derived_seed(*parts: int) -> int:
 class TrainBatchSampler(Sampler):
     """Yields batches of `(index, epoch)` from a permutation that depends on seed and epoch only.
 
-    Global batch `g` of an epoch is `permutation[g*B*W : (g+1)*B*W]`, of which each of the W
-    processes takes its slice of B. So one process with batch 2B sees what two with B see, and a
-    run can resume in the middle of an epoch. An incomplete last global batch is dropped.
-
-    Args:
-        n: samples in the dataset.
-        batch_size: samples of a process at a step (B).
-        seed: of all epochs' permutations.
-        rank: this process.
-        world_size: number of processes (W).
+    Global batch g of an epoch is `permutation[g*B*W : (g+1)*B*W]`, of which each of the W processes
+    takes its slice of B = `batch_size`. So one process with batch 2B sees what two with B see, and
+    a run can resume in the middle of an epoch. An incomplete last global batch is dropped.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -44,7 +37,7 @@ class TrainBatchSampler(Sampler):
         self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yields this process's batches of the epoch, from `start_batch` on."""
+        """This process's batches of the epoch, from `start_batch` on."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         permutation = torch.randperm(self.n, generator=generator).tolist()
         for batch in range(self.start_batch, len(self)):
@@ -59,9 +52,8 @@ class TrainBatchSampler(Sampler):
 class EvalSampler(Sampler):
     """Yields the indices of one process's share, in ascending order; shares may differ in length.
 
-    Of the batches of the whole set, process r of W takes number r, r + W, and so on. So a batch
-    has the same members whatever the number of processes, and so have the last bits of what is
-    computed from it.
+    Process r of W takes batches r, r + W, ... of the whole set. So a batch has the same members,
+    and its results the same last bits, with any number of processes.
     """
 
     def __init__(self, n: int, rank: int = 0, world_size: int = 1, batch_size: int = 1):

@@ -17,10 +17,8 @@ LEVEL = 5 / 10  # strength of every operation of the augmentation, as a fraction
 def build_transform(image_size: int, augment: bool) -> Callable:
     """The transform from an RGB PIL image to a normalised float tensor (3, image_size, image_size).
 
-    Args:
-        image_size: height and width in pixels.
-        augment: whether to crop, flip and distort at random, by torch's global generator, as in
-            BLIP's training; else the whole image is resized, whatever its aspect ratio.
+    With `augment` it crops, flips and distorts at random, by torch's global generator, as BLIP's
+    training does; else it resizes the whole image, whatever its aspect ratio.
     """
     bicubic = InterpolationMode.BICUBIC
     if augment:
@@ -40,8 +38,7 @@ def random_operation() -> Callable:
 def operations() -> dict[str, Callable]:
     """The ten operations of RandAugment (Cubuk et al., 2020) that BLIP takes, by name.
 
-    At this level the factor of brightness and sharpness is 1, which changes nothing: so it was in
-    BLIP, whose proportions of changed and unchanged images this keeps.
+    At this level the factor of brightness and sharpness is 1, as in BLIP, and changes nothing.
     """
     factor = 0.1 + 1.8 * LEVEL
     shear, shift, angle = 0.3 * LEVEL, round(10 * LEVEL), 30 * LEVEL  # slope, pixels, degrees

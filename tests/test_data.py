@@ -20,7 +20,6 @@ from data.images import BadImageError, find_pictures, open_image
 from data.nlvr_dataset import build_nlvr_datasets, mirror
 from data.samplers import EvalSampler, TrainBatchSampler
 from data.transforms import CLIP_MEAN, CLIP_STD, build_transform, operations
-from tests.runs import on_two_processes
 from utils import UserError
 
 
@@ -368,19 +367,22 @@ def test_a_page_in_place_of_an_annotation_is_not_kept(answer, message, tmp_path,
     assert list((tmp_path / "annotation").iterdir()) == []
 
 
-def find_nothing(rank, folder):
-    """A process without network; writes what it is told."""
-    annotation.PUBLISHED_AT = f"file://{folder}/nowhere"
-    try:
-        annotation_files((f"{folder}/annotation", "nlvr_dev.json"))
-    except UserError as mistake:
-        (folder / f"{rank}.txt").write_text(str(mistake))
+@pytest.mark.parametrize("main", [True, False])
+def test_every_process_reports_why_the_main_ones_download_failed(main, tmp_path, monkeypatch):
+    sent = []
 
+    def broadcast(reason, device):
+        sent.append(reason[0])
+        reason[0] = reason[0] if main else "the network is down"
 
-def test_every_process_is_told_why_a_download_failed(tmp_path):
-    on_two_processes(find_nothing, tmp_path)
-    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
-    assert first == second and "No such file or directory" in first
+    monkeypatch.setattr(annotation, "PUBLISHED_AT", (tmp_path / "nowhere").as_uri())
+    monkeypatch.setattr(annotation, "is_main", lambda: main)
+    monkeypatch.setattr(annotation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(annotation.dist, "broadcast_object_list", broadcast)
+    why = "No such file or directory" if main else "the network is down"
+    with pytest.raises(UserError, match=why):
+        annotation_files((tmp_path / "annotation", "nlvr_dev.json"))
+    assert ("No such file" in sent[0]) == main  # the others try no download
 
 
 def test_check_passes_on_good_data_and_names_what_is_missing(coco, tmp_path):

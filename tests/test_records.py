@@ -308,7 +308,7 @@ def contents(draw):
     return name, rows if isinstance(good, list) else {"annotations": rows}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents())
 def test_any_json_gives_items_or_a_mistake_of_the_user(folder, case):
     name, content = case

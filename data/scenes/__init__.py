@@ -9,12 +9,8 @@ from data.scenes.words import attributes_correct
 def attribute_accuracy(results: list[dict], scenes_path: str | Path) -> float:
     """Share of captions that name size, colour and kind of every object they mention correctly.
 
-    Args:
-        results: Dictionaries with `image_id` (the COCO id) and `caption`.
-        scenes_path: The split's `scenes_*.json`.
-
-    Returns:
-        A fraction in [0, 1]; a caption that mentions no object counts as wrong.
+    Results are dictionaries of `image_id` (the COCO id) and `caption`; `scenes_path` is the split's
+    `scenes_*.json`. A caption that mentions no object is wrong.
     """
     scenes = {
         scene["image_id"]: [(o["size"], o["colour"], o["kind"]) for o in scene["objects"]]

@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Generates the data and says where it is."""
+    """Generates the data and prints where it is."""
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     done = make(args.out, settings)
     print(f"{args.out}: {'written' if done else 'up to date'}")

@@ -18,12 +18,7 @@ TRAIN_CAPTIONS, REFERENCES = 1, 5  # captions an image
 
 
 def generate(settings: dict, root: Path) -> None:
-    """Writes the data into a folder.
-
-    Args:
-        settings: `train`, `val`, `test` (scenes), `statements`, `heldout_statements`, `seed`.
-        root: An empty folder.
-    """
+    """Writes the data of the command's settings into an empty folder."""
     seed = settings["seed"]
     for split, first in FIRST_ID.items():
         scenes = []
@@ -54,13 +49,8 @@ def write_captions(split: str, scenes: list[Scene], rng: random.Random, root: Pa
         coco_id = FIRST_ID[split] + number
         name = image_name(split, coco_id)
         attributes = [item.attributes for item in scene.objects]
-        captions = describe(
-            attributes,
-            scene.side,
-            scene.background,
-            TRAIN_CAPTIONS if split == "train" else REFERENCES,
-            rng,
-        )
+        wanted = TRAIN_CAPTIONS if split == "train" else REFERENCES
+        captions = describe(attributes, scene.side, scene.background, wanted, rng)
         truth.append({"image_id": coco_id, "image": name, **asdict(scene)})
         images.append({"image": name, "caption": captions})
         for caption in captions:
@@ -71,12 +61,10 @@ def write_captions(split: str, scenes: list[Scene], rng: random.Random, root: Pa
     for layout in ("coco_karpathy", "flickr30k"):  # they differ in nothing but their names
         rows = train if split == "train" else images
         write_json(annotation / f"{layout}_{split}.json", rows)
-    if split == "train":
-        return
-    write_json(
-        annotation / f"coco_karpathy_{split}_gt.json",
-        {"annotations": annotations, "images": [{"id": row["image_id"]} for row in truth]},
-    )
+    if split != "train":
+        ids = [{"id": row["image_id"]} for row in truth]
+        references = {"annotations": annotations, "images": ids}
+        write_json(annotation / f"coco_karpathy_{split}_gt.json", references)
 
 
 def write_statements(split: str, scenes: list[Scene], settings: dict, root: Path) -> None:
@@ -98,15 +86,7 @@ def write_statements(split: str, scenes: list[Scene], settings: dict, root: Path
 def make(out: str | Path, settings: dict) -> bool:
     """Generates the data unless the folder has it; the folder appears complete or not at all.
 
-    Args:
-        out: Folder to write; data of other settings in it is replaced.
-        settings: See `generate`.
-
-    Returns:
-        Whether anything had to be done.
-
-    Raises:
-        ValueError: If the folder holds something else.
+    Data of other settings are replaced. Returns whether anything had to be done.
     """
     out, settings = Path(out), {"version": VERSION, **settings}
     if out.exists():
@@ -119,8 +99,7 @@ def make(out: str | Path, settings: dict) -> bool:
     unfinished.mkdir(parents=True)
     try:
         generate(settings, unfinished)
-        if out.exists():
-            shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
         unfinished.rename(out)
     except BaseException:
         shutil.rmtree(unfinished)

@@ -9,14 +9,7 @@ from operator import attrgetter
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.scenes.words import (
-    BACKGROUNDS,
-    COLOURS,
-    KINDS,
-    OPPOSITE,
-    SIZES,
-    Attributes,
-)
+from data.scenes.words import BACKGROUNDS, COLOURS, KINDS, OPPOSITE, SIZES, Attributes
 
 SIDE = 64  # pixels
 OVERSAMPLING = 4  # drawn at this multiple and averaged down, which smooths the edges
@@ -84,8 +77,7 @@ def gap(a: SceneObject, b: SceneObject, side: str) -> float:
 def margins(objects: list[SceneObject]) -> dict[tuple[int, str], float]:
     """For every object and side, the pixels by which it lies on that side of all others.
 
-    Of two objects, only the left and the upper one is considered; the other's relation says the
-    same.
+    Of two objects, only the left and the upper one is considered.
     """
     sides = ("left", "above") if len(objects) == 2 else tuple(OPPOSITE)
     return {

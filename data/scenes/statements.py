@@ -91,16 +91,8 @@ def random_pairs(
     its text says nothing about its label. The two pairs share one image on the same side, so that
     one image does not suffice either.
 
-    Args:
-        scenes: The images to pair.
-        count: Statements wanted, an even number.
-        rng: Source of the choices.
-
     Returns:
         (statement, indices of the left and the right scene, truth), in random order.
-
-    Raises:
-        ValueError: the scenes are too few or too alike.
     """
     counts = [count_descriptions(scene) for scene in scenes]
     showing = defaultdict(list)  # scenes by what they show
@@ -141,9 +133,8 @@ def contrasting_pair(
     for attempt in range(TRIES):
         spoken_of = showing[rng.choice([statement.x, statement.y])]
         other = list(pair)
-        other[rng.randrange(2)] = (
-            rng.choice(spoken_of) if attempt % 2 == 0 else rng.randrange(len(counts))
-        )
+        image = rng.randrange(len(counts)) if attempt % 2 else rng.choice(spoken_of)
+        other[rng.randrange(2)] = image
         left, right = other
         if left != right and statement.holds(counts[left], counts[right]) != truth:
             return left, right

@@ -66,17 +66,9 @@ MENTION = re.compile(
 def describe(
     objects: list[Attributes], side: str | None, background: str, count: int, rng: random.Random
 ) -> list[str]:
-    """Writes differently worded captions of a scene; each mentions every object.
+    """At most eight captions of different templates; each mentions every object.
 
-    Args:
-        objects: The scene's objects, the one that the others are related to first.
-        side: Where the first object is from all others; None for a single object.
-        background: Name of the background.
-        count: Captions wanted, at most eight.
-        rng: Source of the choices.
-
-    Returns:
-        `count` captions with `count` different templates.
+    The first object lies on that `side` of all others; a single one has none.
     """
     first, *rest = [f"a {' '.join(words)}" for words in objects]
     words = {"a": first, "b": " and ".join(rest), "ground": background}
@@ -94,14 +86,7 @@ def describe(
 
 
 def parse_caption(text: str) -> list[Attributes]:
-    """Reads the objects that a caption mentions.
-
-    Args:
-        text: A caption in lower case.
-
-    Returns:
-        (size, colour, kind) of every mention in order; an attribute that is not said is "".
-    """
+    """(size, colour, kind) of every mention, in lower case; what is not mentioned is ""."""
     return MENTION.findall(text)
 
 
@@ -115,10 +100,7 @@ def attributes_correct(caption: str, objects: list[Attributes]) -> bool:
 
 
 def vocabulary() -> list[str]:
-    """The WordPiece vocabulary of captions and statements, in the order of token ids.
-
-    It depends on this file only, not on generated data, for the ids are part of a trained model.
-    """
+    """The WordPiece vocabulary in the order of token ids, which are part of trained models."""
     templates = (*RELATED, *SINGLE, *STATEMENTS.values())
     text = " ".join([re.sub(r"{\w+}", "", template) for template in templates])
     words = {*text.split(), *SIZES, *COLOURS, *KINDS, *BACKGROUNDS, *NUMBERS.values()}
