@@ -11,7 +11,7 @@ from models.text import vocabulary_file
 
 
 def content_hash(content) -> str:
-    """SHA-256 of plain values, so that equal contents have equal hashes whatever their files."""
+    """SHA-256 of plain values, the same whatever file they came from."""
     digest = sha256()
     for part in content if isinstance(content, list) else [content]:
         digest.update(repr(part).encode())
@@ -28,12 +28,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 def data_digests(config: dict, records: list[dict]) -> dict[str, str]:
-    """SHA-256 of a config's files by what they are, the same for training and for profiles.
-
-    Args:
-        config: a config of `load_config`.
-        records: the training annotation.
-    """
+    """SHA-256 of a config's files and of the training annotation, by what they hold."""
     tokenizer = config["tokenizer"]
     if tokenizer != OPENAI_TOKENIZER:  # which comes with its library
         tokenizer = content_hash(vocabulary_file(tokenizer).read_bytes())
