@@ -312,6 +312,15 @@ class _Output(NamedTuple):
     prints: Tensor | None
     problem: str = ""
 
+    def same_sample(self, other: "_Output | None", row: int) -> bool:
+        """Whether the second sample is the one in a row of `other`, but for rounding."""
+        if other is None or self.size != other.size:
+            return False
+        first, second, found = (x.double() for x in (*self.prints[:2], other.prints[row]))
+        rounding = 16 * torch.finfo(self.prints.dtype).eps * second.norm()
+        moved = (found - second).norm()  # what is not finite, the distances will name
+        return not moved.isfinite() or bool(moved <= max(ALIKE * (second - first).norm(), rounding))
+
 
 Run = Callable[..., dict[Call, _Output]]  # of a batch, and the number of what the model draws
 
@@ -384,28 +393,16 @@ def _rows_of_no_samples(outputs: dict[Call, _Output], batch, run: Run) -> dict[s
     model draws random numbers, it must have the same in its own place, beside another sample.
     """
     others = run(_take(batch, [1, 2 % count_samples(batch)]))
-    known = {key: output for key, output in outputs.items() if output.size}
-    doubtful = [key for key, x in known.items() if not _same_sample(x, others.get(key), 0)]
+    doubtful = {k: x for k, x in outputs.items() if x.size and not x.same_sample(others.get(k), 0)}
     if doubtful:
         redrawn, beside = run(_take(batch, [0, 1]), draws=-1), run(_take(batch, [1, 1]))
-        doubtful = [
-            key
-            for key in doubtful
-            if _same_sample(known[key], redrawn.get(key), 1)
-            or not _same_sample(known[key], beside.get(key), 1)
-        ]
+        doubtful = {
+            key: output
+            for key, output in doubtful.items()
+            if output.same_sample(redrawn.get(key), 1) or not output.same_sample(beside.get(key), 1)
+        }
     why = "its rows are not the samples: in another batch, a sample's row differs"
     return {name: f"{why}; give batches of one sample" for name, _ in doubtful}
-
-
-def _same_sample(output: _Output, other: _Output | None, row: int) -> bool:
-    """Whether the second sample of `output` is the one in a row of `other`, but for rounding."""
-    if other is None or output.size != other.size:
-        return False
-    first, second, found = (x.double() for x in (*output.prints[:2], other.prints[row]))
-    rounding = 16 * torch.finfo(output.prints.dtype).eps * second.norm()
-    moved = (found - second).norm()  # what is not finite, the distances will name
-    return not moved.isfinite() or bool(moved <= max(ALIKE * (second - first).norm(), rounding))
 
 
 def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, str], list[str]]:

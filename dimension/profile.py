@@ -193,8 +193,9 @@ def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
         worst = max(many, key=lambda name: layers[name].duplicates)
         remarks.append(
             f"in {len(many)} of {len(layers)} layers many samples have the same representation as "
-            f"another (most in {worst}: {layers[worst].duplicates} of {n}) and are left out, so "
-            "these IDs are unreliable; see whether the training annotation lists images or captions twice"
+            f"another (most in {worst}: {layers[worst].duplicates} of {n}) and are left "
+            "out, so these IDs are unreliable; see whether the training annotation lists images or "
+            "captions twice"
         )
     return remarks
 
@@ -251,7 +252,7 @@ def load_distances(folder: str | Path, name: str) -> Tensor:
     try:
         values = torch.load(path, weights_only=True)
     except OSError as error:
-        raise UserError(f"-s needs a run with --save_distances, but {path} is not there") from error
+        raise UserError(f"-s needs --save_distances before it: {path} is not there") from error
     n = round((1 + math.sqrt(1 + 8 * len(values))) / 2)
     distances = torch.zeros(n, n, dtype=torch.float64)
     distances[torch.ones(n, n, dtype=torch.bool).triu_(1)] = values

@@ -56,7 +56,7 @@ PATIENCE_S = 86400.0  # a process may wait so long for the others, which have la
 
 
 def run(args: argparse.Namespace, config: dict | None) -> None:
-    """Measures or estimates again, then writes and draws the profile; no config with --hf and -s."""
+    """Measures or estimates again, then writes and draws; `config` is None with --hf and -s."""
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
     folder = Path(args.Path)
@@ -232,7 +232,7 @@ def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int],
 
 
 class Share:
-    """A process's share of the layers: planned, measured, and gathered with the other processes' layers.
+    """A process's share of the layers: planned, measured, gathered with the others' shares.
 
     Attributes:
         settings: all that the IDs depend on.

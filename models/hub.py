@@ -54,7 +54,7 @@ class HubModel(NamedTuple):
 
 
 def open_hub_model(name: str) -> HubModel:
-    """Opens a local folder, or a model of the hub, which is downloaded if it is not in the cache."""
+    """Opens a local folder, or a model of the hub, downloaded if it is not in the cache."""
     if not Path(name).is_dir():
         _require_reachable(name)
     with _loading(name), torch.random.fork_rng(devices=[]):

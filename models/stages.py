@@ -36,16 +36,14 @@ def vision_stages(
     """The stages from an image (B, 3, S, S) to its tokens (B, L, D), in eval mode."""
     yield Stage(f"{tokens}: patch embedding", encoder.embed, (image,), tokens)
     for index, block in enumerate(encoder.blocks):
-        attention = partial(_residual, block.norm1, block.attn, block.ls1)
-        mlp = partial(_residual, block.norm2, block.mlp, block.ls2)
+        attention = partial(_residual, (block.norm1, block.attn, block.ls1))
+        mlp = partial(_residual, (block.norm2, block.mlp, block.ls2))
         for name, run in (("attention", attention), ("mlp", mlp)):
             yield Stage(f"{tokens}: block {index}, {name}", run, (tokens,), tokens)
     yield Stage(f"{tokens}: norm", encoder.norm, (tokens,), tokens)
 
 
-def _residual(*parts_and_state) -> Tensor:
-    """The state (B, L, D), given last, plus what the parts before it make of it in turn."""
-    *parts, x = parts_and_state
+def _residual(parts: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
     branch = x
     for part in parts:
         branch = part(branch)
@@ -96,8 +94,8 @@ def resblock_stages(
     `mask` (L, L) is added to the attention's logits; None lets every token see all others.
     """
     for index, block in enumerate(transformer.resblocks):
-        attention = partial(_residual, block.ln_1, partial(_attention, block.attn, mask))
-        mlp = partial(_residual, block.ln_2, block.mlp)
+        attention = partial(_residual, (block.ln_1, partial(_attention, block.attn, mask)))
+        mlp = partial(_residual, (block.ln_2, block.mlp))
         for name, run in (("attention", attention), ("mlp", mlp)):
             yield Stage(f"{state}: block {index}, {name}", run, (state,), state)
 
