@@ -1,26 +1,19 @@
-"""Times the measurement of IDs against the straightforward method, in one process.
+"""Times the measurement of IDs against the straightforward method; models and inputs are random.
 
-    python -m benchmarks.id                            # two minutes on two cores
-    python -m benchmarks.id distances blocks --n 2000
-    python -m benchmarks.id capture --n 96 --memory_gb 6 --device cuda
-
-distances: all distances of a layer, against torch.pdist and half a matrix product.
-blocks: block analysis of a layer, against sorting every row of every block.
-capture: IDs of all layers, by stages and by `dimension.measure`, against plain forwards and against
-hooks that keep all activations, torch.pdist and full sorts. Models and inputs are random.
-The last line is a JSON document with all figures.
+python -m benchmarks.id                            # two minutes on two cores
+python -m benchmarks.id distances blocks --n 2000
+python -m benchmarks.id capture --n 96 --memory_gb 6 --device cuda
 """
 
 import argparse
-import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import print_document, seconds
 from dimension import measure
 from dimension.budget import plan_capture
 from dimension.capture import Capture, Samples, counted_positions, trace_stages
@@ -33,37 +26,20 @@ from models.layers import prunable_layers, sees_image
 CAPTION_LENGTHS = (9, 16)  # tokens, prompt included
 
 
-def seconds(run: Callable, repeats: int = 1) -> float:
-    """The least time of some runs, after all that a GPU had to do."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def distances(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds for the distances of one layer."""
+    """Seconds for the distances of one layer, torch.pdist, and half a matrix product."""
     n, width = args.n or 2000, args.features
     points = torch.randn(n, width, device=args.device)
-    pairwise_distances(points)  # warm-up
     wide = points[:, :4096].contiguous()
-    rate = n * n * 4096 / seconds(lambda: torch.mm(wide, wide.T), 5)
-    return {
-        "ours": seconds(lambda: pairwise_distances(points), 5),
-        "torch.pdist": seconds(lambda: torch.pdist(points)),
-        "bound: half a matrix product": n * (n + 1) / 2 * width / rate,
-    }
+    works = {"ours": lambda: pairwise_distances(points), "product": lambda: torch.mm(wide, wide.T)}
+    times = seconds(works, 5, args.device)
+    rate = n * n * 4096 / times.pop("product")
+    times |= seconds({"torch.pdist": lambda: torch.pdist(points)}, 1, args.device)
+    return times | {"bound: half a matrix product": n * (n + 1) / 2 * width / rate}
 
 
 def sorted_blocks(distances: Tensor, permutations: Tensor) -> Tensor:
-    """Mean dimensions by sorting every row of every block, like the original code.
-
-    Levels whose blocks are too small for a fit are left out, as in `block_analysis`.
-    """
+    """Mean dimensions by sorting every row of every block, like the original code."""
     means = []
     for b, permutation in enumerate(permutations, 1):
         size = len(permutation) // b
@@ -83,17 +59,18 @@ def sorted_blocks(distances: Tensor, permutations: Tensor) -> Tensor:
 
 
 def blocks(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds for the block analysis of one layer, and how far the means are apart."""
+    """Seconds for the block analysis of one layer, and for sorting every row of every block."""
     n = args.n or 2000
     matrix = pairwise_distances(torch.randn(n, 100, device=args.device))
     permutations = draw_permutations(n, torch.Generator().manual_seed(0)).to(args.device)
     expected = sorted_blocks(matrix, permutations).cpu()
     found = block_analysis(matrix, permutations=permutations).mean[: len(expected)]
-    return {
-        "ours": seconds(lambda: block_analysis(matrix, permutations=permutations), 7),
-        "full sorts": seconds(lambda: sorted_blocks(matrix, permutations), 3),
-        "largest relative difference of a mean": (expected / found - 1).abs().max().item(),
+    works = {
+        "ours": lambda: block_analysis(matrix, permutations=permutations),
+        "full sorts": lambda: sorted_blocks(matrix, permutations),
     }
+    apart = (expected / found - 1).abs().max().item()
+    return seconds(works, 3, args.device) | {"largest relative difference of a mean": apart}
 
 
 class Whole(nn.Module):
@@ -149,7 +126,7 @@ def straightforward(
 
 
 def capture(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds for the IDs of all layers, into memory that a run before got from the system."""
+    """Seconds for the IDs of all layers: by stages, `measure`, and keeping all activations."""
     n, device = args.n or 24, torch.device(args.device)
     keep_freed_memory(device)  # as ComputeID.py does
     model, samples = random_captioner(args, n)
@@ -175,12 +152,14 @@ def capture(args: argparse.Namespace) -> dict[str, float]:
         profile = measure(whole, batches, list(layers), args.memory_gb)
         found["measure"] = {name: layer.id for name, layer in profile.layers.items()}
 
-    runs = {"plain forward": forward, "stages": stages, "measure": general}
-    times = {name: seconds(run, 2) for name, run in runs.items()}
     expected = {}
-    times["straightforward"] = seconds(
-        lambda: expected.update(straightforward(forward, layers, samples))
-    )
+    works = {
+        "plain forward": forward,
+        "stages": stages,
+        "measure": general,
+        "straightforward": lambda: expected.update(straightforward(forward, layers, samples)),
+    }
+    times = seconds(works, 1, device)
     for name, ids in found.items():
         apart = max(abs(value / expected[layer] - 1) for layer, value in ids.items())
         times[f"{name}: largest relative difference from a straightforward ID"] = apart
@@ -191,14 +170,14 @@ PARTS = {part.__name__: part for part in (distances, blocks, capture)}
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the parts that are asked for."""
+    """Runs the parts that are asked for, and prints the document."""
     torch.manual_seed(0)
-    results = {"threads": torch.get_num_threads(), "device": args.device}
+    results = {}
     for part in args.parts or PARTS:
         results[part] = PARTS[part](args)
         for name, value in results[part].items():
             print(f"{part}: {name:80}{value:12.4g}", flush=True)
-    print(json.dumps(results))
+    print_document("id", args.device, **results)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -43,13 +43,13 @@ def measure(
     """Measures the intrinsic dimension of what a model's layers represent.
 
     Two samples, alone and in another batch, show what the layers do; then the model runs over all
-    samples as often as the memory budget asks for. The plan is printed. The model runs in eval mode
-    and without gradients; its modes are restored.
+    samples as often as the memory budget asks, and prints this plan. It runs in eval mode and
+    without gradients; its modes are restored.
 
-    A layer is measured if its output has one row a sample, or k rows in a row for each, which do
-    not depend on the other samples, and the same number of values in all batches. Every other layer
-    is left out, and a remark names it with the reason. A sample's representation is its output,
-    flattened; of several outputs the first tensor. All calls of a layer are one representation.
+    A layer is measured if its output has one row a sample, or k neighbouring rows for each, which
+    do not depend on the other samples, and the same number of values in all batches. A remark names
+    every other layer, with the reason. A sample's representation is its output, flattened; of
+    several outputs the first tensor. All calls of a layer are one representation.
 
     Args:
         model: any model, on its device.
@@ -58,16 +58,16 @@ def measure(
             dimension, or every batch is one sample; no batch is larger than the first; texts are
             padded to one length. The padding of an "attention_mask" counts as zero in layers whose
             outputs are as long as the texts.
-        layers: names of modules, or patterns such as "encoder.*" of linear layers; None: all linear
-            layers and transformers' `Conv1D`. The output of torch's `MultiheadAttention` stands for
-            its `out_proj`, which is never called.
+        layers: names of modules, or patterns such as "encoder.*" for linear layers; None: all
+            linear layers and transformers' `Conv1D`. The output of torch's `MultiheadAttention`
+            stands for its `out_proj`, which is never called.
         memory_gb: budget for activations and matrices; None: a share of the free memory.
         n: number of samples at most, and 3 at least: the first ones.
-        fraction: share of the points, in (0, 1], see `twonn.estimate_id`.
-        seed: seed of the blocks, see `twonn.block_analysis`, and of what the model draws.
+        fraction: share of the points, in (0, 1], as in `estimate_id`.
+        seed: seed of the blocks, and of what the model draws.
 
     Returns:
-        The IDs of the layers in forward order, by the last call of each.
+        The IDs of the layers in the order of their last calls.
 
     Raises:
         UserError: an argument is out of range, no layer is left, a pattern fits none, the budget is
@@ -101,7 +101,7 @@ def measure(
 
 
 def left_out_remarks(left_out: dict[str, str]) -> list[str]:
-    """Sentences on the layers that are not measured; one names all layers of the same reason."""
+    """Sentences on the layers that are not measured, one for each reason."""
     names: dict[str, list[str]] = {}
     for name, why in left_out.items():
         names.setdefault(why, []).append(name)
@@ -109,7 +109,7 @@ def left_out_remarks(left_out: dict[str, str]) -> list[str]:
 
 
 def require_layers(layers, remarks: list[str]) -> None:
-    """Raises UserError if there are none; the message says why."""
+    """Raises UserError, with the reasons, if there are none."""
     if not layers:
         raise UserError(f"no layer is left to measure ({'; '.join(remarks)})")
 
@@ -117,12 +117,7 @@ def require_layers(layers, remarks: list[str]) -> None:
 def choose_layers(
     model: nn.Module, layers: str | Iterable[str] | None = None
 ) -> dict[str, nn.Module]:
-    """The layers to measure: name to the module whose output stands for it.
-
-    Args:
-        model: any model.
-        layers: names or patterns, as in `measure`.
-    """
+    """Layer name, as chosen in `measure`, to the module whose output stands for it."""
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("model: TorchScript shows no layer's output; give what it was made of")
     modules = dict(model.named_modules())
@@ -183,14 +178,6 @@ class Batches:
     """
 
     def __init__(self, model: nn.Module, batches: Iterable, n: int, seed: int):
-        """Reads the first batch.
-
-        Args:
-            model: the model.
-            batches: batches, as in `measure`.
-            n: number of samples at most.
-            seed: seed of what the model draws.
-        """
         if isinstance(batches, Tensor | Mapping):
             one = type(batches).__name__
             raise UserError(f"batches: a {one} is one batch; give a list, such as tensor.split(8)")
@@ -233,12 +220,12 @@ class Batches:
             yield self.present
 
     def count(self, batch: tuple) -> int:
-        """B, of what the stage reads: one batch."""
+        """B, the samples in what the stage reads: one batch."""
         return count_samples(batch[0])
 
-    def counted(self, mask: str, rows: slice) -> Tensor | None:
-        """(B, L) bool, the tokens that are no padding, of the batch's first samples."""
-        return self.present[mask][: rows.stop - rows.start].bool() if mask else None
+    def counted(self, mask: str, rows: slice) -> Tensor:
+        """(B, L) bool, the tokens that are no padding, for the batch's first samples."""
+        return self.present[mask][: rows.stop - rows.start].bool()
 
 
 def count_samples(batch) -> int:
@@ -270,7 +257,6 @@ def run_batch(model: nn.Module, batch) -> None:
 
 
 def _values(batch) -> list:
-    """A batch's arguments."""
     if isinstance(batch, Mapping):
         return list(batch.values())
     return list(batch) if isinstance(batch, tuple | list) else [batch]
@@ -281,7 +267,6 @@ def _tensors(batch) -> list[Tensor]:
 
 
 def _changed(batch, change: Callable):
-    """The batch, each of whose arguments is what `change` makes of it."""
     values = list(map(change, _values(batch)))
     return dict(zip(batch, values, strict=True)) if isinstance(batch, Mapping) else values
 
@@ -327,6 +312,15 @@ class _Output(NamedTuple):
     prints: Tensor | None
     problem: str = ""
 
+    def same_sample(self, other: "_Output | None", row: int) -> bool:
+        """Whether the second sample is the one in a row of `other`, but for rounding."""
+        if other is None or self.size != other.size:
+            return False
+        first, second, found = (x.double() for x in (*self.prints[:2], other.prints[row]))
+        rounding = 16 * torch.finfo(self.prints.dtype).eps * second.norm()
+        moved = (found - second).norm()  # what is not finite, the distances will name
+        return not moved.isfinite() or bool(moved <= max(ALIKE * (second - first).norm(), rounding))
+
 
 Run = Callable[..., dict[Call, _Output]]  # of a batch, and the number of what the model draws
 
@@ -336,14 +330,9 @@ def trace_forward(
 ) -> tuple[StageShape, dict[str, str], list[str]]:
     """Runs two samples to learn which layers run, in what order, and what they give.
 
-    Args:
-        model: a model in the state of `prepared`.
-        modules: layers of `choose_layers`.
-        inputs: batches, of which the first one's samples are run.
-
     Returns:
         The forward as a stage, in which all calls of a layer stand where its last one is. Layer
-        name to reason of the layers that are left out. Sentences for the profile's reader.
+        name to reason, for the layers left out. Sentences for the profile's reader.
     """
     counter = FlopCounterMode(display=False)
 
@@ -357,9 +346,10 @@ def trace_forward(
             try:
                 values = by_sample(output, samples)
                 prints = values.flatten(1)[:, :: -(-values[0].numel() // PRINT_SIZE)].clone()
-                found[name, calls[name]] = _Output(flops, tuple(values.shape[1:]), prints)
+                noted = _Output(flops, tuple(values.shape[1:]), prints)
             except NotBySample as error:
-                found[name, calls[name]] = _Output(flops, None, None, str(error))
+                noted = _Output(flops, None, None, str(error))
+            found[name, calls[name]] = noted
             calls[name] += 1
 
         reseed(inputs.device, inputs.seed, draws)
@@ -370,8 +360,9 @@ def trace_forward(
         return found
 
     batch, samples = inputs.first, min(2, inputs.batch_size)
+    few = _take(batch, list(range(samples)))
     try:
-        outputs, flops = run(_take(batch, [0, 1][:samples])), counter.get_total_flops()
+        outputs, flops = run(few), counter.get_total_flops()
         left_out = {name: x.problem for (name, _), x in outputs.items() if x.problem}
         if samples == 2:
             left_out |= _rows_of_no_samples(outputs, batch, run)
@@ -381,7 +372,7 @@ def trace_forward(
             f"samples ({type(error).__name__}: {error}); give its arguments, with samples in the "
             "first dimension, or batches of one sample"
         ) from error
-    masks, remarks = _masks(outputs, _take(batch, [0, 1][:samples]), run)
+    masks, remarks = _masks(outputs, few, run)
     calls: dict[str, list[LayerShape]] = {}
     for (name, number), output in outputs.items():
         calls[name] = calls.pop(name, [])  # in the order of the last calls
@@ -396,50 +387,28 @@ def trace_forward(
 
 
 def _rows_of_no_samples(outputs: dict[Call, _Output], batch, run: Run) -> dict[str, str]:
-    """Layer name to reason, of layers whose rows are not the batch's samples.
+    """Layer name to reason, for layers whose rows are not the batch's samples.
 
     The second sample must have the same representation as the first one of another batch. Where a
     model draws random numbers, it must have the same in its own place, beside another sample.
-
-    Args:
-        outputs: outputs of the first two samples.
-        batch: two samples or more.
-        run: see `trace_forward`.
     """
     others = run(_take(batch, [1, 2 % count_samples(batch)]))
-    known = {key: output for key, output in outputs.items() if output.size}
-    doubtful = [key for key, x in known.items() if not _same_sample(x, others.get(key), 0)]
+    doubtful = {k: x for k, x in outputs.items() if x.size and not x.same_sample(others.get(k), 0)}
     if doubtful:
         redrawn, beside = run(_take(batch, [0, 1]), draws=-1), run(_take(batch, [1, 1]))
-        doubtful = [
-            key
-            for key in doubtful
-            if _same_sample(known[key], redrawn.get(key), 1)
-            or not _same_sample(known[key], beside.get(key), 1)
-        ]
+        doubtful = {
+            key: output
+            for key, output in doubtful.items()
+            if output.same_sample(redrawn.get(key), 1) or not output.same_sample(beside.get(key), 1)
+        }
     why = "its rows are not the samples: in another batch, a sample's row differs"
     return {name: f"{why}; give batches of one sample" for name, _ in doubtful}
-
-
-def _same_sample(output: _Output, other: _Output | None, row: int) -> bool:
-    """Whether the second sample of `output` is the one in a row of `other`, but for rounding."""
-    if other is None or output.size != other.size:
-        return False
-    first, second, found = (x.double() for x in (*output.prints[:2], other.prints[row]))
-    rounding = 16 * torch.finfo(output.prints.dtype).eps * second.norm()
-    moved = (found - second).norm()  # what is not finite, the distances will name
-    return not moved.isfinite() or bool(moved <= max(ALIKE * (second - first).norm(), rounding))
 
 
 def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, str], list[str]]:
     """The calls whose outputs have padding, with the name of its mask; and sentences.
 
     These outputs are as long as a mask and become shorter when its texts do.
-
-    Args:
-        outputs: outputs of the batch.
-        batch: a batch, which is a mapping if there are masks.
-        run: see `trace_forward`.
     """
     found: dict[Call, str] = {}
     remarks = []
@@ -467,8 +436,8 @@ def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, st
 def _shorter(batch: Mapping, mask: str, labels: bool) -> dict:
     """The batch without the last column of a mask and of what belongs to its tokens.
 
-    These are the arguments of whole numbers, such as ids or boxes, that begin with the mask's
-    (B, L), for floating-point ones may belong to as many regions of an image; and embedded tokens.
+    These are the arguments of whole numbers, such as ids or boxes, that begin with the mask's (B,
+    L), because floating-point ones may belong to as many regions of an image; and embedded tokens.
     The arguments of a decoder belong to the decoder's mask, labels where `labels` says so.
     """
 

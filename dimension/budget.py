@@ -1,12 +1,11 @@
 """The plan of a capture: what it holds and runs within a memory budget.
 
-A stage (`models.stages.Stage`) runs over all samples; its layers' outputs are kept, turned into
-distances and dropped. Where they do not fit together, the stage runs in several passes; all but
-the last stop at the last output they keep. A pass keeps segments: runs of a layer's tokens, over
-which its squared distances add up. Segments do not depend on the budget, and so neither do the
-sums.
+Where a stage's outputs do not fit together, the stage runs in several passes; all but the last stop
+at the last output they keep. A pass keeps segments: runs of a layer's tokens, over which squared
+distances add up. Segments, and so the sums, do not depend on the budget.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,9 +35,7 @@ class LayerShape(NamedTuple):
     """A layer of a stage, or one of its calls where a forward calls it several times.
 
     Attributes:
-        name: name of the module.
         tokens: L of its output (B, L, width).
-        width: elements of a token.
         flops: floating-point operations for one sample, from the stage's start to this output.
         call: number of the call, from 0.
         mask: name of the text mask that blanks the output's padding; "" where none does.
@@ -61,7 +58,6 @@ class StageShape(NamedTuple):
     """What one run of a stage computes.
 
     Attributes:
-        stage: the stage.
         layers: layers to capture, in the order of their last calls.
         state: shape of one sample's new state.
         flops: floating-point operations for one sample.
@@ -90,7 +86,7 @@ class Segment(NamedTuple):
         """The elements rounded up, so that the next segment in a buffer is aligned, too.
 
         A product's last bits may depend on the alignment of its factors, and what a pass keeps
-        beside a segment depends on the budget and on what other processes do.
+        beside a segment depends on the budget and on the other processes.
         """
         return -(-self.elements // ALIGNMENT) * ALIGNMENT
 
@@ -100,11 +96,10 @@ class StagePlan:
     """A stage and the passes over all samples that it takes.
 
     Attributes:
-        shape: the stage.
         carried: bytes of all states that are alive while it runs.
         passes: segments that each pass keeps; an empty pass only moves the state on.
-        to_the_end: whether the last pass runs to the stage's end, because a later stage needs
-            its state, or calls are counted.
+        to_the_end: whether the last pass runs to the stage's end, because a later stage needs its
+            state, or calls are counted.
     """
 
     shape: StageShape
@@ -117,21 +112,20 @@ class StagePlan:
         return max(sum(segment.room for segment in kept) for kept in self.passes)
 
     def pass_flops(self) -> list[int]:
-        """Floating-point operations for one sample, of each pass."""
+        """Floating-point operations of each pass for one sample."""
         flops = [max((x.layer.flops for x in kept), default=0) for kept in self.passes]
         return [*flops[:-1], self.shape.flops] if self.to_the_end else flops
 
 
 @dataclass
 class CapturePlan:
-    """All that is to be done for the distances of some layers.
+    """The stages up to the last one with a wanted layer, and their passes.
 
     Attributes:
         n: samples.
         budget: bytes.
         plain_flops: floating-point operations for one sample in a plain forward of the model.
         fixed: bytes for matrices, work space and the outputs of one batch.
-        stages: those up to the last one with a wanted layer.
     """
 
     n: int
@@ -142,7 +136,7 @@ class CapturePlan:
 
     @property
     def row(self) -> int:
-        """Bytes that one element of each sample and of their centre takes."""
+        """Bytes of one element of each sample and of the centre."""
         return (self.n + 1) * FLOAT32
 
     @property
@@ -215,7 +209,7 @@ def plan_capture(
     """Plans the capture of some layers.
 
     Args:
-        shapes: the model's stages, in order.
+        shapes: all stages of the model.
         layers: names of the layers to capture.
         inputs: `capture.Samples` or `any_model.Batches`.
         n: number of samples.
@@ -254,10 +248,7 @@ def _carried(shapes: list[StageShape], index: int, inputs: dict[str, int]) -> in
     """Bytes of one sample's states that exist while a stage runs, its new state included."""
     states = dict(inputs)
     for shape in shapes[: index + 1]:
-        size = FLOAT32
-        for extent in shape.state:
-            size *= extent
-        states[shape.stage.writes] = size
+        states[shape.stage.writes] = FLOAT32 * math.prod(shape.state)
     alive = live_states([shape.stage for shape in shapes], index) | {shapes[index].stage.writes}
     return sum(size for name, size in states.items() if name in alive)
 
@@ -273,12 +264,11 @@ def live_states(stages: list[Stage], index: int) -> set[str]:
 def share_layers(shapes: list[StageShape], layers: set[str], processes: int) -> list[set[str]]:
     """Divides layers among processes: a layer goes to the process with the fewest elements so far.
 
-    Every process runs all stages; divided are the passes beyond each stage's first, the distances
-    and the estimates.
+    Every process runs all stages; divided are the further passes, the distances and the estimates.
     """
     shares: list[set[str]] = [set() for _ in range(processes)]
     loads = [0] * processes
-    for layer in (layer for shape in shapes for layer in shape.layers if layer.name in layers):
+    for layer in [layer for shape in shapes for layer in shape.layers if layer.name in layers]:
         least = loads.index(min(loads))
         shares[least].add(layer.name)
         loads[least] += layer.features

@@ -1,13 +1,8 @@
 """Distances between the samples in the representations of layers, within a memory budget.
 
-A model runs as a chain of stages (`models.stages`): the states of all samples are carried from
-stage to stage, and the outputs of a stage's layers live only until their distances are known. A
-model of unknown parts is one stage, its whole forward (`dimension.any_model`). Nothing goes to
-disk.
-
-The same batches give the same bits, whatever the budget and however the layers are shared among
-processes that have the same number of threads: every operation is on the same segment, whose size
-and alignment do not depend on them.
+The same batches give the same bits, whatever the budget and however layers are shared among
+processes with the same number of threads: each operation is on the same segment, whose size and
+alignment depend on neither.
 """
 
 from collections import Counter
@@ -52,13 +47,12 @@ class LayerDistances(NamedTuple):
 class Accumulator:
     """Distances between samples, from the outputs of layers that arrive batch by batch.
 
-    A pass begins with `hold`; `add` takes the batches' outputs and `finished` ends the pass. What
-    is kept of an output is its difference from the first batch's mean: that changes no distance,
-    and products of the differences keep their digits.
+    A pass begins with `hold`; `add` takes the batches' outputs and `finished` ends the pass. Kept
+    of an output is its difference from the first batch's mean: no distance changes, and products of
+    the differences keep their digits.
     """
 
     def __init__(self, plan: CapturePlan, device: torch.device, bar: tqdm):
-        """Allocates nothing yet; `bar` shows progress in floating-point operations."""
         self.plan, self.bar = plan, bar
         self.buffer = torch.empty(0, dtype=torch.float32, device=device)
         self.held: dict[LayerShape, list[tuple[Segment, Tensor]]] = {}
@@ -68,8 +62,8 @@ class Accumulator:
     def hold(self, planned: StagePlan, segments: list[Segment]) -> None:
         """Makes room for the segments of a pass: (n + 1, tokens, width), the last row the centre.
 
-        Memory is slow when it is touched first, so a new buffer is made large enough for all
-        stages, as far as the plan's peak allows.
+        Memory is slow when first touched, so a new buffer is made large enough for all stages, as
+        far as the plan's peak allows.
         """
         plan, rows, start = self.plan, self.plan.n + 1, 0
         needed = planned.captured() * rows
@@ -85,20 +79,13 @@ class Accumulator:
             self.held.setdefault(segment.layer, []).append((segment, view))
             start += rows * segment.room
 
-    def add(self, layer: LayerShape, rows: slice, output: Tensor, counted: Tensor | None) -> None:
-        """Takes a batch's output of a layer that is held.
-
-        Args:
-            layer: the layer.
-            rows: numbers of the batch's samples.
-            output: (B, tokens, width), of any floating type.
-            counted: (B, tokens) bool, false where a token counts as zero; None counts all.
-        """
+    def add(self, layer: LayerShape, rows: slice, output: Tensor, padding: Tensor | None) -> None:
+        """Takes a batch's output (B, tokens, width); `padding` (B, tokens, 1) bool becomes zero."""
         for segment, kept in self.held[layer]:
-            values = output[:, segment.start : segment.stop]
-            if counted is not None:
-                padding = ~counted[:, segment.start : segment.stop, None]
-                values = values.masked_fill(padding.to(values.device), 0)
+            tokens = slice(segment.start, segment.stop)
+            values = output[:, tokens]
+            if padding is not None:
+                values = values.masked_fill(padding[:, tokens], 0)
             centre = kept[-1]
             if rows.start == 0:  # the first batch's mean is near enough to the mean of all samples
                 torch.mean(values, 0, dtype=torch.float32, out=centre)
@@ -110,11 +97,7 @@ class Accumulator:
         self.sums.pop(name, None)
 
     def finished(self, n: int) -> Iterator[LayerDistances]:
-        """Adds the squared distances of the pass's segments; yields the layers that are complete.
-
-        Args:
-            n: number of samples that arrived.
-        """
+        """Adds up the pass's squared distances; yields the layers that are complete."""
         for segment, kept in [pair for pairs in self.held.values() for pair in pairs]:
             name = segment.layer.name
             try:
@@ -139,11 +122,8 @@ class NotBySample(ValueError):
 def by_sample(output, samples: int) -> Tensor:
     """A module's output as (B, L, width), all dimensions after the second in one.
 
-    Windows or tokens in the first dimension, k for each sample, become the second.
-
-    Args:
-        output: what a module returned, of which the first tensor counts.
-        samples: B.
+    The first tensor of the output counts. If its first dimension has k rows for each of the
+    `samples`, such as windows or tokens, they become the second.
 
     Raises:
         NotBySample: the output has no such form; the message says why.
@@ -175,7 +155,7 @@ def _first_tensor(output) -> Tensor | None:
 
 @dataclass
 class Samples:
-    """The inputs of one of our models, as `Capture` reads them.
+    """The inputs of a captioner, an NLVR2 model or CLIP.
 
     Attributes:
         tensors: input name to values (n, ...) in memory.
@@ -202,18 +182,18 @@ class Samples:
             yield batch.to(device)
 
     def count(self, batch: tuple[Tensor, ...]) -> int:
-        """B, of what a stage reads."""
+        """B, the samples in what a stage reads."""
         return len(batch[0])
 
-    def counted(self, mask: str, rows: slice) -> Tensor | None:
+    def counted(self, mask: str, rows: slice) -> Tensor:
         """(B, L) bool, the text positions that belong to a representation, on the CPU."""
-        return self.text[rows] if mask else None
+        return self.text[rows]
 
 
 def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: bool) -> Tensor:
-    """Which text positions belong to a sample's representation (n, L) bool: a text's own tokens.
+    """Text positions that belong to a sample's representation (n, L) bool: a text's own tokens.
 
-    With `keep_padding`, as in the original code, a batch's padding up to its longest text, too.
+    `keep_padding` counts a batch's padding up to its longest text, too, as the original code does.
     """
     if not keep_padding:
         return attention_mask.bool()
@@ -225,40 +205,35 @@ def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: boo
 def trace_stages(
     stages: Sequence[Stage], layers: dict[str, nn.Module], samples: Samples, device: torch.device
 ) -> list[StageShape]:
-    """Runs one sample through the stages to learn what they compute.
+    """Runs one sample through the stages of a model in eval mode to learn what they compute.
 
     A layer that several stages call (one vision encoder on two images) belongs to the first.
-
-    Args:
-        stages: stages of a model in eval mode.
-        layers: layer name to module, of the layers to capture.
-        samples: the model's inputs.
-        device: the model's device.
     """
     states = {name: values[:1].to(device) for name, values in samples.tensors.items()}
     states |= {name: images[0][None].to(device) for name, images in samples.images.items()}
-    shapes, seen = [], set()
+    shapes: list[StageShape] = []
+    seen: set[str] = set()
     for stage in stages:
-        called: list[LayerShape] = []
+        called: dict[str, LayerShape] = {}
         counter = FlopCounterMode(display=False)
 
         def note(name, counter, called, module, args, output):
-            if name not in seen:
-                seen.add(name)
-                mask = "" if sees_image(name) else TEXT
-                flops = counter.get_total_flops()
-                called.append(LayerShape(name, *output.shape[1:], flops, mask=mask))
+            mask = "" if sees_image(name) else TEXT
+            shape = LayerShape(name, *output.shape[1:], counter.get_total_flops(), mask=mask)
+            called.setdefault(name, shape)
 
         with ExitStack() as hooks:
             for name, module in layers.items():
-                hook = partial(note, name, counter, called)
-                hooks.enter_context(module.register_forward_hook(hook))
+                if name not in seen:
+                    hook = partial(note, name, counter, called)
+                    hooks.enter_context(module.register_forward_hook(hook))
             # fused attention is not counted everywhere
             with sdpa_kernel(SDPBackend.MATH), counter:
                 output = stage.run(*(states[name] for name in stage.reads))
+        seen |= called.keys()
         states[stage.writes] = output
-        shape = tuple(output.shape[1:])
-        shapes.append(StageShape(stage, tuple(called), shape, counter.get_total_flops()))
+        flops = counter.get_total_flops()
+        shapes.append(StageShape(stage, tuple(called.values()), tuple(output.shape[1:]), flops))
     return shapes
 
 
@@ -272,8 +247,10 @@ class LastOutputKept(BaseException):
 class Capture:
     """Carries out a plan: iterating yields each layer once, with its distances.
 
+    States, activations and matrices live on `device`, the model's. The model is in eval mode.
+
     Attributes:
-        left_out: layer name to the reason, of layers that in some batch are not called as often, or
+        left_out: layer name to reason, for layers that in some batch are not called as often, or
             give no rows of the same size, as in the batch that was traced.
         n: number of samples, known after the first pass.
     """
@@ -286,15 +263,6 @@ class Capture:
         device: torch.device,
         progress: bool = True,
     ):
-        """Holds what the plan needs; the model first runs when iteration begins.
-
-        Args:
-            plan: a plan of `plan_capture`, for these inputs.
-            layers: layer name to module, in a model in eval mode.
-            inputs: what the model sees: `Samples`, or `any_model.Batches`.
-            device: the model's device; states, activations and matrices live there too.
-            progress: whether to show a bar, in floating-point operations.
-        """
         self.plan, self.layers, self.inputs, self.device = plan, layers, inputs, device
         self.left_out: dict[str, str] = {}
         self.n = 0
@@ -327,13 +295,7 @@ class Capture:
 
     @torch.no_grad()
     def _forward(self, shape: StageShape, flops: int, whole: bool) -> None:
-        """One pass of a stage over all samples.
-
-        Args:
-            shape: the stage.
-            flops: floating-point operations for one sample, for the bar.
-            whole: whether to run to the stage's end, and not to the last output that is kept.
-        """
+        """One pass over all samples; not `whole`, it ends at the last output that is kept."""
         stage, self.rows, self.whole = shape.stage, slice(0, 0), whole
         written = self.states.setdefault(stage.writes, [])
         expected = Counter(layer.name for layer in shape.layers)
@@ -342,15 +304,23 @@ class Capture:
             for name in expected:
                 hook = self.layers[name].register_forward_hook(partial(self._keep, name))
                 hooks.enter_context(hook)
-            batches = zip(*(self._batches(name) for name in stage.reads), strict=True)
+            sources = [
+                self.states[name] if name in self.states else self.inputs.loader(name, self.device)
+                for name in stage.reads
+            ]
+            batches = zip(*sources, strict=True)
             for self.number, batch in enumerate(batches):
                 self.samples, self.calls = self.inputs.count(batch), Counter()
                 stop = min(self.rows.stop + self.samples, self.plan.n)
                 self.rows = slice(self.rows.stop, stop)
                 self.pending = {(x.name, x.call): x for x in self.distances.held}
+                self.padding: dict[str, Tensor | None] = {"": None}
                 with suppress(LastOutputKept):
                     written[self.number : self.number + 1] = [stage.run(*batch)]
-                    self._require_as_many_calls(expected)
+                    for name, count in expected.items():
+                        if self.calls[name] != count:
+                            times = f"called {self.calls[name]} times in batch {self.number}"
+                            self._leave_out(name, f"{times}, {count} in the first")
                 self.bar.update(flops * (stop - self.rows.start))
                 if stop == self.plan.n:
                     break
@@ -360,12 +330,6 @@ class Capture:
                 "every pass must see the same"
             )
         self.n = self.rows.stop
-
-    def _batches(self, name: str) -> Iterator:
-        """A state or input in batches (B, ...) on the device."""
-        if name in self.states:
-            return iter(self.states[name])
-        return self.inputs.loader(name, self.device)
 
     def _keep(self, name: str, module, args, output) -> None:
         """Keeps the output of a call; ends the forward if no other is to be kept."""
@@ -381,23 +345,15 @@ class Capture:
                     f"its output has {size} values a sample in batch {self.number} and {wanted} in "
                     "the first; pad all texts to one length, bring all pictures to one size"
                 )
-            counted = self.inputs.counted(layer.mask, self.rows)
-            self.distances.add(
-                layer, self.rows, values[: self.rows.stop - self.rows.start], counted
-            )
+            if layer.mask not in self.padding:  # made once for all layers of the batch
+                counted = self.inputs.counted(layer.mask, self.rows)
+                self.padding[layer.mask] = ~counted[..., None].to(values.device)
+            values = values[: self.rows.stop - self.rows.start]
+            self.distances.add(layer, self.rows, values, self.padding[layer.mask])
         except NotBySample as error:
             self._leave_out(name, str(error))
         if not self.whole and not self.pending:
             raise LastOutputKept
-
-    def _require_as_many_calls(self, expected: Counter[str]) -> None:
-        """After a whole forward, leaves out layers that are not called as in the traced batch."""
-        for name, count in expected.items():
-            if self.calls[name] != count:
-                why = (
-                    f"called {self.calls[name]} times in batch {self.number}, {count} in the first"
-                )
-                self._leave_out(name, why)
 
     def _leave_out(self, name: str, why: str) -> None:
         self.left_out.setdefault(name, why)

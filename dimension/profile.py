@@ -28,14 +28,13 @@ class LayerID:
 
     Attributes:
         id: intrinsic dimension.
-        error: error bar, the standard deviation over 20 blocks, or over as many as had enough
-            points; None if not even two had.
+        error: standard deviation over 20 blocks, or over as many as had enough points; None if not
+            even two had.
         block_means: mean dimension at 1, 2, ..., 20 blocks; None where blocks are too small.
         points: samples used.
         duplicates: samples dropped because another has the same representation.
         features: elements in the representation of a sample.
-        kind: "vision", "language" or "other" where the layer's name does not tell it (see
-            `figures.layer_kind`), else None.
+        kind: "vision", "language" or "other" if the layer's name does not show it.
     """
 
     id: float
@@ -49,12 +48,7 @@ class LayerID:
 
 @dataclass(frozen=True)
 class Estimation:
-    """How distances become IDs.
-
-    Attributes:
-        fraction: share of the points, in (0, 1], see `twonn.estimate_id`.
-        seed: seed of the blocks, see `twonn.block_analysis`.
-    """
+    """How distances become IDs: the fraction of `estimate_id`, and the seed of the blocks."""
 
     fraction: float = 1.0
     seed: int = 0
@@ -70,13 +64,13 @@ class Estimation:
         return {"fraction": self.fraction, "enough_points": ENOUGH_POINTS}
 
     def measure(self, name: str, features: int, distances: Tensor) -> LayerID:
-        """See `measure_layer`; all layers have the same blocks."""
+        """`measure_layer`, with the same blocks for all layers."""
         permutations = block_permutations(len(distances), self.seed)
         return measure_layer(name, features, distances, self.fraction, permutations)
 
 
 def block_permutations(n: int, seed: int) -> Tensor:
-    """The blocks of a seed (20, n), which are drawn apart from its samples."""
+    """The blocks (20, n) of a seed, which are drawn apart from its samples."""
     return draw_permutations(n, torch.Generator().manual_seed(seed + 1))
 
 
@@ -85,14 +79,13 @@ def measure_layer(
 ) -> LayerID:
     """Block analysis of a layer, over the levels whose blocks have `ENOUGH_POINTS` points.
 
-    The original averages over all levels. With its 2000 samples, and with 400 or more, so does
-    this: the numbers are the same.
+    The original averages over all levels; with 400 samples or more the numbers are the same.
 
     Args:
-        name: name of the layer, for messages.
+        name: layer's name, for messages.
         features: elements in the representation of a sample.
         distances: (n, n).
-        fraction: share of the points, see `twonn.estimate_id`.
+        fraction: share of the points, as in `estimate_id`.
         permutations: (20, n).
 
     Raises:
@@ -113,13 +106,7 @@ def measure_layer(
 
 @dataclass
 class IDProfile:
-    """IDs of a model's layers, in forward order.
-
-    Attributes:
-        settings: how they were measured.
-        layers: layer name to what was measured.
-        remarks: sentences on what a reader of the IDs should know; see `make_remarks`.
-    """
+    """IDs of a model's layers, in forward order; how they were measured; remarks."""
 
     settings: dict
     layers: dict[str, LayerID] = field(default_factory=dict)
@@ -136,7 +123,7 @@ class IDProfile:
             raise UserError(f"{path} is no profile that ComputeID.py wrote: {error}") from error
 
     def kinds(self) -> dict[str, str]:
-        """Layer name to kind of those layers whose names do not tell it."""
+        """Layer name to kind, for layers whose names do not show it."""
         return {name: layer.kind for name, layer in self.layers.items() if layer.kind}
 
     def write(self, folder: str | Path) -> None:
@@ -147,10 +134,10 @@ class IDProfile:
         write_json(folder / PROFILE, content)
         found = self.layers.values()
         columns = {
-            "ID.txt": list(self.layers),
-            "result_id.txt": [layer.id for layer in found],
+            "ID.txt": self.layers,
+            "result_id.txt": [x.id for x in found],
             "result_bar.txt": [math.nan if x.error is None else x.error for x in found],
-            "dim.txt": [layer.features for layer in found],
+            "dim.txt": [x.features for x in found],
         }
         for name, values in columns.items():
             with atomic_write(folder / name) as file:
@@ -158,11 +145,7 @@ class IDProfile:
 
 
 def load_profile(path: str | Path) -> dict[str, float]:
-    """Layer name to ID, of a published profile (`{name: ID}`) or of one that ComputeID.py wrote.
-
-    Raises:
-        UserError: the file cannot be read or holds something else.
-    """
+    """Layer name to ID, from a published profile (`{name: ID}`) or one that ComputeID.py wrote."""
     path, content = _read_json(path)
     if "layers" in content:
         return {name: layer.id for name, layer in IDProfile.read(path).layers.items()}
@@ -172,7 +155,7 @@ def load_profile(path: str | Path) -> dict[str, float]:
 
 
 def load_kinds(path: str | Path) -> dict[str, str]:
-    """Layer name to kind of those layers of a profile whose names do not tell it."""
+    """Layer name to kind, for layers of a profile whose names do not show it."""
     path, content = _read_json(path)
     return IDProfile.read(path).kinds() if "layers" in content else {}
 
@@ -191,19 +174,12 @@ def _read_json(path: str | Path) -> tuple[Path, dict]:
 
 
 def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
-    """Sentences on IDs that a reader should not take as they stand.
-
-    Args:
-        n: number of samples.
-        layers: layer name to what was measured.
-        bad: samples that were passed over because their images cannot be read.
-    """
-    remarks = []
+    """Sentences on unreliable IDs; `bad` samples were passed over as unreadable."""
+    remarks, most = [], BLOCK_COUNTS[-1]
     if bad:
         remarks.append(
             f"{bad} samples were passed over for others, because their images cannot be read"
         )
-    most = BLOCK_COUNTS[-1]
     used = min(max(1, n // ENOUGH_POINTS), most)
     if used < most:
         bars = " and have no error bars" if used == 1 else ""
@@ -212,14 +188,14 @@ def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
             f" so the IDs average over {used} of {most} levels{bars}; "
             f"-n {most * ENOUGH_POINTS} is enough for all levels, and 2000 are usual"
         )
-    repeated = {name: x.duplicates for name, x in layers.items()}
-    many = [name for name, count in repeated.items() if count > MANY_DUPLICATES * n]
+    many = [name for name, x in layers.items() if x.duplicates > MANY_DUPLICATES * n]
     if many:
-        worst = max(many, key=repeated.get)
+        worst = max(many, key=lambda name: layers[name].duplicates)
         remarks.append(
             f"in {len(many)} of {len(layers)} layers many samples have the same representation as "
-            f"another (most in {worst}: {repeated[worst]} of {n}) and are left out, so these IDs "
-            "are unreliable; see whether the training annotation lists images or captions twice"
+            f"another (most in {worst}: {layers[worst].duplicates} of {n}) and are left "
+            "out, so these IDs are unreliable; see whether the training annotation lists images or "
+            "captions twice"
         )
     return remarks
 
@@ -230,19 +206,12 @@ def partial_profiles(folder: str | Path) -> list[tuple[Path, IDProfile]]:
 
 
 class PartialProfile:
-    """The finished layers of a run that is under way, so that it can go on if it is stopped.
+    """The finished layers of an unfinished run, so that it can go on if it is stopped.
 
-    Every process writes a file of its own, and reads those of all.
+    Every process writes a file of its own, and reads all files with the same settings.
     """
 
     def __init__(self, folder: str | Path, settings: dict, rank: int = 0):
-        """Reads what earlier processes with the same settings have left.
-
-        Args:
-            folder: folder of the profile.
-            settings: all that the IDs depend on.
-            rank: rank of this process.
-        """
         self.folder, self.settings, self.rank = Path(folder), settings, rank
         self.mine: dict[str, LayerID] = {}
         self.found: dict[str, LayerID] = {}
@@ -251,7 +220,7 @@ class PartialProfile:
                 self.found |= profile.layers
 
     def add(self, name: str, layer: LayerID) -> None:
-        """Writes a finished layer, with those found at the start, to this process's file."""
+        """Writes a finished layer, with the layers found at the start, to this process's file."""
         self.mine[name] = layer
         layers = {name: asdict(layer) for name, layer in (self.found | self.mine).items()}
         path = self.folder / f"partial_{self.rank}.json"
@@ -264,13 +233,13 @@ class PartialProfile:
 
 
 def clear_distances(folder: str | Path) -> None:
-    """Removes all that `save_distances` kept."""
+    """Removes all files of `save_distances`."""
     for path in Path(folder, DISTANCES).glob("*.pt"):
         path.unlink()
 
 
 def save_distances(folder: str | Path, name: str, distances: Tensor) -> None:
-    """Keeps what is above the diagonal of a layer's distances (n, n), in float64."""
+    """Keeps the upper half of a layer's distances (n, n), in float64."""
     n = len(distances)
     above = torch.ones(n, n, dtype=torch.bool, device=distances.device).triu_(1)
     with atomic_write(Path(folder, DISTANCES, f"{name}.pt"), "wb") as file:
@@ -283,10 +252,7 @@ def load_distances(folder: str | Path, name: str) -> Tensor:
     try:
         values = torch.load(path, weights_only=True)
     except OSError as error:
-        raise UserError(
-            f"-s needs the distances that a run with --save_distances keeps, but {path} is not "
-            "there"
-        ) from error
+        raise UserError(f"-s needs --save_distances before it: {path} is not there") from error
     n = round((1 + math.sqrt(1 + 8 * len(values))) / 2)
     distances = torch.zeros(n, n, dtype=torch.float64)
     distances[torch.ones(n, n, dtype=torch.bool).triu_(1)] = values

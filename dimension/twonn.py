@@ -1,7 +1,7 @@
-"""Intrinsic dimension by TwoNN: distances, estimate, block analysis.
+"""Intrinsic dimension by TwoNN: distances, fit, block analysis.
 
-Source: Facco et al., Scientific Reports 7:12140, 2017; block analysis and the fraction of points as
-in Ansuini et al., NeurIPS 2019.
+Source: Facco et al., Scientific Reports 7:12140, 2017. Blocks and the fraction of points as in
+Ansuini et al., NeurIPS 2019.
 """
 
 import math
@@ -33,43 +33,32 @@ NEIGHBOURS = 64  # in each point's list; in blocks of a 20th one point in six ne
 
 
 def pairwise_distances(points: Tensor) -> Tensor:
-    """Euclidean distances between all points.
+    """Euclidean distances (n, n) in float64 between points (n, D) of any floating type.
 
-    Args:
-        points: (n, D), of any floating type.
-
-    Returns:
-        (n, n) float64, symmetric to the bit, with a zero diagonal; exact zeros between duplicates.
+    Symmetric to the bit, with exact zeros on the diagonal and between duplicates.
     """
     return roots_(squared_distances(points))
 
 
 def roots_(squared: Tensor) -> Tensor:
-    """Turns squared distances (n, n) into distances, in place, symmetric to the bit.
-
-    Returns:
-        The same tensor.
-    """
+    """Turns squared distances (n, n) into distances, in place, symmetric to the bit."""
     return _mirror_(squared.sqrt_())  # a vectorised root's last bit may depend on the place
 
 
 def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
-    """Squared distances, as `pairwise_distances`; those over several sets of features add up.
+    """Squares of `pairwise_distances`; the squares over several sets of features add up.
 
-    They are |x|^2 + |y|^2 - 2xy of centred points: products in float32 over `PRODUCT_FEATURES`
-    features, sums of those in float64. Pairs much closer than their norms are subtracted directly.
-    Only the pairs below the diagonal are computed; those above are their copies, for a product
-    may sum the two in different orders. Beside the result, memory is needed for a chunk of the
-    features and a mask of the pairs.
+    They are |x|^2 + |y|^2 - 2xy of centred points, with products in float32 over `PRODUCT_FEATURES`
+    features and their sums in float64. Pairs much closer than their norms are subtracted directly.
+    Pairs above the diagonal are copies, because a product may sum the two in different orders.
 
     Args:
         points: (n, D), of any floating type.
-        centred: whether about the mean of the points is subtracted already. No shift changes a
-            distance, but products lose digits to what all points have in common.
+        centred: whether the mean of the points is subtracted already. No shift changes a distance,
+            but products lose digits to what all points have in common.
 
     Returns:
-        (n, n) float64, symmetric to the bit; on the device of the points, or on the CPU where that
-        has no float64.
+        (n, n) float64, on the device of the points, or on the CPU if that device has no float64.
     """
     if not has_float64(points.device):
         points = points.cpu()
@@ -77,16 +66,13 @@ def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
     if width <= DIRECT_FEATURES:
         exact = points.double()
         result = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square_()
-        _require_finite(result)
-        return _mirror_(result)
+        return _mirror_(_require_finite(result))
     result = torch.zeros(n, n, dtype=torch.float64, device=points.device)
     with full_float32():
         for chunk in _chunks(points, centred):
             add_products_(result, chunk)
-    norms = result.diagonal().clone()  # squared
-    _require_finite(norms)
-    close = _products_to_distances_(result, norms)
-    _recompute_(result, points, close)
+    norms = _require_finite(result.diagonal().clone())  # squared
+    _recompute_(result, points, _products_to_distances_(result, norms))
     return result
 
 
@@ -99,13 +85,14 @@ def has_float64(device: torch.device) -> bool:
         return False
 
 
-def _require_finite(values: Tensor) -> None:
+def _require_finite(values: Tensor) -> Tensor:
     if not values.isfinite().all():
         raise UserError("values are NaN, infinite, or too large for their squares in float32")
+    return values
 
 
 def _chunks(points: Tensor, centred: bool) -> Iterator[Tensor]:
-    """Chunks of the features, centred if they are not yet; in float64 if there are few."""
+    """Centred chunks of the features; in float64 if there are few."""
     n, width = points.shape
     dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
     size = PRODUCT_FEATURES * max(1, CHUNK_ELEMENTS // (n * PRODUCT_FEATURES))
@@ -144,8 +131,8 @@ def add_products_(gram: Tensor, chunk: Tensor) -> None:
 def strips(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of strips that cover the lower half of a symmetric matrix (n, n).
 
-    A strip is a few neighbouring columns, in the rows from where they meet the diagonal down to
-    the last. There are two strips at least, so that half a matrix is not computed as a whole one.
+    A strip is a few neighbouring columns, in the rows from the diagonal down. At least two strips
+    keep half a matrix from being computed as a whole one.
     """
     n = len(matrix)
     width = min(STRIP_ON_CPU if matrix.device.type == "cpu" else STRIP_ON_GPU, -(-n // 2))
@@ -154,11 +141,7 @@ def strips(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _mirror_(matrix: Tensor) -> Tensor:
-    """Copies all that is below the diagonal to its place above, and zeroes the diagonal, in place.
-
-    Returns:
-        The same tensor.
-    """
+    """Copies what is below the diagonal to its place above, and zeroes the diagonal, in place."""
     for down, columns in strips(matrix):
         square = matrix[columns, columns].tril_(-1)  # at the strip's upper end
         square += square.T.clone()
@@ -167,10 +150,9 @@ def _mirror_(matrix: Tensor) -> Tensor:
 
 
 def _products_to_distances_(gram: Tensor, norms: Tensor) -> Tensor:
-    """Turns products, of which the strips are filled, into the full matrix of squared distances.
+    """Turns products, filled in the strips, into the full matrix of squared distances.
 
-    Returns:
-        (n, n) bool, true above the diagonal only: the pairs too close for a product.
+    Returns (n, n) bool, true above the diagonal only: the pairs too close for a product.
     """
     close = torch.zeros_like(gram, dtype=torch.bool)
     for down, columns in strips(gram):
@@ -203,13 +185,12 @@ def _recompute_(squared: Tensor, points: Tensor, close: Tensor) -> None:
 class BlockAnalysis(NamedTuple):
     """The dimension at several scales: b blocks of n / b points, b = 1, ..., 20.
 
-    A level is the analysis at one number of blocks. A block without three usable points has no
-    dimension and is left out; a level without any block left is NaN. All points equal are a single
-    point: dimension 0.
+    A level is the analysis at one number of blocks. A block without three usable points is left
+    out; a level without any block left is NaN. If all points are equal, the dimension is 0.
 
     Attributes:
         mean: (20,) float64, mean dimension of the b blocks.
-        std: (20,) float64, population standard deviation over them.
+        std: (20,) float64, population standard deviation over the blocks.
         points: Points used when there is one block.
         duplicates: Points dropped there because their nearest neighbour is a duplicate.
     """
@@ -226,10 +207,7 @@ class BlockAnalysis(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The error bar: the standard deviation at 20 blocks, or at the most that there are.
-
-        NaN if there are never two blocks to differ, except that a single point is certain.
-        """
+        """The error bar: the standard deviation at the most blocks; NaN if that is one block."""
         levels = (~self.std.isnan()).nonzero().flatten().tolist()
         if not levels or (levels[-1] == 0 and self.id > 0):
             return math.nan
@@ -237,16 +215,15 @@ class BlockAnalysis(NamedTuple):
 
 
 def estimate_id(distances: Tensor, fraction: float = 1.0) -> float:
-    """TwoNN dimension of a set of points.
+    """TwoNN dimension: the slope of -log(1 - F) against log(r2 / r1) through the origin.
 
     Args:
         distances: (n, n).
-        fraction: of the usable points, in (0, 1]: the smallest ratios are fitted. The paper's
+        fraction: share of the usable points, in (0, 1]: the smallest ratios are fitted. The paper's
             profiles have 1, Ansuini et al. use 0.9.
 
     Returns:
-        The slope of -log(1 - F) against log(r2 / r1) through the origin; NaN if fewer than three
-        points have two neighbours at different, positive distances.
+        NaN if fewer than three points have two neighbours at different, positive distances.
     """
     nearest, _ = _nearest_neighbours(distances, 2)
     return _slope(nearest, fraction).item()
@@ -266,17 +243,17 @@ def block_analysis(
 ) -> BlockAnalysis:
     """Dimension of all points, of random halves, thirds, ..., twentieths.
 
-    Every point has a list of its nearest neighbours, in which its first two inside its own block
-    are looked up, so that no block's distances are gathered or sorted.
+    Each point's first two neighbours inside its block are looked up in a list of its nearest
+    points, so that no block's distances are gathered or sorted.
 
     Args:
         distances: (n, n).
-        fraction: see `estimate_id`.
+        fraction: as in `estimate_id`.
         permutations: (20, n); the first b * (n // b) entries of row b - 1 are cut into b blocks.
             Drawn at random if not given.
-        generator: for that draw, on the CPU.
-        fewest: points of a block; a level with smaller blocks is left out. All points together
-            are never left out. The default is the original's rule: whatever can be fitted.
+        generator: CPU generator for that draw.
+        fewest: points of a block; levels with smaller blocks are left out, but never all points
+            together. The default is the original's rule: whatever can be fitted.
     """
     n = len(distances)
     if permutations is None:
@@ -311,9 +288,9 @@ def _nearest_in_block(distances: Tensor, values: Tensor, indices: Tensor, blocks
 
     Args:
         distances: (n, n).
-        values: (n, k) distances to nearest neighbours, ascending.
-        indices: (n, k) which these are.
-        blocks: (b, m) points; other points' results are meaningless.
+        values: (n, k) distances to the nearest neighbours, ascending.
+        indices: (n, k) numbers of these neighbours.
+        blocks: (b, m) points; the rows of other points are meaningless.
     """
     count, size = blocks.shape
     label = torch.full((len(distances),), -1, dtype=torch.int8, device=distances.device)

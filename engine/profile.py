@@ -56,12 +56,7 @@ PATIENCE_S = 86400.0  # a process may wait so long for the others, which have la
 
 
 def run(args: argparse.Namespace, config: dict | None) -> None:
-    """Measures or estimates again, then writes and draws the profile.
-
-    Args:
-        args: flags of ComputeID.py.
-        config: a config of `load_config`; None with --hf and -s.
-    """
+    """Measures or estimates again, then writes and draws; `config` is None with --hf and -s."""
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
     folder = Path(args.Path)
@@ -85,7 +80,7 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes the folder of the results and tries to write to it, before the work for them begins."""
+    """Makes the folder of the results and tries to write to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -194,7 +189,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
 class Images(Sequence):
     """One image of each of some samples, transformed as for evaluation; the second with `which` 1.
 
-    A sequence of tensors (3, S, S), which are read when they are asked for.
+    A sequence of tensors (3, S, S), each read when asked for.
     """
 
     dataset: ImageDataset
@@ -212,10 +207,10 @@ class Images(Sequence):
 
 
 def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int], int]:
-    """Indices of n random samples, and how many had to be passed over for them.
+    """Indices of n random samples, and how many were passed over for them.
 
-    With `dataset.skip_bad_images` the images are read once for it: a sample with one that cannot
-    be read gives way to the next of the random order.
+    With `dataset.skip_bad_images` all images are read first: a sample with an unreadable one gives
+    way to the next of the random order.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator).tolist()
@@ -237,21 +232,13 @@ def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int],
 
 
 class Share:
-    """A process's share of the layers: planned, measured, and gathered with those of the others.
+    """A process's share of the layers: planned, measured, gathered with the others' shares.
 
     Attributes:
         settings: all that the IDs depend on.
     """
 
     def __init__(self, args: argparse.Namespace, process: Process, settings: dict, n: int):
-        """Reads what a run with the same settings has left in the folder.
-
-        Args:
-            args: flags of ComputeID.py.
-            process: this process.
-            settings: what the IDs depend on beside flags and device.
-            n: number of samples.
-        """
         self.args, self.process, self.n = args, process, n
         self.estimation = Estimation(args.fraction, args.seed)
         self.settings = {"nsamples": n, "seed": args.seed, "device": process.device.type}
@@ -260,34 +247,30 @@ class Share:
         self.partial = PartialProfile(args.Path, self.settings, process.rank)
 
     def measure(
-        self,
-        shapes: list[StageShape],
-        layers: dict[str, nn.Module],
-        inputs: Samples | any_model.Batches,
+        self, shapes: list[StageShape], layers: dict[str, nn.Module], inputs
     ) -> tuple[dict[str, LayerID], dict[str, str]]:
         """Measures the layers that are not done, and writes each as soon as it is finished.
 
-        Args:
-            shapes: the model's stages.
-            layers: layer name to module.
-            inputs: what the model sees; of any model's layers some may be left out.
-
         Returns:
-            The layers of all processes; and name to reason of the layers that are left out.
+            The layers of all processes; and, for any model's layers, name to reason if left out.
         """
         args, process, partial = self.args, self.process, self.partial
         foreign = isinstance(inputs, any_model.Batches)
-        budget = self._budget()
         names = {layer.name for shape in shapes for layer in shape.layers} - set(partial.found)
         share = share_layers(shapes, names, process.world_size)[process.rank]
-        plan = plan_capture(shapes, share, inputs, self.n, budget, to_the_end=foreign)
+        plan = plan_capture(shapes, share, inputs, self.n, self._budget(), to_the_end=foreign)
         if process.is_main:
             print(
                 f"{self.n} samples, {len(layers)} layers, {len(partial.found)} of them done "
                 f"before, {len(share)} for this process of {process.world_size}\n{plan}",
                 flush=True,
             )
-        self._clear_other_runs()
+        barrier()  # all processes have read what is there
+        if process.is_main and not partial.found:  # another run's files
+            partial.clear()
+            if args.save_distances:
+                clear_distances(args.Path)
+        barrier()  # before any process writes
         capture = Capture(plan, layers, inputs, process.device, progress=process.is_main)
         for name, features, distances in capture:
             try:
@@ -314,15 +297,6 @@ class Share:
         if self.process.is_main:
             print(f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process")
         return budget
-
-    def _clear_other_runs(self) -> None:
-        """Removes what a run with other settings left, unless this run goes on where it was."""
-        barrier()  # all processes have read what is there
-        if self.process.is_main and not self.partial.found:
-            self.partial.clear()
-            if self.args.save_distances:
-                clear_distances(self.args.Path)
-        barrier()  # before any process writes
 
 
 def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:

@@ -1,4 +1,4 @@
-"""Any model of Hugging Face's: opening it, its inputs, and which of its layers see what."""
+"""Models of Hugging Face: opening one, its inputs, and which of its layers see what."""
 
 import inspect
 import urllib.request
@@ -54,11 +54,7 @@ class HubModel(NamedTuple):
 
 
 def open_hub_model(name: str) -> HubModel:
-    """Opens a local folder, or a model of the hub, which is downloaded if it is not there yet.
-
-    Args:
-        name: a folder, or a name on the hub.
-    """
+    """Opens a local folder, or a model of the hub, downloaded if it is not in the cache."""
     if not Path(name).is_dir():
         _require_reachable(name)
     with _loading(name), torch.random.fork_rng(devices=[]):
@@ -144,14 +140,6 @@ class HubInputs:
     def __init__(
         self, hub: HubModel, images: list[Path] | None, texts: list[str] | None, batch_size: int
     ):
-        """Checks that the model takes what is given; reads no picture yet.
-
-        Args:
-            hub: the model.
-            images: files; None for a model of texts.
-            texts: a text for each picture, if the model takes both; None for a model of images.
-            batch_size: samples in a forward pass.
-        """
         self.hub, self.processor = hub, hub.processor
         both = hub.processor, getattr(hub.processor, "image_processor", None)
         has_images = any(isinstance(part, BaseImageProcessor) for part in both)
@@ -263,12 +251,8 @@ class HubInputs:
 def layer_kinds(model: nn.Module, names: list[str]) -> dict[str, str]:
     """Which layers are "vision", which "language", and which "other": fusing both, or heads.
 
-    A config's parts tell: a layer belongs to the innermost module around it that has a config of
-    its own. A model whose config has no such parts is of the kind of its main input.
-
-    Args:
-        model: a model of Hugging Face's transformers.
-        names: names of its layers.
+    A layer belongs to the innermost module around it that has a config of its own, such as
+    `vision_config`. A model without such parts is of the kind of its main input.
     """
     parts = {key: getattr(model.config, key, None) for key in PARTS}
     kinds = {part.model_type: PARTS[key] for key, part in parts.items() if part is not None}

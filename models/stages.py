@@ -1,10 +1,10 @@
 """A model as a chain of stages, each a residual branch: what profiling runs in place of `forward`.
 
-A stage reads and writes named states of all samples, so a chain can be stopped between two stages
-and any stage can be repeated.
+A stage reads and writes named states of all samples, so that it can be repeated.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ class Stage(NamedTuple):
     """state[writes] = run(*(state[name] for name in reads)).
 
     Attributes:
-        name: for the printed plan.
+        name: name in the printed plan.
         run: from the states of one batch (B, ...) to the new state of the batch (B, ...).
         reads: names of states; those that no stage writes are the model's inputs.
         writes: name of a state; one of `reads` is replaced.
@@ -33,26 +33,21 @@ class Stage(NamedTuple):
 def vision_stages(
     encoder: VisionEncoder, image: str = "image", tokens: str = "tokens"
 ) -> Iterator[Stage]:
-    """The stages of `encoder(image)`.
-
-    Args:
-        encoder: in eval mode.
-        image: name of the input, (B, 3, S, S).
-        tokens: name of the state, (B, L, D), in the end the image embeddings.
-    """
+    """The stages from an image (B, 3, S, S) to its tokens (B, L, D), in eval mode."""
     yield Stage(f"{tokens}: patch embedding", encoder.embed, (image,), tokens)
     for index, block in enumerate(encoder.blocks):
-        for name, branch in (("attention", _vision_attention), ("mlp", _vision_mlp)):
-            yield Stage(f"{tokens}: block {index}, {name}", branch(block), (tokens,), tokens)
+        attention = partial(_residual, (block.norm1, block.attn, block.ls1))
+        mlp = partial(_residual, (block.norm2, block.mlp, block.ls2))
+        for name, run in (("attention", attention), ("mlp", mlp)):
+            yield Stage(f"{tokens}: block {index}, {name}", run, (tokens,), tokens)
     yield Stage(f"{tokens}: norm", encoder.norm, (tokens,), tokens)
 
 
-def _vision_attention(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-
-
-def _vision_mlp(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+def _residual(parts: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
+    branch = x
+    for part in parts:
+        branch = part(branch)
+    return x + branch
 
 
 def text_stages(text: nn.Module, images: tuple[str, ...], causal: bool) -> Iterator[Stage]:
@@ -64,67 +59,51 @@ def text_stages(text: nn.Module, images: tuple[str, ...], causal: bool) -> Itera
         text: a `BlipTextModel` in eval mode.
         images: names of the states with image embeddings; several if its cross-attention takes a
             tuple of them.
-        causal: whether a token sees only those before it (a decoder).
+        causal: whether a token sees only the tokens before it (a decoder).
     """
     yield Stage("text: embedding", text.embeddings, ("input_ids",), "text")
     for index, layer in enumerate(text.encoder.layer):
         branches = (
-            ("attention", _self_attention(layer, causal), ("attention_mask",)),
-            ("cross-attention", _cross_attention(layer), images),
+            ("attention", partial(_self_attention, layer, causal), ("attention_mask",)),
+            ("cross-attention", partial(_cross_attention, layer), images),
             ("mlp", layer.feed_forward_chunk, ()),
         )
         for name, branch, others in branches:
             yield Stage(f"text: layer {index}, {name}", branch, ("text", *others), "text")
 
 
-def _self_attention(layer: nn.Module, causal: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    def run(text: Tensor, attention_mask: Tensor) -> Tensor:
-        visible = attention_mask[:, None, None].bool()  # (B, 1, 1, L)
-        if causal:
-            visible = visible & text.new_ones(1, 1, *[text.shape[1]] * 2, dtype=torch.bool).tril()
-        hidden = torch.zeros_like(visible, dtype=text.dtype)
-        hidden.masked_fill_(~visible, torch.finfo(text.dtype).min)
-        return layer.attention(text, attention_mask=hidden)[0]
-
-    return run
+def _self_attention(layer: nn.Module, causal: bool, text: Tensor, mask: Tensor) -> Tensor:
+    visible = mask[:, None, None].bool()  # (B, 1, 1, L)
+    if causal:
+        visible = visible & text.new_ones(1, 1, *[text.shape[1]] * 2, dtype=torch.bool).tril()
+    hidden = torch.zeros_like(visible, dtype=text.dtype)
+    hidden.masked_fill_(~visible, torch.finfo(text.dtype).min)
+    return layer.attention(text, attention_mask=hidden)[0]
 
 
-def _cross_attention(layer: nn.Module) -> Callable[..., Tensor]:
-    def run(text: Tensor, *images: Tensor) -> Tensor:
-        seen = images if len(images) > 1 else images[0]
-        return layer.crossattention(text, encoder_hidden_states=seen)[0]
-
-    return run
+def _cross_attention(layer: nn.Module, text: Tensor, *images: Tensor) -> Tensor:
+    seen = images if len(images) > 1 else images[0]
+    return layer.crossattention(text, encoder_hidden_states=seen)[0]
 
 
 def resblock_stages(
     transformer: nn.Module, state: str, mask: Tensor | None = None
 ) -> Iterator[Stage]:
-    """The stages of one of open_clip's transformers.
+    """The stages of an open_clip transformer in eval mode, which replace `state` (B, L, D).
 
-    Args:
-        transformer: in eval mode.
-        state: name of what it reads and replaces, (B, L, D).
-        mask: (L, L), added to the attention's logits; None lets every token see all others.
+    `mask` (L, L) is added to the attention's logits; None lets every token see all others.
     """
     for index, block in enumerate(transformer.resblocks):
-        for name, branch in (("attention", _mixed(block, mask)), ("mlp", _transformed(block))):
-            yield Stage(f"{state}: block {index}, {name}", branch, (state,), state)
+        attention = partial(_residual, (block.ln_1, partial(_attention, block.attn, mask)))
+        mlp = partial(_residual, (block.ln_2, block.mlp))
+        for name, run in (("attention", attention), ("mlp", mlp)):
+            yield Stage(f"{state}: block {index}, {name}", run, (state,), state)
 
 
-def _mixed(block: nn.Module, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _attention(attention: nn.MultiheadAttention, mask: Tensor | None, x: Tensor) -> Tensor:
     """As torch's own attention, but `out_proj` is called as a layer, so that hooks see it."""
-    attention = block.attn
-
-    def run(x: Tensor) -> Tensor:
-        joint = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-        heads = joint.unflatten(-1, (3, attention.num_heads, -1))  # (B, L, 3, H, D / H)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return x + attention.out_proj(context.transpose(1, 2).flatten(2))
-
-    return run
-
-
-def _transformed(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: x + block.mlp(block.ln_2(x))
+    joint = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    heads = joint.unflatten(-1, (3, attention.num_heads, -1))  # (B, L, 3, H, D / H)
+    query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attention.out_proj(context.transpose(1, 2).flatten(2))
