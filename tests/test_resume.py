@@ -9,7 +9,6 @@ import pytest
 
 from engine.stopping import EXIT_STOPPED
 from models import Captioner
-from pruners import Pruner
 from tests.runs import (
     finish,
     log_of,
@@ -19,8 +18,8 @@ from tests.runs import (
     same,
     saved_steps,
     start,
+    stopped_at,
     wait_for_step,
-    write_clip_config,
     write_config,
 )
 from utils import UserError
@@ -48,36 +47,13 @@ def train(flags: list[str], name: str, *more: str) -> None:
     run("train_caption", [*flags, "--model_dir", name, *more])
 
 
-def at_the_end_of_step(step: int, monkeypatch, action) -> None:
-    """Calls `action` after the pruner's part of a step, which is the last but for the report."""
-    prune = Pruner.step
-
-    def interrupted(self, global_step):
-        found = prune(self, global_step)
-        if global_step == step:
-            action()
-        return found
-
-    monkeypatch.setattr(Pruner, "step", interrupted)
-
-
-class Crash(Exception):
-    """Stands for a kill: nothing is written after it."""
-
-
-def crash():
-    raise Crash
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("step", "saved"), [(3, 4), (6, 6)])  # in an epoch, and at its end
-def test_signal_finishes_the_step_saves_and_exits(setup, monkeypatch, number, step, saved):
+def test_signal_finishes_the_step_saves_and_exits(setup, number, step, saved):
     flags, folder = setup
     name = f"stopped_by_{number.name}_{step}"
-    with monkeypatch.context() as patch:
-        at_the_end_of_step(step, patch, lambda: signal.raise_signal(number))
-        with pytest.raises(SystemExit) as stopped:
-            train(flags, name)
+    with stopped_at(step, signal=number), pytest.raises(SystemExit) as stopped:
+        train(flags, name)
     assert stopped.value.code == EXIT_STOPPED == 75
     assert saved_steps(folder / name)[-1] == saved  # the step in which the signal is noticed
     train(flags, name)
@@ -105,12 +81,10 @@ def test_signal_in_a_validation_ends_it_at_once(setup, monkeypatch):
     assert same(result(folder / "validation"), result(folder / "whole"))
 
 
-def test_truncated_checkpoint_falls_back_to_the_one_before(setup, monkeypatch, capsys):
+def test_truncated_checkpoint_falls_back_to_the_one_before(setup, capsys):
     flags, folder = setup
-    with monkeypatch.context() as patch:
-        at_the_end_of_step(8, patch, crash)
-        with pytest.raises(Crash):
-            train(flags, "truncated")
+    with stopped_at(8, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        train(flags, "truncated")
     assert saved_steps(folder / "truncated") == [5, 6]
     newest = folder / "truncated/checkpoints/step_00000006.pt"
     content = newest.read_bytes()
@@ -156,29 +130,21 @@ def test_resume_from_a_file_and_keep_checkpoints(setup):
     assert same(result(folder / "from_file"), result(folder / "whole"))
 
 
-# --- several processes ---------------------------------------------------------------------------
-
-
 @pytest.fixture
 def two(scenes, tmp_path):
-    """By script, flags of a run of two processes: an epoch of 24 steps, with loading processes."""
+    """Flags of a run of two processes: an epoch of 24 steps, with loading processes."""
     changes = {"batch_size": 1, "max_epoch": 1, "num_workers": 1}
-    configs = {
-        "train_caption": write_config(tmp_path / "caption.yaml", scenes, **changes),
-        "train_clip_flickr30k": write_clip_config(tmp_path / "clip.yaml", scenes, **changes),
-    }
-    common = ["--output_dir", str(tmp_path), *PRUNE, "--checkpoint_steps", "2"]
-    common += ["--eval_epochs", "0", "--model_dir"]
-    return {script: ["--config", config, *common] for script, config in configs.items()}
+    flags = ["--config", write_config(tmp_path / "c.yaml", scenes, **changes), *PRUNE]
+    flags += ["--output_dir", str(tmp_path), "--checkpoint_steps", "2", "--eval_epochs", "0"]
+    return [*flags, "--model_dir"]
 
 
-@pytest.mark.parametrize("script", ["train_caption", "train_clip_flickr30k"])
-def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(two, tmp_path, script):
+def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(two, tmp_path):
     """SIGTERM to all, also to loading processes; SIGINT to one, which stops the other; SIGKILL."""
-    assert finish(start([*two[script], "whole"], 2, script)) == [0, 0]
+    assert finish(start([*two, "whole"], 2)) == [0, 0]
     last, folder, reached = saved_steps(tmp_path / "whole")[-1], tmp_path / "run", 0
     for number, ranks in ((signal.SIGTERM, [0, 1]), (signal.SIGINT, [1]), (signal.SIGKILL, [0])):
-        started = start([*two[script], "run"], 2, script)
+        started = start([*two, "run"], 2)
         wait_for_step(folder, started[0], reached + 2)
         for rank in ranks:
             os.killpg(started[rank].pid, number)
@@ -187,7 +153,7 @@ def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(two, 
         assert number == signal.SIGKILL or codes == [EXIT_STOPPED] * 2
         assert reached < saved_steps(folder)[-1] < last
         reached = saved_steps(folder)[-1]
-    assert finish(start([*two[script], "run"], 2, script)) == [0, 0]
+    assert finish(start([*two, "run"], 2)) == [0, 0]
     assert same(result(folder), result(tmp_path / "whole"))
 
 
@@ -195,15 +161,15 @@ def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(two, 
 @pytest.mark.parametrize(("world_size", "kills"), [(1, 20), (2, 10)])
 def test_many_kills(two, tmp_path, world_size, kills):
     """At random moments."""
-    chance, flags = random.Random(0), two["train_caption"]
-    assert finish(start([*flags, "whole"], world_size)) == [0] * world_size
+    chance = random.Random(0)
+    assert finish(start([*two, "whole"], world_size)) == [0] * world_size
     last = saved_steps(tmp_path / "whole")[-1]
     for trial in range(kills):
         folder = tmp_path / f"killed{trial}"
-        started = start([*flags, folder.name], world_size)
+        started = start([*two, folder.name], world_size)
         wait_for_step(folder, started[0], chance.randint(0, last))
         time.sleep(chance.uniform(0, 0.5))
         started[chance.randrange(world_size)].kill()
         assert None not in finish(started, timeout=60), "a process outlived the killed one"
-        assert finish(start([*flags, folder.name], world_size)) == [0] * world_size
+        assert finish(start([*two, folder.name], world_size)) == [0] * world_size
         assert same(result(folder), result(tmp_path / "whole"))

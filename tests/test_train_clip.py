@@ -30,7 +30,7 @@ PRUNE = ["--warmup_steps", "2", "--deltaT", "2", "--final_threshold", "0.4", "--
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    """Flags with the config of a small CLIP, whose runs take 12 steps in 2 epochs; the folder."""
+    """Flags of a small CLIP's runs, which take 12 steps in 2 epochs; the folder."""
     folder = tmp_path_factory.mktemp("clip")
     scenes = make_scenes(folder / "scenes", train=24)
     config = write_clip_config(folder / "c.yaml", scenes)
@@ -70,10 +70,10 @@ def test_a_killed_run_goes_on_with_queue_copy_and_ramp(setup, monkeypatch):
     whole = train(setup, "whole", *flags)
     on_step, ramps = ClipRetrieval.on_step, []
 
-    def killed(self, epochs):
+    def killed(self, epochs, parts):
         if len(ramps) == 4:
             raise KeyboardInterrupt
-        on_step(self, epochs)
+        on_step(self, epochs, parts)
         ramps.append(self.ramp)
 
     with monkeypatch.context() as patch:

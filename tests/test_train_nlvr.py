@@ -9,10 +9,18 @@ from safetensors.torch import save_file
 import train_nlvr
 from configs import load_config
 from data.nlvr_dataset import build_nlvr_datasets
-from data.scenes import __main__ as scenes
 from engine.plan import plan_steps
 from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
-from tests.runs import finish, in_float64, log_of, result, start, write_nlvr_config, zeros
+from tests.runs import (
+    finish,
+    in_float64,
+    log_of,
+    make_scenes,
+    result,
+    start,
+    write_nlvr_config,
+    zeros,
+)
 from tests.runs import run as run_script
 from utils import launch
 
@@ -24,9 +32,7 @@ PRUNE = ["--final_threshold", "0.4", "--warmup_steps", "2", "--final_warmup", "2
 def config(tmp_path_factory):
     """A config of a few thousand weights, with 16 training statements."""
     folder = tmp_path_factory.mktemp("nlvr")
-    sizes = {"train": 16, "val": 8, "test": 8, "statements": 16, "heldout_statements": 12}
-    flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
-    scenes.main(scenes.parse_args(["--out", str(folder / "scenes"), *flags]))
+    make_scenes(folder / "scenes", 16, 8, statements=16, heldout=12)
     for split, count in HELD_OUT.items():
         file = folder / f"scenes/annotation/nlvr_{split}.json"
         file.write_text(json.dumps(json.loads(file.read_text())[:count]))
