@@ -11,7 +11,7 @@ setup: $(READY)
 $(READY): requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch and the rest of requirements.txt into $(VENV): 2 GB, more with CUDA"
-	$(BIN)/python -m pip install --progress-bar on -r requirements.txt
+	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
 # Tests side by side, because many of them wait for processes; small models want one thread. One file
