@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from pruners import Pruner
@@ -97,7 +98,9 @@ def _write(path: Path, data: Path, *parts: dict) -> str:
     }
     for part in parts:
         config |= part
-    path.write_text(json.dumps(config))  # which is YAML, too
+    yaml = YAML()
+    yaml.width = 4096  # a key and its value stay on one line
+    yaml.dump(config, path)
     return str(path)
 
 
