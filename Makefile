@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo demo-ID demo-plain demo-dense demo-nlvr demo-clip scenes test test-slow lint format bench clean
+.PHONY: setup demo demo-ID demo-plain demo-dense demo-nlvr demo-clip scenes test test-slow test-gpu lint format bench clean
 
 setup: $(READY)
 
 $(READY): requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@echo "installing PyTorch and the rest of requirements.txt into $(VENV): 2 GB, more with CUDA"
+	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
 # Tests side by side, because many of them wait for processes; small models want one thread. One file
@@ -23,6 +24,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# On the accelerator that is there.
+test-gpu: setup
+	$(BIN)/python -m pytest -m "not slow" tests/test_accelerator.py tests/test_generation.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -86,47 +86,35 @@ def golden_tokenizer(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def caption_tiny_config(golden_tokenizer) -> dict:
-    """The sizes of golden/caption_tiny."""
+def tiny_config(tokenizer: str, width: int, layers: int, intermediate: int) -> dict:
     return {
         "image_size": 32,
-        "vit": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4},
+        "vit": {"patch_size": 8, "embed_dim": width, "depth": 2, "num_heads": 4},
         "med_config": {
             "vocab_size": 160,
             "hidden_size": 32,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
-            "intermediate_size": 64,
+            "intermediate_size": intermediate,
             "max_position_embeddings": 64,
         },
-        "tokenizer": golden_tokenizer,
+        "tokenizer": tokenizer,
     }
+
+
+@pytest.fixture(scope="session")
+def caption_tiny_config(golden_tokenizer) -> dict:
+    """The sizes of golden/caption_tiny."""
+    return tiny_config(golden_tokenizer, 48, 3, 64)
 
 
 @pytest.fixture(scope="session")
 def nlvr_tiny_config(golden_tokenizer) -> dict:
     """The sizes of golden/nlvr_tiny."""
-    return {
-        "image_size": 32,
-        "vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4},
-        "med_config": {
-            "vocab_size": 160,
-            "hidden_size": 32,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 4,
-            "intermediate_size": 48,
-            "max_position_embeddings": 64,
-        },
-        "tokenizer": golden_tokenizer,
-    }
+    return tiny_config(golden_tokenizer, 32, 8, 48)
 
 
 @pytest.fixture(scope="session")
 def official_keys():
     """Reads the list of an official base checkpoint: key to shape."""
-
-    def read(name: str) -> dict[str, list[int]]:
-        return json.loads((GOLDEN / f"{name}.json").read_text())
-
-    return read
+    return lambda name: json.loads((GOLDEN / f"{name}.json").read_text())

@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from signal import raise_signal
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch.multiprocessing
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
+from pruners import Pruner
 from reports.runs import LOG_FILE, PRUNED_FILE
 from utils import launch
 
@@ -47,62 +50,33 @@ processes = multiprocessing.get_context(FORKED)
 processes.set_forkserver_preload(["engine.loop", "engine.tasks", "train_caption"])
 
 
-def make_scenes(folder: Path, train: int = 48) -> Path:
-    """The folder, with training scenes and 6 + 6 evaluation scenes in it."""
+def make_scenes(
+    folder: Path, train: int = 48, held_out: int = 6, statements: int = 8, heldout: int = 8
+) -> Path:
+    """The folder, with scenes and statements in it; `held_out` scenes in each of val and test."""
     from data.scenes import __main__ as scenes
 
-    sizes = ["--train", str(train), "--val", "6", "--test", "6"]
-    sizes += ["--statements", "8", "--heldout_statements", "8"]
-    scenes.main(scenes.parse_args(["--out", str(folder), *sizes]))
+    sizes = f"--train {train} --val {held_out} --test {held_out}"
+    sizes += f" --statements {statements} --heldout_statements {heldout}"
+    scenes.main(scenes.parse_args(["--out", str(folder), *sizes.split()]))
     return folder
-
-
-def write_yaml(path: Path, content: dict) -> str:
-    """Writes a config and returns its path."""
-    yaml = YAML()
-    yaml.width = 4096  # a key and its value stay on one line
-    with open(path, "w") as file:
-        yaml.dump(content, file)
-    return str(path)
 
 
 def write_config(path: Path, data: Path, dropout: float = 0.1, **changes) -> str:
     """A captioning config of a few thousand weights; with dropout, so that randomness matters."""
-    config = {
-        **_common(data),
-        **_blip(dropout),
-        "coco_gt_root": str(data / "annotation"),
-        "pretrained": "",
-        "batch_size": 2,
-        "max_epoch": 4,
-        "augment": True,
-        "num_beams": 1,
-        "max_length": 8,
-    }
-    return write_yaml(path, config | changes)
+    generation = {"coco_gt_root": str(data / "annotation"), "num_beams": 1, "max_length": 8}
+    training = {"pretrained": "", "batch_size": 2, "max_epoch": 4, "augment": True}
+    return _write(path, data, _blip(dropout), generation, training, changes)
 
 
 def write_nlvr_config(path: Path, data: Path, dropout: float = 0.0, **changes) -> str:
-    """The same of statements."""
-    config = {**_common(data), **_blip(dropout), "batch_size": 4, "max_epoch": 3, "augment": False}
-    return write_yaml(path, config | changes)
+    training = {"batch_size": 4, "max_epoch": 3, "augment": False}
+    return _write(path, data, _blip(dropout), training, changes)
 
 
 def write_clip_config(path: Path, data: Path, **changes) -> str:
-    """The same of retrieval, which knows no dropout."""
-    config = {**_common(data), "clip": TINY_CLIP, "queue_size": 8, "batch_size": 4, "max_epoch": 2}
-    return write_yaml(path, config | changes)
-
-
-def _common(data: Path) -> dict:
-    return {
-        "image_root": str(data / "images"),
-        "ann_root": str(data / "annotation"),
-        "tokenizer": str(data / "tokenizer"),
-        "image_size": 32,
-        "init_lr": 1e-3,
-        "num_workers": 0,
-    }
+    training = {"queue_size": 8, "batch_size": 4, "max_epoch": 2}
+    return _write(path, data, {"clip": TINY_CLIP}, training, changes)
 
 
 def _blip(dropout: float) -> dict:
@@ -111,6 +85,23 @@ def _blip(dropout: float) -> dict:
         "vit": {**TINY_VIT, "drop_path_rate": dropout},
         "med_config": {**TINY_TEXT, **dict.fromkeys(probabilities, dropout)},
     }
+
+
+def _write(path: Path, data: Path, *parts: dict) -> str:
+    config = {
+        "image_root": str(data / "images"),
+        "ann_root": str(data / "annotation"),
+        "tokenizer": str(data / "tokenizer"),
+        "image_size": 32,
+        "init_lr": 1e-3,
+        "num_workers": 0,
+    }
+    for part in parts:
+        config |= part
+    yaml = YAML()
+    yaml.width = 4096  # a key and its value stay on one line
+    yaml.dump(config, path)
+    return str(path)
 
 
 def run(script: str, argv: list[str]) -> None:
@@ -127,7 +118,7 @@ def free_port() -> int:
 
 
 def on_two_processes(work: Callable, *arguments) -> None:
-    """Calls work(rank, *arguments) on two processes of a group, of one thread each."""
+    """Calls work(rank, *arguments) on two processes of a group."""
     torch.multiprocessing.start_processes(
         _member, (free_port(), work, arguments), nprocs=2, start_method=FORKED
     )
@@ -144,9 +135,9 @@ def _member(rank: int, port: int, work: Callable, arguments: tuple) -> None:
 def train_in_float64(patch: pytest.MonkeyPatch) -> None:
     """Lets this process train in float64: the models, and their images.
 
-    Sums of another order then differ by 1e-16 of themselves. A few dozen steps do not blow that up
-    to the distance between a score and the threshold, so trainings prune the same weights and
-    their losses agree to 1e-9; float32's 1e-7 may do neither.
+    Sums of another order then differ by 1e-16 of themselves. A few dozen steps do not amplify that
+    to the distance between a score and the threshold, so trainings prune the same weights, and
+    their losses agree to 1e-9.
     """
     from torchvision.transforms import v2
 
@@ -156,8 +147,26 @@ def train_in_float64(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_float64(rank: int) -> None:
-    """For `start`: a process that trains in float64."""
+    """`train_in_float64` for `start`."""
     train_in_float64(pytest.MonkeyPatch())
+
+
+@contextmanager
+def stopped_at(step: int, error: type[BaseException] | None = None, signal: int = 0) -> Iterator:
+    """Inside the block, a training meets an error or a signal at the end of a step."""
+    prune = Pruner.step
+
+    def stopped(self, global_step):
+        found = prune(self, global_step)
+        if global_step == step and error:
+            raise error
+        if global_step == step:
+            raise_signal(signal)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pruner, "step", stopped)
+        yield
 
 
 def start(
@@ -167,15 +176,7 @@ def start(
     log: Path | None = None,
     before: Callable[[int], None] | None = None,
 ) -> list:
-    """Starts a script in one process or several and returns them.
-
-    Args:
-        argv: flags of the script.
-        world_size: number of processes.
-        script: module of the script.
-        log: file that gets what the processes write to stderr.
-        before: called with the rank in each process before the script runs.
-    """
+    """Starts a script in one process or several, which call before(rank); stderr goes to `log`."""
     port = free_port()
     started = [
         processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log, before))
@@ -219,7 +220,7 @@ def result(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of weights are bit-equal."""
+    """Whether two sets of tensors are bit-equal."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

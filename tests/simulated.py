@@ -1,28 +1,23 @@
 """An accelerator `sim:0` in Python, for machines that have none.
 
-A tensor on it wraps a tensor in the CPU's memory that no one else holds. The device refuses what a
-GPU refuses: a CPU tensor among its own (except those that CUDA takes: 0-dim ones in elementwise
-operations, index tensors), and the CPU's generator. It has a generator of its own and an autocast
-to bfloat16, and it counts what costs time on a GPU: copies from and to the CPU's memory, and
-operations that wait for the device.
+A tensor on it wraps one in the CPU's memory. The device refuses what a GPU refuses (CPU tensors
+among its own, the CPU's generator), and counts what costs time on a GPU: copies, and waits of the
+CPU. It has a generator and an autocast to bfloat16. It does not simulate streams, other arithmetic,
+several devices, NCCL, DistributedDataParallel or torch.compile.
 
-Importing this module makes the device known to torch, once for the process. It must come before the
-process's first backward pass, when autograd starts a thread for each device; a test module that
-imports it at its top does so, because pytest imports all modules before it runs a test. Until
-`attached` says that the device is there, torch takes it for absent.
-
-It cannot show speed, memory (its figures are constant), streams and races (everything happens in
-order), float arithmetic other than the CPU's, several devices, NCCL and DistributedDataParallel
-(its tensors have no storage to reduce in), or torch.compile.
+Import this module at the top of a test module: torch must know the device before the process's
+first backward pass, when autograd starts a thread for each device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils import backend_registration
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 DEVICE_TYPE = "sim"
@@ -38,8 +33,6 @@ IN_FLOAT32 = "layer_norm softmax.int log_softmax.int cross_entropy_loss nll_loss
 
 
 class SimTensor(torch.Tensor):
-    """A tensor on the device."""
-
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -75,30 +68,28 @@ class SimTensor(torch.Tensor):
 
 
 class Simulation:
-    """The device's state.
-
-    Attributes:
-        present: whether torch finds the device.
-        has_float64: whether it computes in float64 (GPUs of Apple do not).
-        waits: what the CPU waited for, in order.
-        transfers: copies between the memories: direction, shape and dtype.
-        rng_reads: how often the state of the generator was asked for.
-    """
+    """The device's state, and what was counted since `clear`."""
 
     def __init__(self):
-        self.present = False
-        self.rng_state = torch.Generator().manual_seed(0).get_state()
-        self.reset()
-
-    def reset(self) -> None:
-        self.has_float64 = True
-        self.rng_reads = 0
+        self.present = False  # until then torch takes it for absent
+        self.has_float64 = True  # GPUs of Apple have none
+        self.seed(0)
         self.clear()
 
     def clear(self) -> None:
-        """Forgets what was counted."""
+        self.rng_reads = 0
         self.waits: list[str] = []
         self.transfers: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+
+    def seed(self, seed: int) -> None:
+        self.rng_state = torch.Generator().manual_seed(seed).get_state()
+
+    def get_rng_state(self, device=DEVICE_TYPE) -> torch.Tensor:
+        self.rng_reads += 1
+        return self.rng_state.clone()
+
+    def set_rng_state(self, state: torch.Tensor, device=DEVICE_TYPE) -> None:
+        self.rng_state = state.clone()
 
     def note_transfer(self, direction: str, tensor: torch.Tensor, waits: bool) -> None:
         self.transfers.append((direction, tuple(tensor.shape), tensor.dtype))
@@ -107,7 +98,7 @@ class Simulation:
 
     def run(self, func, args: tuple, kwargs: dict):
         """Computes an operation in the CPU's memory as the device would."""
-        leaves = list(leaves_of((*args, *kwargs.values())))
+        leaves = tree_leaves((args, kwargs))
         own = [x for x in leaves if isinstance(x, SimTensor)]
         device = kwargs.get("device")
         here = bool(own) if device is None else torch.device(device).type == DEVICE_TYPE
@@ -116,10 +107,9 @@ class Simulation:
             self._note_copy(func, args, kwargs, here)
         elif waits_for_answer(func, args):
             self.waits.append(str(func))
-        changes = {"device": torch.device("cpu")} if device is not None else {}
-        changes |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
-        inner = [map_leaves(x, inner_of) for x in args]
-        inner_options = {key: map_leaves(x, inner_of) for key, x in (kwargs | changes).items()}
+        options = kwargs | ({"device": torch.device("cpu")} if device is not None else {})
+        options |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
+        inner, inner_options = tree_map(inner_of, (args, options))
         with self._generator(func, here):
             result = func(*inner, **inner_options)
         if func is aten.copy_.default:
@@ -127,7 +117,7 @@ class Simulation:
         if not here:
             return result
         by_inner = {id(x.inner): x for x in own}  # in-place operations return what they were given
-        return map_leaves(result, lambda x: self._wrap(x, by_inner))
+        return tree_map(lambda x: self._wrap(x, by_inner), result)
 
     def _wrap(self, inner, by_inner: dict[int, SimTensor]):
         if not isinstance(inner, torch.Tensor):
@@ -147,11 +137,10 @@ class Simulation:
         if not own or not others or func in COPIES:
             return
         if func in INDEXING and isinstance(args[0], SimTensor):
-            indices = [x for x in args[1] if isinstance(x, torch.Tensor)]
-            for index in indices:
-                if not isinstance(index, SimTensor):
-                    self.note_transfer("to sim", index, waits=True)
-            others = [x for x in others if not any(x is index for index in indices)]
+            indices = {id(x) for x in args[1]}
+            for index in (x for x in others if id(x) in indices):
+                self.note_transfer("to sim", index, waits=True)
+            others = [x for x in others if id(x) not in indices]
         if torch.Tag.pointwise in func.tags or func in INDEXING:
             others = [x for x in others if x.dim()]
         if others:
@@ -182,22 +171,6 @@ class Simulation:
             torch.set_rng_state(before)
 
 
-def leaves_of(values) -> Iterator:
-    """The arguments of an operation, lists of them spread out."""
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from leaves_of(value)
-        else:
-            yield value
-
-
-def map_leaves(value, change: Callable):
-    """The same argument or result with each leaf changed."""
-    if isinstance(value, list | tuple):
-        return type(value)(map_leaves(x, change) for x in value)
-    return change(value)
-
-
 def inner_of(value):
     return value.inner if isinstance(value, SimTensor) else value
 
@@ -210,59 +183,38 @@ def waits_for_answer(func, args: tuple) -> bool:
     return bool(ANSWERS & set(func.tags)) or func is aten.bincount.default
 
 
-class Module:
-    """What torch asks of a device's module, which it finds as `torch.sim`."""
-
-    _initialized = True  # so that recomputed blocks restore the generator
-
-    def is_available(self) -> bool:
-        return DEVICE.present
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def device_count(self) -> int:
-        return int(DEVICE.present)
-
-    def current_device(self) -> int:
-        return 0
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def device(self, index):
-        return torch.device(DEVICE_TYPE, index)
-
-    def manual_seed_all(self, seed: int) -> None:
-        DEVICE.rng_state = torch.Generator().manual_seed(seed).get_state()
-
-    def get_rng_state(self, device=DEVICE_TYPE) -> torch.Tensor:
-        DEVICE.rng_reads += 1
-        return DEVICE.rng_state.clone()
-
-    def set_rng_state(self, state: torch.Tensor, device=DEVICE_TYPE) -> None:
-        DEVICE.rng_state = state.clone()
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
+# What torch asks of a device's module, which it finds as `torch.sim`.
+MODULE = SimpleNamespace(
+    _initialized=True,  # so that recomputed blocks restore the generator
+    _is_in_bad_fork=lambda: False,
+    is_available=lambda: DEVICE.present,
+    is_initialized=lambda: True,
+    device_count=lambda: int(DEVICE.present),
+    current_device=lambda: 0,
+    device=lambda index: torch.device(DEVICE_TYPE, index),
+    manual_seed_all=lambda seed: DEVICE.seed(seed),
+    get_rng_state=lambda *device: DEVICE.get_rng_state(),
+    set_rng_state=lambda state, *device: DEVICE.set_rng_state(state),
+    get_amp_supported_dtype=lambda: [torch.bfloat16],
+)
 
 
 def register() -> list[torch.library.Library]:
     """Makes the device known; returns what must live as long as it is used."""
-    backend_registration._setup_privateuseone_for_python_backend(DEVICE_TYPE, Module())
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE_TYPE, MODULE)
     every = torch.library.Library("_", "IMPL")
-    every.fallback(make, "PrivateUse1")
+    every.fallback(making, "PrivateUse1")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     some = torch.library.Library("aten", "IMPL")
     for name in MAKE_AND_RESIZE:
-        some.impl(name, making(name), "PrivateUse1")
+        some.impl(name, partial(making, operation(name)), "PrivateUse1")
     for names, dtype in ((IN_BFLOAT16, torch.bfloat16), (IN_FLOAT32, torch.float32)):
         for name in names:
-            some.impl(name, casting(name, dtype), "AutocastPrivateUse1")
+            some.impl(name, partial(casting, operation(name), dtype), "AutocastPrivateUse1")
     return [every, some]
 
 
-def make(func, *args, **kwargs):
+def making(func, *args, **kwargs):
     """An operation without tensors of the device among its arguments, such as `torch.zeros`."""
     return DEVICE.run(func, args, kwargs)
 
@@ -273,37 +225,21 @@ def operation(name: str):
     return getattr(getattr(aten, packet), overload or "default")
 
 
-def making(name: str):
-    """An operation that makes a tensor, as a whole."""
-    func = operation(name)
-    return lambda *args, **kwargs: DEVICE.run(func, args, kwargs)
-
-
-def casting(name: str, dtype: torch.dtype):
-    """The operation under autocast: its floating-point tensors in a type, itself as ever."""
-    func = operation(name)
-    own_key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+def casting(func, dtype: torch.dtype, *args, **kwargs):
+    """An operation under autocast: its floating-point tensors in a type, itself as ever."""
 
     def cast(value):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value.to(dtype)
-        return value
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
 
-    def run(*args, **kwargs):
-        with torch._C._ExcludeDispatchKeyGuard(own_key):
-            return func(*(map_leaves(x, cast) for x in args), **kwargs)
-
-    return run
+    own_key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    with torch._C._ExcludeDispatchKeyGuard(own_key):
+        return func(*tree_map(cast, args), **kwargs)
 
 
 @contextmanager
 def attached(monkeypatch) -> Iterator[Simulation]:
-    """Inside the block torch finds the device.
-
-    Where torch's C++ knows its own devices only (memory figures, pinned memory, `torch.tensor`,
-    moving parameters in place), functions take its place that do for this device what it does for
-    a GPU.
-    """
+    """Inside the block torch finds the device, also where its C++ knows its own devices only."""
     if KEPT is None:
         pytest.skip("a real accelerator is there, or this torch takes none from Python")
     with torch.device("cpu"):  # torch now notes, for good, which functions such a block rules
@@ -315,8 +251,8 @@ def attached(monkeypatch) -> Iterator[Simulation]:
     monkeypatch.setattr(torch, "tensor", partial(tensor_on, torch.tensor))
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay tied
-    DEVICE.reset()
-    DEVICE.present = True
+    DEVICE.clear()
+    DEVICE.present = DEVICE.has_float64 = True
     try:
         yield DEVICE
     finally:

@@ -1,7 +1,4 @@
-"""One process of two fails: it prints why and leaves, and the other one ends with it.
-
-Under a backend whose group cannot be destroyed while the others compute, as NCCL's.
-"""
+"""One process of two fails: it prints why and leaves, and the other one ends with it."""
 
 import json
 import time
@@ -19,7 +16,7 @@ from utils import UserError
 
 def fail(rank: int, error: Exception | None) -> None:
     """Plants an error into the second process's third forward pass."""
-    dist.destroy_process_group = lambda: time.sleep(600)
+    dist.destroy_process_group = lambda: time.sleep(600)  # as NCCL, while the other computes
     forward, calls = Captioner.forward, []
 
     def failing(self, *inputs):

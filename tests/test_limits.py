@@ -2,7 +2,7 @@
 
 import os
 import resource
-from collections import namedtuple
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 MB = 2**20
 
 
-def write_group(folder, **files):
+def write(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_text(f"{content}\n")
@@ -24,37 +24,23 @@ def write_group(folder, **files):
 
 def group_v2(folder, maximum, current, high="max", cache=0):
     stat = f"anon 5\nfile 9\ninactive_file {cache}\nactive_file 7"
-    write_group(
-        folder, memory__max=maximum, memory__high=high, memory__current=current, memory__stat=stat
-    )
-
-
-def group_v1(folder, limit, usage, cache=0):
-    write_group(
-        folder,
-        memory__limit_in_bytes=limit,
-        memory__usage_in_bytes=usage,
-        memory__stat=f"inactive_file 3\ntotal_inactive_file {cache}",
-    )
-
-
-def own_groups(root, *lines):
-    write_group(root / "proc/self", cgroup="\n".join(lines))
+    names = {"memory__max": maximum, "memory__high": high, "memory__current": current}
+    write(folder, memory__stat=stat, **names)
 
 
 def test_a_job_below_a_user_below_a_node(tmp_path):
     """Version 2, as SLURM and systemd have it: each group's limit holds for all below it."""
-    own_groups(tmp_path, "0::/slurm/job_7/step_0")
+    write(tmp_path / "proc/self", cgroup="0::/slurm/job_7/step_0")
     groups = tmp_path / "sys/fs/cgroup"
     group_v2(groups / "slurm/job_7/step_0", "max", 300 * MB)
     group_v2(groups / "slurm/job_7", 1000 * MB, 400 * MB, cache=100 * MB)
     group_v2(groups / "slurm", 5000 * MB, 2000 * MB, high=3000 * MB)
-    groups.joinpath("memory.stat").write_text("anon 1\n")  # the uppermost has no limit
+    write(groups, memory__stat="anon 1")  # the uppermost has no limit
     assert left_in_groups(tmp_path) == [700 * MB, 3000 * MB, 1000 * MB]
 
 
 def test_a_container_of_version_2_is_its_own_uppermost_group(tmp_path):
-    own_groups(tmp_path, "0::/")
+    write(tmp_path / "proc/self", cgroup="0::/")
     group_v2(tmp_path / "sys/fs/cgroup", 2048 * MB, 1024 * MB, cache=24 * MB)
     assert left_in_groups(tmp_path) == [1048 * MB]
 
@@ -62,32 +48,38 @@ def test_a_container_of_version_2_is_its_own_uppermost_group(tmp_path):
 @pytest.mark.parametrize("seen_as", ["docker/4fe1", ""])
 def test_a_container_of_version_1(tmp_path, seen_as):
     """The kernel names the host's path; the container may see its group there, or uppermost."""
-    lines = ["5:cpuset:/docker/4fe1", "4:memory:/docker/4fe1", "1:name=systemd:/x", "0::/"]
-    own_groups(tmp_path, *lines)
-    group_v1(tmp_path / "sys/fs/cgroup/memory" / seen_as, 512 * MB, 200 * MB, cache=50 * MB)
-    group_v1(tmp_path / "sys/fs/cgroup/cpuset/docker/4fe1", 1 * MB, 0)
+    lines = "5:cpuset:/docker/4fe1\n4:memory:/docker/4fe1\n1:name=systemd:/x\n0::/"
+    write(tmp_path / "proc/self", cgroup=lines)
+    for kind, limit, used in (("memory/" + seen_as, 512, 200), ("cpuset/docker/4fe1", 1, 0)):
+        names = {"limit_in_bytes": limit * MB, "usage_in_bytes": used * MB}
+        names["stat"] = f"inactive_file 3\ntotal_inactive_file {50 * MB}"
+        files = {f"memory__{name}": content for name, content in names.items()}
+        write(tmp_path / "sys/fs/cgroup" / kind, **files)
     assert left_in_groups(tmp_path) == [362 * MB]
 
 
 def test_no_groups(tmp_path):
     assert left_in_groups(tmp_path) == []  # as on a Mac
-    own_groups(tmp_path, "0::/user.slice")
+    write(tmp_path / "proc/self", cgroup="0::/user.slice")
     assert left_in_groups(tmp_path) == []
 
 
-def test_free_is_the_least_of_all_limits(monkeypatch):
-    Available = namedtuple("Available", "available")
-    for available, groups, share_of, expected in [
-        (800, [], "1", 800),
-        (800, [900, 500], "1", 500),
-        (800, [900, 500], "2", 250),
-        (800, [900], "", 800),
-        (800, [-30], "2", 0),  # more is used than allowed, and is being given back
-    ]:
-        monkeypatch.setattr(psutil, "virtual_memory", lambda n=available: Available(n * MB))
-        monkeypatch.setattr("engine.processes.left_in_groups", lambda g=groups: [x * MB for x in g])
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", share_of)
-        assert free_memory(CPU) == expected * MB
+@pytest.mark.parametrize(
+    ("groups", "processes_here", "expected"),
+    [
+        ([], "1", 800),
+        ([900, 500], "1", 500),
+        ([900, 500], "2", 250),
+        ([900], "", 800),
+        ([-30], "2", 0),  # more is used than allowed, and is being given back
+    ],
+)
+def test_free_is_the_least_of_all_limits(monkeypatch, groups, processes_here, expected):
+    memory = SimpleNamespace(available=800 * MB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr("engine.processes.left_in_groups", lambda: [x * MB for x in groups])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes_here)
+    assert free_memory(CPU) == expected * MB
 
 
 def take_under_limit(kind: int) -> None:

@@ -9,20 +9,7 @@ import pytest
 
 from engine.stopping import EXIT_STOPPED
 from models import Captioner
-from pruners import Pruner
-from tests.runs import (
-    finish,
-    log_of,
-    make_scenes,
-    result,
-    run,
-    same,
-    saved_steps,
-    start,
-    wait_for_step,
-    write_clip_config,
-    write_config,
-)
+from tests import runs
 from utils import UserError
 
 PRUNE = ["--final_threshold", "0.3", "--warmup_steps", "2", "--deltaT", "2"]
@@ -30,14 +17,14 @@ PRUNE = ["--final_threshold", "0.3", "--warmup_steps", "2", "--deltaT", "2"]
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+    return runs.make_scenes(tmp_path_factory.mktemp("data") / "scenes")
 
 
 @pytest.fixture(scope="module")
 def setup(scenes, tmp_path_factory):
     """The flags of a run of 12 steps in 2 epochs, and the folder of one that ran through."""
     folder = tmp_path_factory.mktemp("runs")
-    config = write_config(folder / "config.yaml", scenes, batch_size=8, max_epoch=2)
+    config = runs.write_config(folder / "config.yaml", scenes, batch_size=8, max_epoch=2)
     flags = ["--config", config, "--output_dir", str(folder), *PRUNE]
     flags += ["--checkpoint_steps", "5", "--eval_epochs", "0"]
     train(flags, "whole")
@@ -45,44 +32,21 @@ def setup(scenes, tmp_path_factory):
 
 
 def train(flags: list[str], name: str, *more: str) -> None:
-    run("train_caption", [*flags, "--model_dir", name, *more])
-
-
-def at_the_end_of_step(step: int, monkeypatch, action) -> None:
-    """Calls `action` after the pruner's part of a step, which is the last but for the report."""
-    prune = Pruner.step
-
-    def interrupted(self, global_step):
-        found = prune(self, global_step)
-        if global_step == step:
-            action()
-        return found
-
-    monkeypatch.setattr(Pruner, "step", interrupted)
-
-
-class Crash(Exception):
-    """Stands for a kill: nothing is written after it."""
-
-
-def crash():
-    raise Crash
+    runs.run("train_caption", [*flags, "--model_dir", name, *more])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("step", "saved"), [(3, 4), (6, 6)])  # in an epoch, and at its end
-def test_signal_finishes_the_step_saves_and_exits(setup, monkeypatch, number, step, saved):
+def test_signal_finishes_the_step_saves_and_exits(setup, number, step, saved):
     flags, folder = setup
     name = f"stopped_by_{number.name}_{step}"
-    with monkeypatch.context() as patch:
-        at_the_end_of_step(step, patch, lambda: signal.raise_signal(number))
-        with pytest.raises(SystemExit) as stopped:
-            train(flags, name)
+    with runs.stopped_at(step, signal=number), pytest.raises(SystemExit) as stopped:
+        train(flags, name)
     assert stopped.value.code == EXIT_STOPPED == 75
-    assert saved_steps(folder / name)[-1] == saved  # the step in which the signal is noticed
+    assert runs.saved_steps(folder / name)[-1] == saved  # the step in which the signal is noticed
     train(flags, name)
-    assert same(result(folder / name), result(folder / "whole"))
-    assert log_of(folder / name) == log_of(folder / "whole")
+    assert runs.same(runs.result(folder / name), runs.result(folder / "whole"))
+    assert runs.log_of(folder / name) == runs.log_of(folder / "whole")
 
 
 def test_signal_in_a_validation_ends_it_at_once(setup, monkeypatch):
@@ -99,19 +63,17 @@ def test_signal_in_a_validation_ends_it_at_once(setup, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             train(flags, "validation", "--eval_epochs", "1")
     assert stopped.value.code == EXIT_STOPPED
-    assert saved_steps(folder / "validation")[-1] == 6
+    assert runs.saved_steps(folder / "validation")[-1] == 6
     assert not (folder / "validation/results").exists()
     train(flags, "validation")
-    assert same(result(folder / "validation"), result(folder / "whole"))
+    assert runs.same(runs.result(folder / "validation"), runs.result(folder / "whole"))
 
 
-def test_truncated_checkpoint_falls_back_to_the_one_before(setup, monkeypatch, capsys):
+def test_truncated_checkpoint_falls_back_to_the_one_before(setup, capsys):
     flags, folder = setup
-    with monkeypatch.context() as patch:
-        at_the_end_of_step(8, patch, crash)
-        with pytest.raises(Crash):
-            train(flags, "truncated")
-    assert saved_steps(folder / "truncated") == [5, 6]
+    with runs.stopped_at(8, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        train(flags, "truncated")
+    assert runs.saved_steps(folder / "truncated") == [5, 6]
     newest = folder / "truncated/checkpoints/step_00000006.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
@@ -121,7 +83,7 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(setup, monkeypatch, c
     printed = capsys.readouterr().out
     assert "step_00000006.pt is not whole" in printed and "falling back to the one" in printed
     assert "step_00000005.pt: 5 of 12 steps done" in printed
-    assert same(result(folder / "truncated"), result(folder / "whole"))
+    assert runs.same(runs.result(folder / "truncated"), runs.result(folder / "whole"))
     assert not list((folder / "truncated/checkpoints").glob(".*"))
 
 
@@ -150,60 +112,52 @@ def test_finished_run_is_left_as_it_is(setup):
 def test_resume_from_a_file_and_keep_checkpoints(setup):
     flags, folder = setup
     train(flags, "kept", "--keep_checkpoints", "3", "--checkpoint_steps", "4")
-    assert saved_steps(folder / "kept") == [6, 8, 12]
+    assert runs.saved_steps(folder / "kept") == [6, 8, 12]
     middle = folder / "kept/checkpoints/step_00000008.pt"
     train(flags, "from_file", "--resume", str(middle))
-    assert same(result(folder / "from_file"), result(folder / "whole"))
-
-
-# --- several processes ---------------------------------------------------------------------------
+    assert runs.same(runs.result(folder / "from_file"), runs.result(folder / "whole"))
 
 
 @pytest.fixture
 def two(scenes, tmp_path):
-    """By script, flags of a run of two processes: an epoch of 24 steps, with loading processes."""
+    """Flags of a run of two processes: an epoch of 24 steps, with loading processes."""
     changes = {"batch_size": 1, "max_epoch": 1, "num_workers": 1}
-    configs = {
-        "train_caption": write_config(tmp_path / "caption.yaml", scenes, **changes),
-        "train_clip_flickr30k": write_clip_config(tmp_path / "clip.yaml", scenes, **changes),
-    }
-    common = ["--output_dir", str(tmp_path), *PRUNE, "--checkpoint_steps", "2"]
-    common += ["--eval_epochs", "0", "--model_dir"]
-    return {script: ["--config", config, *common] for script, config in configs.items()}
+    flags = ["--config", runs.write_config(tmp_path / "c.yaml", scenes, **changes), *PRUNE]
+    flags += ["--output_dir", str(tmp_path), "--checkpoint_steps", "2", "--eval_epochs", "0"]
+    return [*flags, "--model_dir"]
 
 
-@pytest.mark.parametrize("script", ["train_caption", "train_clip_flickr30k"])
-def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(two, tmp_path, script):
+def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(two, tmp_path):
     """SIGTERM to all, also to loading processes; SIGINT to one, which stops the other; SIGKILL."""
-    assert finish(start([*two[script], "whole"], 2, script)) == [0, 0]
-    last, folder, reached = saved_steps(tmp_path / "whole")[-1], tmp_path / "run", 0
+    assert runs.finish(runs.start([*two, "whole"], 2)) == [0, 0]
+    last, folder, reached = runs.saved_steps(tmp_path / "whole")[-1], tmp_path / "run", 0
     for number, ranks in ((signal.SIGTERM, [0, 1]), (signal.SIGINT, [1]), (signal.SIGKILL, [0])):
-        started = start([*two[script], "run"], 2, script)
-        wait_for_step(folder, started[0], reached + 2)
+        started = runs.start([*two, "run"], 2)
+        runs.wait_for_step(folder, started[0], reached + 2)
         for rank in ranks:
             os.killpg(started[rank].pid, number)
-        codes = finish(started, timeout=60)
+        codes = runs.finish(started, timeout=60)
         assert None not in codes, "a process outlived the stopped one"
         assert number == signal.SIGKILL or codes == [EXIT_STOPPED] * 2
-        assert reached < saved_steps(folder)[-1] < last
-        reached = saved_steps(folder)[-1]
-    assert finish(start([*two[script], "run"], 2, script)) == [0, 0]
-    assert same(result(folder), result(tmp_path / "whole"))
+        assert reached < runs.saved_steps(folder)[-1] < last
+        reached = runs.saved_steps(folder)[-1]
+    assert runs.finish(runs.start([*two, "run"], 2)) == [0, 0]
+    assert runs.same(runs.result(folder), runs.result(tmp_path / "whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "kills"), [(1, 20), (2, 10)])
 def test_many_kills(two, tmp_path, world_size, kills):
     """At random moments."""
-    chance, flags = random.Random(0), two["train_caption"]
-    assert finish(start([*flags, "whole"], world_size)) == [0] * world_size
-    last = saved_steps(tmp_path / "whole")[-1]
+    chance = random.Random(0)
+    assert runs.finish(runs.start([*two, "whole"], world_size)) == [0] * world_size
+    last = runs.saved_steps(tmp_path / "whole")[-1]
     for trial in range(kills):
         folder = tmp_path / f"killed{trial}"
-        started = start([*flags, folder.name], world_size)
-        wait_for_step(folder, started[0], chance.randint(0, last))
+        started = runs.start([*two, folder.name], world_size)
+        runs.wait_for_step(folder, started[0], chance.randint(0, last))
         time.sleep(chance.uniform(0, 0.5))
         started[chance.randrange(world_size)].kill()
-        assert None not in finish(started, timeout=60), "a process outlived the killed one"
-        assert finish(start([*flags, folder.name], world_size)) == [0] * world_size
-        assert same(result(folder), result(tmp_path / "whole"))
+        assert None not in runs.finish(started, timeout=60), "a process outlived the killed one"
+        assert runs.finish(runs.start([*two, folder.name], world_size)) == [0] * world_size
+        assert runs.same(runs.result(folder), runs.result(tmp_path / "whole"))

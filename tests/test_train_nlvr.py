@@ -9,11 +9,9 @@ from safetensors.torch import save_file
 import train_nlvr
 from configs import load_config
 from data.nlvr_dataset import build_nlvr_datasets
-from data.scenes import __main__ as scenes
 from engine.state import plan_steps
 from models import build_captioner, build_nlvr, load_checkpoint, prunable_layers
-from tests.runs import finish, in_float64, log_of, result, start, write_nlvr_config, zeros
-from tests.runs import run as run_script
+from tests import runs
 from utils import launch
 
 HELD_OUT = {"dev": 11, "test": 6}  # which do not divide by 2 processes and batches of 4
@@ -24,13 +22,11 @@ PRUNE = ["--final_threshold", "0.4", "--warmup_steps", "2", "--final_warmup", "2
 def config(tmp_path_factory):
     """A config of a few thousand weights, with 16 training statements."""
     folder = tmp_path_factory.mktemp("nlvr")
-    sizes = {"train": 16, "val": 8, "test": 8, "statements": 16, "heldout_statements": 12}
-    flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
-    scenes.main(scenes.parse_args(["--out", str(folder / "scenes"), *flags]))
+    runs.make_scenes(folder / "scenes", 16, 8, statements=16, heldout=12)
     for split, count in HELD_OUT.items():
         file = folder / f"scenes/annotation/nlvr_{split}.json"
         file.write_text(json.dumps(json.loads(file.read_text())[:count]))
-    return write_nlvr_config(folder / "nlvr.yaml", folder / "scenes", max_epoch=2)
+    return runs.write_nlvr_config(folder / "nlvr.yaml", folder / "scenes", max_epoch=2)
 
 
 @pytest.fixture
@@ -40,10 +36,10 @@ def run(config, tmp_path):
     def run(name, *flags, processes=1, before=None):
         argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", name, *flags]
         if processes == 1:
-            run_script("train_nlvr", argv)
+            runs.run("train_nlvr", argv)
         else:
-            started = start(argv, processes, "train_nlvr", before=before)
-            assert finish(started) == [0] * processes
+            started = runs.start(argv, processes, "train_nlvr", before=before)
+            assert runs.finish(started) == [0] * processes
         return tmp_path / name
 
     return run
@@ -53,16 +49,16 @@ def test_a_run_is_the_same_on_one_process_and_two(run, config, float64):
     """Batch, accumulated parts and processes are ways to spread the same samples."""
     whole = run("whole", *PRUNE)
     spread = run("spread", *PRUNE, "--batch_size=2", "--gradient_accumulation_steps=2")
-    together = run("together", *PRUNE, "--batch_size=2", processes=2, before=in_float64)
+    together = run("together", *PRUNE, "--batch_size=2", processes=2, before=runs.in_float64)
     layers = prunable_layers(build_nlvr(load_config(config, task="nlvr")))
-    expected = zeros(result(whole), layers)
+    expected = runs.zeros(runs.result(whole), layers)
     assert int(expected.sum()) == pytest.approx(0.6 * len(expected), abs=10)
-    assert [record["step"] for record in log_of(whole)] == [4, 8]
-    assert log_of(whole)[-1]["remaining_ratio"] == 0.4
-    assert log_of(whole)[-1]["sparsity"] == pytest.approx(expected.double().mean().item())
+    assert [record["step"] for record in runs.log_of(whole)] == [4, 8]
+    assert runs.log_of(whole)[-1]["remaining_ratio"] == 0.4
+    assert runs.log_of(whole)[-1]["sparsity"] == pytest.approx(expected.double().mean().item())
     for folder in (spread, together):
-        assert torch.equal(zeros(result(folder), layers), expected)
-        losses, others = ([record["loss"] for record in log_of(f)] for f in (whole, folder))
+        assert torch.equal(runs.zeros(runs.result(folder), layers), expected)
+        losses, others = ([record["loss"] for record in runs.log_of(f)] for f in (whole, folder))
         assert others == pytest.approx(losses, rel=1e-9)
 
 
@@ -85,7 +81,7 @@ def test_accuracy_counts_every_statement_once(run, config):
         assert len(right) == HELD_OUT[split]
         assert results[0][split] == results[1][split] == sum(right) / len(right)
         assert scores[split]["accuracy"] == results[1][split]
-    assert log_of(alone)[-1]["dev_accuracy"] == results[0]["dev"]
+    assert runs.log_of(alone)[-1]["dev_accuracy"] == results[0]["dev"]
 
 
 def test_training_starts_from_a_captioner_but_evaluation_refuses(run, config, tmp_path):
@@ -94,7 +90,7 @@ def test_training_starts_from_a_captioner_but_evaluation_refuses(run, config, tm
     save_file(weights, tmp_path / "captioner.safetensors")
     flags = ["--pretrained", str(tmp_path / "captioner.safetensors")]
     run_flags = ["--final_threshold", "1", "--max_steps", "1", "--init_lr", "0"]
-    started = result(run("started", *flags, *run_flags, "--eval_epochs", "0"))
+    started = runs.result(run("started", *flags, *run_flags, "--eval_epochs", "0"))
     single = captioner.text_decoder.bert.encoder.layer[0].crossattention.self.query.weight
     for twin in ("self0", "self1"):
         name = f"text_encoder.encoder.layer.0.crossattention.{twin}.query.weight"
