@@ -154,7 +154,7 @@ CHANGES = st.sampled_from(sorted(SCHEMAS["caption"])).flatmap(
 def test_any_value_trains_a_step_or_is_a_users_mistake(tmp_path):
     scenes, trained = make_scenes(tmp_path / "scenes"), []
 
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=25, deadline=None, derandomize=True)
     @given(changes=st.lists(CHANGES, min_size=1, max_size=2))
     def attempt(changes):
         config = write_config(tmp_path / "c.yaml", scenes, **dict(changes))
