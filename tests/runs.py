@@ -59,8 +59,10 @@ def make_scenes(folder: Path, train: int = 48) -> Path:
 
 def write_yaml(path: Path, content: dict) -> str:
     """Writes a config and returns its path."""
+    yaml = YAML()
+    yaml.width = 4096  # a key and its value stay on one line
     with open(path, "w") as file:
-        YAML().dump(content, file)
+        yaml.dump(content, file)
     return str(path)
 
 

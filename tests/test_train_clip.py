@@ -70,10 +70,10 @@ def test_a_killed_run_goes_on_with_queue_copy_and_ramp(setup, monkeypatch):
     whole = train(setup, "whole", *flags)
     on_step, ramps = ClipRetrieval.on_step, []
 
-    def killed(self, epochs):
+    def killed(self, epochs, parts):
         if len(ramps) == 4:
             raise KeyboardInterrupt
-        on_step(self, epochs)
+        on_step(self, epochs, parts)
         ramps.append(self.ramp)
 
     with monkeypatch.context() as patch:
