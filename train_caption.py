@@ -10,19 +10,18 @@ embedded scenes.
 """
 
 import argparse
-from pathlib import Path
 
 from configs import load_config
 from engine.experiment import read_experiment
 from engine.flags import parse, trainer_parser
-from utils import launch
+from utils import launch, user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
     parser, evaluation = trainer_parser("caption", __doc__)
     evaluation.add_argument("--spice", action="store_true", help="SPICE, too; downloads its models")
-    evaluation.add_argument("--score_only", type=Path, help="file of captions to score again")
+    evaluation.add_argument("--score_only", type=user_path, help="file of captions to score again")
     return parse(parser, argv)
 
 

@@ -9,11 +9,10 @@ is also printed.
 
 import argparse
 import shlex
-from pathlib import Path
 
 from reports.runs import read_run
 from reports.tables import markdown, shares
-from utils import atomic_write, launch
+from utils import atomic_write, launch, user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,8 +20,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, help="file; default: report.html beside the first run")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--out", type=user_path, help="file; default: report.html beside the first run"
+    )
     return parser.parse_args(argv)
 
 
