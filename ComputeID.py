@@ -13,6 +13,7 @@ a folder, on pictures and, where it takes texts, on a text for each.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from configs import COUNT, FROM_ZERO, Number, load_config
@@ -28,10 +29,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, path = parser.add_argument, os.path.expanduser
     samples = Number(int, 3)  # an ID needs three points
     add("-n", "--nsamples", type=samples, default=2000, help="samples of the training set (2000)")
-    add("--Path", help="folder for the results; default: ID/Blip_coco, or ID/ and the model's name")
+    add("--Path", type=path, help="folder of results (ID/Blip_coco, or ID/ and the model's name)")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="the CPU as device")
     device.add_argument(
@@ -50,15 +51,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "GB for activations, states and matrices of a process; default: a share of what is free"
     )
     add("--memory_gb", type=Number(float, 0), help=memory)
-    add("--compare", nargs="+", default=[], metavar="PROFILE", help="profiles to draw beside it")
+    beside = {"nargs": "+", "type": path, "default": [], "metavar": "PROFILE"}
+    add("--compare", **beside, help="profiles to draw beside it")
     add("--batch_size", type=COUNT, help="samples in a forward pass (the config's; 8 with --hf)")
     add("--seed", type=FROM_ZERO, default=0, help="seed of the choice of samples and blocks (0)")
-    add("--config", default=DEFAULT_CONFIG, help=f"YAML file of the model ({DEFAULT_CONFIG})")
-    add("--pretrained", help="weights instead of the config's")
-    add("--pruned", help="pruned weights to measure (a file, or the folder of a pruning run)")
-    add("--hf", metavar="NAME_OR_FOLDER", help="a model of Hugging Face's")
-    add("--images", metavar="FOLDER", help="with --hf: pictures, taken in the order of their names")
-    add("--texts", metavar="FILE", help="with --hf: a text on each line, one for each picture")
+    add("--config", type=path, default=DEFAULT_CONFIG, help=f"YAML of the model ({DEFAULT_CONFIG})")
+    add("--pretrained", type=path, help="weights instead of the config's")
+    add("--pruned", type=path, help="pruned weights to measure (a file, or a run's folder)")
+    add("--hf", type=path, metavar="NAME_OR_FOLDER", help="a model of Hugging Face's")
+    add("--images", type=path, metavar="FOLDER", help="with --hf: pictures, in the order of names")
+    add("--texts", type=path, metavar="FILE", help="with --hf: a line of text for each picture")
     args = parser.parse_args(argv)
     for flag in ("images", "texts") if args.hf is None else OURS_ONLY:
         if getattr(args, flag):

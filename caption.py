@@ -4,8 +4,7 @@ r"""Captions pictures.
     python caption.py pictures --config configs/caption_coco.yaml --pruned blip80.safetensors \
         --sparse
 
-Without --config and --pruned it takes the small embedded model, which knows scenes of coloured
-shapes only.
+The default is the small embedded model, which knows scenes of coloured shapes only.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from data.images import find_pictures, to_rgb
 from utils import UserError, launch, user_path
 
 ROOT = Path(__file__).parent
-EMBEDDED = ROOT / "configs" / "caption_demo.yaml"
 EMBEDDED_FILES = {
     "pretrained": str(ROOT / "pretrained" / "blip_tiny_caption.safetensors"),
     "tokenizer": str(ROOT / "pretrained" / "tokenizer"),
@@ -36,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add, path = parser.add_argument, os.path.expanduser
     add("pictures", nargs="+", type=user_path, metavar="PICTURE", help="files, or folders of them")
-    add("--config", type=path, help="experiment's YAML file (default: the embedded model)")
+    add("--config", type=path, help="YAML file of the experiment (default: the embedded model)")
     add("--pruned", type=path, help="weights, or a run's folder (default: the config's pretrained)")
     add("--sparse", action="store_true", help="products with the nonzeros alone, on the CPU")
     add("--json", action="store_true", help="one JSON object a line")
@@ -44,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Captions picture by picture; one that cannot be read is reported, and the others go on."""
+    """Captions picture by picture; reports one that cannot be read, and goes on."""
     pictures = find_pictures(args.pictures)
     config = read_model_config(args)
     there = [path for path in pictures if path.exists()]
@@ -59,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     for path in there:
         try:
             image = open_upright(path)
-        except Exception as error:  # whatever it is, it is this file's fault
+        except Exception as error:  # Pillow's readers raise what they meet in a damaged file
             unread += 1
             show(args, path, "error", str(error) or type(error).__name__)
             continue
@@ -69,29 +67,22 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_model_config(args: argparse.Namespace) -> dict:
-    """The config of the captioner that the flags name.
-
-    Raises:
-        UserError: a flag or the config is wrong.
-    """
+    """The config of the captioner that the flags name."""
     if args.config:
         config = load_config(args.config, {"pretrained": args.pruned}, task="caption")
         if not config["pretrained"]:
             raise UserError(f"{args.config} names no pretrained weights: give --pruned")
     elif args.pruned:
-        raise UserError("--pruned goes with --config, which says what model it is")
+        raise UserError("--pruned goes with --config, which describes the model")
     else:
-        config = load_config(str(EMBEDDED), EMBEDDED_FILES, task="caption")
+        demo = str(ROOT / "configs" / "caption_demo.yaml")
+        config = load_config(demo, EMBEDDED_FILES, task="caption")
         tell("with the small embedded model, which knows scenes of coloured shapes only")
     return config
 
 
 def open_upright(path: Path) -> Image.Image:
-    """A picture as RGB, turned as its EXIF orientation says, transparency on white.
-
-    Raises:
-        Exception: of many kinds, for Pillow's readers raise what they meet in a damaged file.
-    """
+    """A picture as RGB, turned by its EXIF orientation, transparency on white."""
     with Image.open(path) as file:
         return to_rgb(ImageOps.exif_transpose(file), on_white=True)
 
@@ -107,7 +98,7 @@ def show(args: argparse.Namespace, path: Path, what: str, text: str) -> None:
 
 
 def tell(message: str) -> None:
-    """Prints beside the captions, which alone go to standard output."""
+    """Prints to standard error: only captions go to standard output."""
     print(message, file=sys.stderr, flush=True)
 
 

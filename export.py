@@ -21,27 +21,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    path = os.path.expanduser
-    parser.add_argument("--config", type=path, required=True, help="experiment's YAML file")
-    parser.add_argument("--pruned", type=path, required=True, help="weights, or a run's folder")
-    parser.add_argument("--to", choices=["compressed", "huggingface"], help="format to write")
-    parser.add_argument("--out", type=user_path, help="file (compressed) or folder (huggingface)")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "float16", "bfloat16"],
-        default="float32",
-        help="type of the written weights (default: float32)",
-    )
-    parser.add_argument("--report", action="store_true", help="sizes, multiply-adds, time, memory")
+    add, path = parser.add_argument, os.path.expanduser
+    add("--config", type=path, required=True, help="YAML file of the experiment")
+    add("--pruned", type=path, required=True, help="weights, or the folder of a run")
+    add("--to", choices=["compressed", "huggingface"], help="format of --out")
+    add("--out", type=user_path, help="file (compressed) or folder (huggingface)")
+    types = {"choices": ["float32", "float16", "bfloat16"], "default": "float32"}
+    add("--dtype", **types, help="type of the written weights (default: float32)")
+    add("--report", action="store_true", help="sizes, multiply-adds, time, memory")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Exports, then reports.
-
-    Raises:
-        UserError: naming the flag that is wrong, before the model is built.
-    """
+    """Checks the flags before the model is built, then exports and reports."""
     if not (args.to or args.report):
         raise UserError("nothing to do: give --to with --out, or --report")
     if bool(args.to) != bool(args.out):
@@ -49,10 +41,7 @@ def main(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     if args.to == "huggingface" and config["task"] != "caption":
         why = "; transformers has no class for BLIP's NLVR2 model" * (config["task"] == "nlvr")
-        raise UserError(
-            f"--to huggingface writes captioners alone{why}; take --to compressed, which this "
-            "project reads"
-        )
+        raise UserError(f"--to huggingface writes captioners alone{why}; take --to compressed")
     if args.out and args.out.exists():
         raise UserError(f"--out: {args.out} exists; remove it or choose another")
 

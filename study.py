@@ -43,7 +43,7 @@ from engine.tasks import TASKS, later
 from evaluation.ptb import ptb_tokenize
 from reports.runs import CHECKPOINTS, PRUNED_FILE
 from reports.tables import markdown
-from utils import UserError, atomic_write, available_cpus, launch, write_json
+from utils import UserError, atomic_write, available_cpus, launch, user_path, write_json
 
 ROOT = Path(__file__).parent
 SCORES = {task: ("loss", TASKS[task].best_by) for task in ("caption", "nlvr")}
@@ -520,12 +520,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, path = parser.add_argument, os.path.expanduser
     add("--preset", choices=["embedded"], help="study of configs/studies")
-    add("--config", help="YAML file of an experiment, captioning or NLVR2, for a new study")
-    add("--id_profile", help="IDs by layer, for a new study")
-    add("--file", type=Path, help="JSON of the study (default: docs/study.json for the preset)")
-    add("--output_dir", type=Path, default=Path("output/study"), help="folder of the cells")
+    add("--config", type=path, help="YAML file of an experiment (captions, NLVR2), for a new study")
+    add("--id_profile", type=path, help="IDs by layer, for a new study")
+    add("--file", type=user_path, help="JSON of the study (preset: docs/study.json)")
+    add("--output_dir", type=user_path, default=Path("output/study"), help="folder of the cells")
     add("--cells", metavar="I/N", help="the I-th of N shares, without a report")
     add("--processes", type=COUNT, help="cells at a time (default: CPUs for the preset, else 1)")
     add("--device", help="auto, cpu, cuda, cuda:N, mps or xpu")

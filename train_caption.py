@@ -9,13 +9,12 @@ Without torchrun on one CPU or GPU; --config configs/caption_demo.yaml takes emb
 """
 
 import argparse
-from pathlib import Path
 
 from configs import load_config
 from engine.experiment import read_experiment
 from engine.flags import parse, trainer_parser
 from engine.tasks import later
-from utils import launch
+from utils import launch, user_path
 
 run_task = later("engine.main:run_task")
 score_again = later("evaluation.scoring:score_again")
@@ -27,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     evaluation.add_argument(
         "--spice", action="store_true", help="SPICE, which downloads its models"
     )
-    evaluation.add_argument("--score_only", type=Path, help="file of captions to score again")
+    evaluation.add_argument("--score_only", type=user_path, help="file of captions to score again")
     return parse(parser, argv)
 
 

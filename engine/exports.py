@@ -1,4 +1,4 @@
-"""Models in the files of others, and the report of what a model costs."""
+"""What `export.py` does: files for other programs, and the report of what a model costs."""
 
 import argparse
 import os
@@ -19,23 +19,21 @@ from utils import UserError
 
 
 def export(args: argparse.Namespace, config: dict) -> None:
-    """What `export.py` does with flags that fit together."""
+    """Writes the model in the format of --to, then reports."""
     model = TASKS[config["task"]].build_model(config).eval()
     print(load_trained(model, args.pruned))
     if args.to:
-        weights = rounded(model, getattr(torch, args.dtype))
+        weights, reader = rounded(model, getattr(torch, args.dtype)), f"--pruned {args.out}"
         try:
             if args.to == "compressed":
                 compressed.write(args.out, weights)
             else:
                 write_huggingface(model, config, args.out, weights)
+                reader += f", or BlipForConditionalGeneration.from_pretrained('{args.out}')"
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot write {args.out} ({error}): make room, or choose --out"
             ) from error
-        reader = f"--pruned {args.out}"
-        if args.to == "huggingface":
-            reader += f", or BlipForConditionalGeneration.from_pretrained('{args.out}')"
         files = [file for file in (args.out, *args.out.rglob("*")) if file.is_file()]
         size = sum(file.stat().st_size for file in files)
         print(f"{args.out}: {size / 1e6:.1f} MB; read it with {reader}")
@@ -44,7 +42,7 @@ def export(args: argparse.Namespace, config: dict) -> None:
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file of the model, one by one as `dtype`."""
+    """The stored tensors of a model as `dtype`, one by one."""
     for name, tensor in stored_tensors(model):
         converted = tensor.to(dtype) + 0.0  # pruners may leave negative zeros
         if not converted.isfinite().all():
@@ -56,9 +54,8 @@ def write_huggingface(
     model: nn.Module, config: dict, out: Path, weights: Iterator[tuple[str, Tensor]]
 ) -> None:
     """Writes the folder, under another name until it is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir()
+    unfinished.mkdir(parents=True)
     try:
         write_folder(model, config, unfinished, dict(weights))
         unfinished.rename(out)
@@ -68,11 +65,9 @@ def write_huggingface(
 
 
 def show(found: dict) -> None:
-    """Prints a report for people."""
+    """Prints a report of `costs.report`."""
     lines = {what: shares(found[what]) for what in ("parameters", "nonzeros")}
-    lines |= {
-        f"multiply-adds, {what}": shares(counts) for what, counts in found["multiply_adds"].items()
-    }
+    lines |= {f"multiply-adds, {what}": shares(n) for what, n in found["multiply_adds"].items()}
     lines |= {form: f"{count / 1e6:.1f} MB" for form, count in found["bytes"].items()}
     for form in ("dense", "sparse"):
         memory = found[form]["resident_bytes"]
@@ -84,7 +79,7 @@ def show(found: dict) -> None:
 
 
 def shares(counts: dict[str, int]) -> str:
-    """For instance "224.0 M (vision 86.1, language 137.9)"."""
+    """A line such as "224.0 M (vision 86.1, language 137.9)"."""
     total = sum(counts.values())
     unit, letter = (1e9, "G") if total >= 1e9 else (1e6, "M")
     parts = ", ".join(f"{kind} {count / unit:.1f}" for kind, count in counts.items())

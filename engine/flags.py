@@ -53,7 +53,7 @@ def trainer_parser(
     add("--eval_test", **on, help="validate on the test split, too")
 
     override = parser.add_argument_group("in place of the config's values").add_argument
-    override("--pretrained", help="weights to start from; '': random ones")
+    override("--pretrained", type=PLACE, help="weights to start from; '': random ones")
     override("--init_lr", "--lr", type=RATE, help="initial learning rate")
     override("--max_epoch", "--epoch", type=COUNT, help="epochs of training")
     override("--batch_size", type=COUNT, help="training samples per process")

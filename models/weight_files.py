@@ -38,12 +38,10 @@ class Packed(NamedTuple):
 
     def dense(self) -> Tensor:
         """The tensor. Raises a UserError if bitmask and values do not fit each other."""
-        dense = torch.empty(self.shape, dtype=self.values.dtype)
         try:
-            compressed.unpack_into(dense, self.bitmask, self.values)
+            return compressed.unpack(self.shape, self.bitmask, self.values)
         except ValueError as error:
             raise UserError(f"the compressed file {self.where}: {error}") from error
-        return dense
 
 
 def fetch(path_or_url: str | Path) -> Path:

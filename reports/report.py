@@ -8,11 +8,10 @@ test pictures), and each model's size and speed on this machine's CPU.
 
 import argparse
 import shlex
-from pathlib import Path
 
 from reports.runs import read_run
 from reports.tables import markdown
-from utils import atomic_write, launch
+from utils import atomic_write, launch, user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -20,8 +19,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, help="page (default: report.html beside the first run)")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--out", type=user_path, help="page (default: report.html beside the first run)"
+    )
     return parser.parse_args(argv)
 
 

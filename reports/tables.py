@@ -7,11 +7,10 @@
 
 import argparse
 from collections import defaultdict
-from pathlib import Path
 from statistics import mean
 
 from reports.runs import read_run
-from utils import UserError, launch
+from utils import UserError, launch, user_path
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -31,9 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="folder of the runs, their --output_dir")
+    parser.add_argument("folder", type=user_path, help="folder of the runs, their --output_dir")
     parser.add_argument("runs", nargs="+", help="names of the runs, their --model_dir")
-    parser.add_argument("--ids", type=Path, help="profile of the IDs that weighted the scores")
+    parser.add_argument("--ids", type=user_path, help="profile that weighted the scores")
     return parser.parse_args(argv)
 
 

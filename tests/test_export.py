@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
+import ComputeID
 import export
 from configs import load_config
 from data.transforms import CLIP_STD, build_transform
@@ -231,6 +232,9 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     args = export.parse_args(argv)
     assert args.config == "/home/me/c.yaml" and args.out == Path("/home/me/x")
     assert args.pruned == "https://x.org/~me/w"
+    args = ComputeID.parse_args(["--Path=~/id", "--config=~/c.yaml", "--compare", "~/other"])
+    assert (args.Path, args.config) == ("/home/me/id", "/home/me/c.yaml")
+    assert args.compare == ["/home/me/other"]
 
 
 @pytest.mark.parametrize("to", ["compressed", "huggingface"])

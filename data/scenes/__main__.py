@@ -14,6 +14,7 @@ writes, in half a minute and always the same for the same settings:
 """
 
 import argparse
+from os.path import expanduser
 
 from data.scenes.generate import make
 from utils import launch
@@ -22,7 +23,7 @@ from utils import launch
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Generates the embedded data.")
-    parser.add_argument("--out", default="datasets/scenes", help="folder to write")
+    parser.add_argument("--out", type=expanduser, default="datasets/scenes", help="folder to write")
     parser.add_argument("--train", type=int, default=20000, help="scenes with a caption (20000)")
     parser.add_argument("--val", type=int, default=500, help="scenes with 5 references")
     parser.add_argument("--test", type=int, default=500, help="scenes with 5 references")
