@@ -214,9 +214,5 @@ def test_the_legend_names_every_profile(label, tmp_path):
     assert shown.removeprefix("./").replace(r"\$", "$") == label and other == "new"
     assert shown.count("$") == shown.count(r"\$")
     save_figure(figure, tmp_path / "compare.png")
-
-
-def test_figures_are_written(profile, tmp_path):
-    save_figure(plot_depth(profile), tmp_path / "depth.png")
-    height, width, _ = imread(tmp_path / "depth.png").shape
+    height, width, _ = imread(tmp_path / "compare.png").shape
     assert (width, height) == (9 * 150, 4 * 150)

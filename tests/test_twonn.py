@@ -116,9 +116,9 @@ def test_golden(golden, cloud, fraction):
 @pytest.mark.parametrize("cloud", ["gauss5in20", "highdim"])
 def test_float32_products_suffice(golden, cloud):
     """The golden clouds in many dimensions: what distances are off by moves the IDs no further."""
-    points = golden[f"{cloud}.points"][:400]
+    points = golden[f"{cloud}.points"][:200]
     points = points @ torch.randn(points.shape[1], WIDE) + torch.randn(WIDE)
-    permutations = twonn.draw_permutations(400)
+    permutations = twonn.draw_permutations(200)
     distances, exact = pairwise_distances(points), direct_distances(points)
     error = relative_error(distances, exact)
     assert error <= product_error(points)
@@ -321,17 +321,6 @@ def test_few_points(n, fewest, levels):
         assert found.error == found.std[levels - 1].item()
     else:
         assert math.isnan(found.error)  # one block does not differ from itself
-
-
-def test_twice_the_points_needed_by_blocks_change_nothing():
-    """Whatever is fitted with the fewest points is the same with more allowed: n 2000 and more."""
-    distances = pairwise_distances(torch.randn(400, 8))
-    permutations = twonn.draw_permutations(400)
-    every, reliable = (
-        block_analysis(distances, permutations=permutations, fewest=few) for few in (3, 20)
-    )
-    assert torch.equal(every.mean, reliable.mean)
-    assert torch.equal(every.std, reliable.std)
 
 
 def test_two_points_have_no_dimension():
