@@ -19,7 +19,8 @@ class Task:
         build_datasets: (config, seed) -> training set and the two held-out sets.
         build_model: config -> model with random weights. `model.prepare(*inputs)` turns a training
             batch into the arguments of `model(...)`, which returns the mean loss, and counts its
-            terms. Optional: `model.on_step(epochs done, parts)` comes before each step,
+            terms; `model.count_cut(texts)` counts the texts longer than `model.max_tokens`.
+            Optional: `model.on_step(epochs done, parts)` comes before each step,
             `model.check_batch(samples)` with the global batch before the first.
         evaluate: (model in eval mode, held-out set, its name, `engine.loading.EvalOptions`) ->
             report with "scores" by name on the main process at least, and "notes" (sentences).
