@@ -140,6 +140,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     Of several processes, one that fails leaves at once: the end of its process group would wait for
     the others, which wait for it.
     """
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may be missing
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
             stream.reconfigure(errors="backslashreplace")  # no name that is printed ends a run

@@ -187,3 +187,12 @@ def test_a_failing_process_of_several_prints_and_leaves_at_once(error, code, pri
                 return  # until the process that adopted it buries it
             time.sleep(0.05)
         pytest.fail("a loading process outlived its trainer")
+
+
+def test_figures_do_without_the_backend_of_a_notebook(monkeypatch):
+    """Matplotlib refuses a backend that is not installed when it is imported."""
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook.backend")
+    command = [sys.executable, "-c", "import matplotlib; print(matplotlib.get_backend())"]
+    seen = []
+    launch(lambda args: seen.append(subprocess.run(command, capture_output=True, text=True)), None)
+    assert seen[0].stdout == "agg\n"
