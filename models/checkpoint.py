@@ -9,6 +9,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import compat  # noqa: F401
@@ -93,19 +94,24 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
     targets = dict(model.named_parameters(remove_duplicate=False))
     hint = f"does the config's {getattr(model, 'size_keys', SIZE_KEYS)} fit it?"
     _check(report, weights, targets, may_be_missing, hint)
-    for name in report.loaded:
-        value, target = weights.pop(name), targets[name]
+
+    def copy(name: str) -> None:
+        value, target = weights.pop(name), targets[name].detach()
         if isinstance(value, Packed):
-            value = value.dense()
+            value = value.dense(None if name in report.resampled else target)
         if name in report.resampled:
             value = _resample(value.float(), target)
-        target.copy_(value)
+        if value.data_ptr() != target.data_ptr():
+            target.copy_(value)
         # a sum inherits inf and nan; one in float32 is fast, but may overflow by itself
         if not (target.sum().isfinite() or target.sum(dtype=torch.float64).isfinite()):
             raise UserError(
                 f"{path_or_url}: {name} holds values that are not finite (inf or nan): the file is "
                 "damaged, or its training diverged; take another checkpoint"
             )
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy unpacks bits on one thread
+        list(pool.map(copy, report.loaded))
     if hasattr(model, "weights_loaded"):
         model.weights_loaded()
     return report

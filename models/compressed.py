@@ -41,19 +41,25 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return mask, bits[stored].view(tensor.dtype)
 
 
-def unpack(shape: tuple[int, ...], bitmask: Tensor, values: Tensor) -> Tensor:
-    """The tensor that `pack` took apart.
+def unpack(
+    shape: tuple[int, ...], bitmask: Tensor, values: Tensor, target: Tensor | None = None
+) -> Tensor:
+    """The tensor that `pack` took apart; `target` itself where it can be written directly.
 
     Raises:
         ValueError: bitmask and values do not fit each other.
     """
-    dense = torch.zeros(shape, dtype=values.dtype)
-    packed, n = bitmask.numpy(), dense.numel()
+    packed, n = bitmask.numpy(), math.prod(shape)
     if n % 8 and packed[-1] >> n % 8:
         raise ValueError(f"the bitmask has bits beyond the last of {n} elements")
     places = np.flatnonzero(np.unpackbits(packed, count=n, bitorder="little").view(bool))
     if len(places) != len(values):
         raise ValueError(f"{len(values)} values do not fit the bitmask's {len(places)}")
+    direct = target is not None and target.is_contiguous() and target.device.type == "cpu"
+    if direct and target.dtype == values.dtype and target.shape == shape:
+        dense = target.detach().zero_()  # fresh memory and a copy would take as long again
+    else:
+        dense = torch.zeros(shape, dtype=values.dtype)
     _bits(dense).numpy()[places] = _bits(values).numpy()
     return dense
 

@@ -36,10 +36,10 @@ class Packed(NamedTuple):
     bitmask: Tensor
     values: Tensor
 
-    def dense(self) -> Tensor:
-        """The tensor. Raises a UserError if bitmask and values do not fit each other."""
+    def dense(self, target: Tensor | None = None) -> Tensor:
+        """The tensor, in `target` where that fits; a UserError if the file is damaged."""
         try:
-            return compressed.unpack(self.shape, self.bitmask, self.values)
+            return compressed.unpack(self.shape, self.bitmask, self.values, target)
         except ValueError as error:
             raise UserError(f"the compressed file {self.where}: {error}") from error
 
