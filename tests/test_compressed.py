@@ -149,3 +149,13 @@ def test_a_reader_of_five_lines_reads_it(tmp_path):
         dense = np.zeros(shape, "float32")
         dense.flat[bits == 1] = file.get_tensor("w.values")
     assert np.array_equal(dense, sparse.numpy())
+
+
+def test_a_target_that_fits_is_written_and_keeps_nothing():
+    sparse = torch.randn(60, 71).relu()
+    target = torch.ones(60, 71)
+    found = compressed.unpack((60, 71), *compressed.pack(sparse), target)
+    assert found.data_ptr() == target.data_ptr() and same_bits(target, sparse)
+    for other in (torch.ones(71, 60).T, torch.ones(60, 71).double()):
+        assert same_bits(compressed.unpack((60, 71), *compressed.pack(sparse), other), sparse)
+        assert (other == 1).all()
