@@ -169,9 +169,6 @@ def test_half_precision_is_read_into_float32(model, weights, tmp_path):
     assert_holds(model, {n: v.bfloat16().float() for n, v in weights.items()})
 
 
-# --- weights that do not fit
-
-
 def without_a_tensor(weights):
     del weights["text_decoder.cls.predictions.transform.dense.bias"]
 
@@ -225,9 +222,6 @@ def test_a_start_for_training_is_no_trained_model(model, weights, tmp_path):
     assert load_checkpoint(model, tmp_path / "m").initialised == [NORM]
     with pytest.raises(UserError, match=f"is a start for training, .* it lacks {NORM}"):
         load_trained(model, tmp_path / "m")
-
-
-# --- files that are no weights
 
 
 class Planted:
@@ -302,9 +296,6 @@ def test_what_torch_wrote_is_known_under_the_other_name(tmp_path):
         open_weights(tmp_path / "a.safetensors")
 
 
-# --- which files of a folder
-
-
 def test_the_index_says_which_file_holds_a_tensor(model, weights, tmp_path):
     folder = tmp_path / "hf"
     hugging_face(weights, folder)
@@ -361,8 +352,6 @@ def test_folders_that_do_not_say_what_belongs_together(weights, tmp_path, spoil,
     with pytest.raises(UserError, match=message):
         open_weights(tmp_path / "hf")
 
-
-# --- addresses
 
 OFFICIAL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/base.pth"
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dimension.profile import PartialProfile
 from engine import profile as profiling
 from models import hub
 from tests.runs import compute_id, ids
@@ -195,28 +193,17 @@ def test_batch_size_changes_nothing(kind, measure, monkeypatch):
     assert ids(few) == pytest.approx(ids(all_), rel=1e-6)  # as test_measure.PROMISED
 
 
-@pytest.mark.parametrize("change", [False, True])
-def test_goes_on_where_it_was_stopped_with_the_same_texts(
-    measure, data, tmp_path, monkeypatch, change
+def test_a_run_is_known_by_its_texts_and_by_weights_that_the_checkpoint_lacks(
+    measure, data, folders, tmp_path
 ):
-    texts = Path(shutil.copy(data / "texts", tmp_path / "texts"))
-    add, added = PartialProfile.add, []
-
-    def counted(self, name, layer):
-        add(self, name, layer)
-        added.append(name)
-        if len(added) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(PartialProfile, "add", counted)
-    with pytest.raises(KeyboardInterrupt):
-        measure("bert", "", "--texts", texts)
-    torch.manual_seed(1)  # layers that the checkpoint lacks do not depend on it
-    if change:
-        texts.write_text("\n".join(texts.read_text().splitlines()[::-1]))
-    profile = measure("bert", "", "--texts", texts)
-    assert len(added) == len(profile.layers) + change
-    assert measure("bert", "", "--texts", texts, to="whole").layers == profile.layers
+    """So that it goes on with the same content only, see test_compute_id."""
+    (tmp_path / "texts").write_text((data / "texts").read_text().replace("word1", "word2"))
+    settings = [
+        measure("bert", given, *more).settings
+        for given, more in (("texts", ()), ("", ("--texts", tmp_path / "texts")))
+    ]
+    assert settings[0]["contents"] != settings[1]["contents"]
+    assert settings[0]["checkpoint_sha256"] == settings[1]["checkpoint_sha256"]
 
 
 def test_takes_random_samples_where_there_are_more_and_estimates_them_again(measure, tmp_path):
@@ -226,9 +213,6 @@ def test_takes_random_samples_where_there_are_more_and_estimates_them_again(meas
     assert first.settings["nsamples"] == 25
     assert not set(ids(first).values()) & set(ids(other).values())
     assert compute_id(tmp_path / "id", "-s", "--seed", 1).layers == other.layers
-
-
-# --- mistakes
 
 
 def without(pattern):
