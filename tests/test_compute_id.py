@@ -107,17 +107,20 @@ def test_captioner(captioner, whole):
     assert {path.name for path in folder.iterdir()} == files
 
 
-def test_nlvr(captioner, tmp_path, capsys):
-    data = Path(captioner[1]).with_name("scenes")
-    config = write_nlvr_config(tmp_path / "config.yaml", data)
+def test_nlvr_of_few_samples_has_no_error_bars(captioner, tmp_path, capsys):
+    config = write_nlvr_config(tmp_path / "c.yaml", Path(captioner[1]).with_name("scenes"))
     model = build_nlvr(load_config(config))
-    profile = compute_id(tmp_path / "id", *with_weights(config, model))
+    profile = compute_id(tmp_path, *with_weights(config, model), "-n", 38, "--save_distances")
     assert list(profile.layers) == list(prunable_layers(model))
     assert profile.settings["config"]["task"] == "nlvr"
-    out = capsys.readouterr().out
+    out, remark = capsys.readouterr().out, profile.remarks[0]
     for kind, sees in (("vision", True), ("language", False)):
         found = [x for n, x in ids(profile).items() if n.startswith("visual_encoder") == sees]
         assert f"{kind}: {len(found)} layers, mean ID {sum(found) / len(found):.2f}" in out
+    assert "no error bars" in remark and f"remark: {remark}" in out
+    assert all(math.isnan(float(x)) for x in (tmp_path / "result_bar.txt").read_text().split())
+    again = compute_id(tmp_path, "-s")
+    assert (again.layers, again.remarks) == (profile.layers, profile.remarks)
 
 
 def test_keep_padding_counts_padding(captioner, whole, tmp_path):
@@ -134,10 +137,13 @@ def test_two_processes_give_the_same_bits(captioner, whole, tmp_path):
     assert finish(started) == [0, 0]
     folder, expected = whole
     assert IDProfile.read(tmp_path) == expected
-    files = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == files
-    for name in ("ID.txt", "result_id.txt", "result_bar.txt", "dim.txt", "profile.json"):
-        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.*"))
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")) == files
+    assert all(
+        (folder / x).read_bytes() == (tmp_path / x).read_bytes()
+        for x in files
+        if x.suffix != ".png"
+    )
 
 
 def stop_at(monkeypatch, *arguments, layers=1, before=False):
@@ -226,15 +232,6 @@ def test_a_mistake_or_a_stopped_run_that_keeps_none_leaves_distances_alone(
     assert ids(compute_id(kept, "-s")) == ids(whole[1])
 
 
-def test_few_samples_have_no_error_bars(captioner, tmp_path, capsys):
-    profile = compute_id(tmp_path, *captioner, "-n", 38, "--save_distances")
-    (remark,) = profile.remarks
-    assert "no error bars" in remark and f"remark: {remark}" in capsys.readouterr().out
-    assert all(layer.error is None for layer in profile.layers.values())
-    assert all(math.isnan(float(x)) for x in (tmp_path / "result_bar.txt").read_text().split())
-    assert compute_id(tmp_path, "-s").remarks == profile.remarks
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -242,6 +239,9 @@ def test_few_samples_have_no_error_bars(captioner, tmp_path, capsys):
         (["--pretrained", "absent.pt"], "absent.pt"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--compare", "absent.json"], "absent.json"),
+        (["--Path", "LICENSE/ID"], "cannot write to --Path LICENSE/ID"),
+        (["--Path", "LICENSE"], "cannot write to --Path LICENSE"),
+        (["--Path", "/proc/self"], "cannot write to --Path /proc/self"),
     ],
 )
 def test_mistakes(captioner, tmp_path, flags, message):
@@ -249,19 +249,9 @@ def test_mistakes(captioner, tmp_path, flags, message):
         compute_id(tmp_path, *captioner, *flags)
 
 
-@pytest.mark.parametrize("place", ["file/ID", "file", "/proc/self"])
-def test_a_place_that_cannot_be_written(captioner, tmp_path, monkeypatch, place):
-    """Known before processes meet and the model is built."""
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(profiling, "init_distributed", None)
-    with pytest.raises(UserError, match=f"cannot write to --Path .*{place}"):
-        compute_id(tmp_path / place, *captioner)
-
-
 def test_one_gpu_for_several_processes(monkeypatch):
-    assert profiling.chosen_device(cpu=False, gpu=3) == "cuda:3"
-    assert profiling.chosen_device(cpu=False, gpu=None) == "auto"
-    assert profiling.chosen_device(cpu=True, gpu=None) == "cpu"
+    flags = {(False, 3): "cuda:3", (False, None): "auto", (True, None): "cpu"}
+    assert [profiling.chosen_device(*given) for given in flags] == [*flags.values()]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--gpu 3: torchrun gives every process a GPU"):
         profiling.chosen_device(cpu=False, gpu=3)
