@@ -1,7 +1,7 @@
 """IDs of models that are not ours, against plain hooks and the block analysis."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 
 import pytest
 import torch
@@ -72,17 +72,12 @@ def hooked(model, batches):
     return {name: x if x.dim() > 2 else x[:, None] for name, x in joined.items()}
 
 
-def expected_ids(outputs):
-    permutations = block_permutations(N, 0)
-    return {
-        name: measure_layer(name, 0, pairwise_distances(x.flatten(1)), 1.0, permutations).id
-        for name, x in outputs.items()
-    }
-
-
 def assert_ids(profile, outputs):
-    """The IDs of these outputs, for as many layers."""
-    assert ids(profile) == pytest.approx(expected_ids(outputs), rel=PROMISED)
+    found, permutations = ids(profile), block_permutations(N, 0)
+    for name, x in outputs.items():
+        distances = pairwise_distances(x.detach().flatten(1))
+        expected = measure_layer(name, 0, distances, 1.0, permutations).id
+        assert found[name] == pytest.approx(expected, rel=PROMISED), name
 
 
 def left_out(profile):
@@ -116,10 +111,8 @@ def test_equals_plain_hooks_and_to_the_bit_whatever_the_budget(kind, small_segme
     features = {name: layer.features for name, layer in whole.layers.items()}
     assert features == {name: x[0].numel() for name, x in outputs.items()}
     aligned = sum(16 * -(-count // 16) for count in features.values())
-    runs = count_passes(model)
-    assert (
-        measure(model, batches, memory_gb=0.3 * (N + 1) * aligned * 4 / GB).layers == whole.layers
-    )
+    runs, share = count_passes(model), 0.3 * (N + 1) * aligned * 4 / GB
+    assert measure(model, batches, memory_gb=share).layers == whole.layers
     assert 4 <= len(runs) // len(batches) <= 6  # beside fewer forwards to trace than batches
 
 
@@ -154,22 +147,29 @@ def test_passes_and_where_they_stop(small_segments, capsys):
     assert "forward work 1.80 plain forwards" in out  # (5 + 3 + 1) / 5
 
 
-class Twice(nn.Module):
-    """Calls one layer for the input and, in the end, for its first four tokens."""
+class Calls(nn.Module):
+    """What a function of the model and its inputs gives, with linear layers of some names."""
 
-    def __init__(self):
+    def __init__(self, function, layers=""):
         super().__init__()
-        self.shared, self.between = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.function = function
+        for name in layers.split():
+            self.add_module(name, nn.Linear(16, 16))
 
-    def forward(self, x):
-        return self.shared(torch.tanh(self.between(self.shared(x)))[:, :4])
+    def forward(self, *args, **inputs):
+        return self.function(self, *args, **inputs)
+
+
+def twice(model, x):
+    """Calls one layer for the input and, in the end, for its first four tokens."""
+    return model.shared(torch.tanh(model.between(model.shared(x)))[:, :4])
 
 
 @pytest.mark.parametrize("layers, passes", [(10, 1), (1, 3)])
 def test_calls_of_one_layer_are_one_representation(small_segments, layers, passes):
-    model, batches = Twice(), chain_inputs()
+    model, batches = Calls(twice, "shared between"), chain_inputs()
     calls = outputs_of({"shared": model.shared}, lambda: model(torch.cat(batches)))["shared"]
-    outputs = {"shared": torch.cat(calls, 1), "between": model.between(calls[0]).detach()}
+    outputs = {"shared": torch.cat(calls, 1), "between": model.between(calls[0])}
     runs = count_passes(model)
     profile = measure(model, batches, memory_gb=room(layers))
     assert len(runs) == TRACES + len(batches) * passes
@@ -178,60 +178,38 @@ def test_calls_of_one_layer_are_one_representation(small_segments, layers, passe
     assert list(profile.layers) == ["between", "shared"]  # in the order of their last calls
 
 
-@dataclass
-class Answer:
-    label: str
-    states: tuple
-
-
-class Returns(nn.Module):
-    """Gives its input in some form."""
-
-    def __init__(self, form):
-        super().__init__()
-        self.form = form
-
-    def forward(self, x):
-        return self.form(x)
-
-
 FORMS = {
-    "tuple": lambda x: (None, x, -x),
-    "dataclass": lambda x: Answer("states", (x, -x)),
-    "mapping": lambda x: {"states": x},
-    "rows of tokens": lambda x: x.flatten(0, 1),
+    "tuple": lambda model, x: (None, x, -x),
+    "dataclass": lambda model, x: make_dataclass("Answer", ["label", "states"])("x", (x, -x)),
+    "mapping": lambda model, x: {"states": x},
+    "rows of tokens": lambda model, x: x.flatten(0, 1),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_representation_is_the_first_tensor_with_rows_for_each_sample(form):
-    model = nn.Sequential(nn.Linear(16, 16), Returns(FORMS[form]))
+    model = nn.Sequential(nn.Linear(16, 16), Calls(FORMS[form]))
     profile = measure(model, chain_inputs(), layers=["0", "1"])
     assert profile.layers["0"] == profile.layers["1"]
 
 
-class Odd(nn.Module):
-    """Parts whose outputs are no representations of samples, and one that never runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.line, self.total = nn.Linear(16, 16), Returns(lambda x: x.sum((1, 2)))
-        self.table, self.index = nn.Linear(16, 16), Returns(lambda x: x.argmax(-1))
-        self.nothing, self.prompt = Returns(lambda x: None), nn.Linear(16, 16)
-        self.unused = nn.Linear(16, 16)
-
-    def forward(self, x, prompt):
-        for part in (self.total, self.index, self.nothing):
-            part(x)
-        self.table(x[0, :5])
-        self.prompt(prompt)
-        return self.line(x)
+def odd(model, x, prompt):
+    """Calls layers whose outputs are no representations of samples, and not the unused one."""
+    for layer in (model.total, model.index, model.nothing):
+        layer(x)
+    model.table(x[0, :5])
+    model.prompt(prompt)
+    return model.line(x)
 
 
 def test_layers_without_representations_are_named():
     prompts = torch.randn(3, 16)[torch.arange(N) % 3]
     batches = list(zip(chain_inputs(), prompts.split(8), strict=True))
-    profile = measure(Odd(), batches, layers=["*", "total", "index", "nothing"])
+    model = Calls(odd, "line table prompt unused")
+    model.total = Calls(lambda layer, x: x.sum((1, 2)))
+    model.index = Calls(lambda layer, x: x.argmax(-1))
+    model.nothing = Calls(lambda layer, x: None)
+    profile = measure(model, batches, layers=["*", "total", "index", "nothing"])
     assert list(profile.layers) == ["line"]
     for sentence in (
         "total: its output (2,) has fewer than two dimensions",
@@ -244,7 +222,7 @@ def test_layers_without_representations_are_named():
         assert sentence in left_out(profile)
     for layer, reason in (("unused", "unused: no call"), ("prompt", "layer prompt: 0 of 45")):
         with pytest.raises(UserError, match=f"no layer is left to measure.*{reason}"):
-            measure(Odd(), batches, layers=layer)
+            measure(model, batches, layers=layer)
 
 
 def test_conv1d_is_a_linear_layer():
@@ -272,21 +250,18 @@ def remembers(model, x):
     return x
 
 
-class Mixes(nn.Module):
-    def __init__(self, way):
-        super().__init__()
-        self.before, self.inside, self.after = (nn.Linear(16, 16) for _ in range(3))
-        self.attention, self.way, self.state = nn.MultiheadAttention(16, 2), way, 0.0
-
-    def forward(self, x):
-        return self.after(self.way(self, self.before(x)))
+def mixing(way):
+    """Two layers that see samples, and what some `way` does between them."""
+    model = Calls(lambda model, x: model.after(way(model, model.before(x))), "before inside after")
+    model.attention, model.state = nn.MultiheadAttention(16, 2), 0.0
+    return model
 
 
 @pytest.mark.parametrize("way", [tokens_first, experts, remembers])
 @pytest.mark.parametrize("tokens, size", [(8, 8), (16, 8), (2, 2), (6, 8)])
 def test_rows_that_are_no_samples_are_left_out(way, tokens, size):
     """Also where they are as many as samples, or a multiple: a sample's row depends on others."""
-    profile = measure(Mixes(way), torch.randn(N, tokens, 16).split(size))
+    profile = measure(mixing(way), torch.randn(N, tokens, 16).split(size))
     assert list(profile.layers) == ["before", "after"]
     assert "inside" in left_out(profile)
     if way is tokens_first and size == 8:
@@ -295,12 +270,9 @@ def test_rows_that_are_no_samples_are_left_out(way, tokens, size):
 
 
 def test_every_row_of_a_batch_of_one_sample_is_its_own(small_segments):
-    model, x = Mixes(tokens_first).eval(), torch.randn(N, 16, 16)
+    model, x = mixing(tokens_first).eval(), torch.randn(N, 16, 16)
     profile = measure(model, x.split(1))
-    with torch.no_grad():
-        inside = model.inside(model.before(x))
-    expected = expected_ids({"inside": inside})["inside"]
-    assert profile.layers["inside"].id == pytest.approx(expected, rel=PROMISED)
+    assert_ids(profile, {"inside": model.inside(model.before(x))})
     assert list(profile.layers) == ["before", "inside", "attention.out_proj", "after"]
 
 
@@ -374,23 +346,22 @@ def test_batches_of_any_usual_form(form):
     assert profile.layers == measure(model, list(x[:30].split(8))).layers
 
 
-class Alike(nn.Module):
-    """Words, regions of an image and learnt queries, all nine of them, that see the words."""
+def alike(model, attention_mask, features, input_ids=None, boxes=None, inputs_embeds=None):
+    """Sees words, regions of an image and learnt queries, nine of each, that all see the words."""
+    assert attention_mask.shape[1] in model.lengths
+    embedded = model.table(input_ids) if inputs_embeds is None else inputs_embeds
+    words = model.words(embedded if boxes is None else embedded + boxes.repeat(1, 1, 4))
+    mean = (words * attention_mask[..., None]).mean(1, keepdim=True)
+    model.regions(features + mean)
+    model.ask(model.asked)  # a learned query, which no sample changes
+    model.queries(model.asked + mean)
 
-    def __init__(self, lengths=range(10)):
-        super().__init__()
-        self.table, self.asked = nn.Embedding(40, 16), nn.Parameter(torch.randn(1, 9, 16))
-        self.words, self.regions, self.queries = (nn.Linear(16, 16) for _ in range(3))
-        self.ask, self.lengths = nn.Linear(16, 16), lengths
 
-    def forward(self, attention_mask, features, input_ids=None, boxes=None, inputs_embeds=None):
-        assert attention_mask.shape[1] in self.lengths
-        embedded = self.table(input_ids) if inputs_embeds is None else inputs_embeds
-        words = self.words(embedded if boxes is None else embedded + boxes.repeat(1, 1, 4))
-        mean = (words * attention_mask[..., None]).mean(1, keepdim=True)
-        self.regions(features + mean)
-        self.ask(self.asked)  # a learned query, which no sample changes
-        self.queries(self.asked + mean)
+def alike_model(lengths=range(10)):
+    model = Calls(alike, "words regions queries ask")
+    model.table, model.asked = nn.Embedding(40, 16), nn.Parameter(torch.randn(1, 9, 16))
+    model.lengths = lengths
+    return model
 
 
 def alike_inputs():
@@ -401,7 +372,7 @@ def alike_inputs():
 @pytest.mark.parametrize("form", ["ids", "boxes", "embedded"])
 @pytest.mark.parametrize("size", [8, 1])
 def test_only_what_is_as_long_as_the_texts_has_their_padding(form, size, small_segments):
-    model, inputs = Alike(), alike_inputs()
+    model, inputs = alike_model(), alike_inputs()
     if form == "boxes":
         inputs["boxes"] = torch.randint(0, 9, (N, 9, 4))
     if form == "embedded":
@@ -416,26 +387,20 @@ def test_only_what_is_as_long_as_the_texts_has_their_padding(form, size, small_s
 
 
 def test_a_model_of_one_length_of_texts_is_masked_by_length(small_segments):
-    model, inputs = Alike(lengths=[9]), alike_inputs()
+    model, inputs = alike_model(lengths=[9]), alike_inputs()
     profile = measure(model, [inputs], ["words", "regions"])
     outputs = hooked(model, [inputs])
     assert_ids(profile, {k: outputs[k] * inputs["attention_mask"][..., None] for k in ids(profile)})
     assert any("not take shorter texts" in x for x in profile.remarks)
 
 
-class Uneven(nn.Module):
-    """A layer for pictures, one for words but of nine, one that small batches call twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.picture, self.word, self.again = (nn.Linear(16, 16) for _ in range(3))
-
-    def forward(self, picture, words):
-        for _ in range(1 + (len(words) == 5)):
-            self.again(picture)
-        if words.shape[1] < 9:
-            self.word(words)
-        return self.picture(picture)
+def uneven(model, picture, words):
+    """Calls a layer for pictures, one for words but of nine, one twice in small batches."""
+    for _ in range(1 + (len(words) == 5)):
+        model.again(picture)
+    if words.shape[1] < 9:
+        model.word(words)
+    return model.picture(picture)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +414,9 @@ class Uneven(nn.Module):
 def test_layers_that_differ_between_batches_are_left_out(small_segments, length, message, layers):
     words = [torch.randn(8, n, 16) for n in (4, 4, length, 4, 4)] + [torch.randn(5, 4, 16)]
     batches = list(zip(chain_inputs(), words, strict=True))
-    profile = measure(Uneven(), batches, memory_gb=room(layers))  # of one pass, or of several
+    profile = measure(
+        Calls(uneven, "picture word again"), batches, memory_gb=room(layers)
+    )  # of one pass, or of several
     assert list(profile.layers) == ["picture"]
     assert message in left_out(profile)
     assert "again: called 2 times in batch 5, 1 in the first" in left_out(profile)
@@ -496,15 +463,11 @@ def test_names_and_patterns():
 def test_attention_stands_for_its_out_proj():
     """torch's encoder, whose fused form would call no layer, and never calls out_proj."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    model, batches = nn.TransformerEncoder(layer, 1), chain_inputs()
-    profile = measure(model, batches)
+    model, x = nn.TransformerEncoder(layer, 1).eval(), torch.randn(N, 6, 16)
+    profile = measure(model, x.split(8))
     name, *others = [f"layers.0.{name}" for name in ("self_attn.out_proj", "linear1", "linear2")]
     assert list(profile.layers) == [name, *others]
-    with torch.no_grad():
-        x = torch.cat(batches)
-        attended = model.layers[0].eval().self_attn(x, x, x)[0]
-    expected = expected_ids({name: attended})[name]
-    assert profile.layers[name].id == pytest.approx(expected, rel=PROMISED)
+    assert_ids(profile, {name: model.layers[0].self_attn(x, x, x)[0]})
 
 
 def test_files_and_figures_know_the_kind_of_foreign_layers(tmp_path):
