@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import raise_signal
 
@@ -17,7 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
+from torch import nn
 
+from dimension.profile import IDProfile
 from pruners import Pruner
 from reports.runs import LOG_FILE, PRUNED_FILE
 from utils import launch
@@ -108,6 +110,29 @@ def run(script: str, argv: list[str]) -> None:
     """A script as it is run, in this process."""
     module = importlib.import_module(script)
     module.main(module.parse_args(argv))
+
+
+def compute_id(folder: Path, *flags) -> IDProfile:
+    """The profile that ComputeID.py measures on the CPU, or estimates again."""
+    run("ComputeID", ["--Path", str(folder), "--cpu", *map(str, flags)])
+    return IDProfile.read(folder)
+
+
+def ids(profile: IDProfile) -> dict[str, float]:
+    """Layer name to ID."""
+    return {name: layer.id for name, layer in profile.layers.items()}
+
+
+def outputs_of(layers: dict[str, nn.Module], work: Callable) -> dict[str, list]:
+    """What each layer gives, call by call, while work() runs without gradients."""
+    outputs: dict[str, list] = {}
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            outputs[name] = []
+            hook = layer.register_forward_hook(lambda *call, to=outputs[name]: to.append(call[2]))
+            hooks.enter_context(hook)
+        work()
+    return outputs
 
 
 def free_port() -> int:
