@@ -21,10 +21,8 @@ def uniform() -> torch.Tensor:
 
 
 ADVERSARIES = {
-    "long tail": lambda: uniform() ** 9,
     "all equal": lambda: torch.full((N,), 0.7),
     "mostly zero": lambda: torch.where(uniform() < 0.9, 0.0, uniform()),
-    "two values": lambda: (uniform() < 0.5).float(),
     "subnormals": lambda: uniform() * TINY,
     "infinities": lambda: torch.where(uniform() < 0.3, math.inf, uniform()),
     "over all magnitudes": lambda: torch.exp((uniform() - 0.5) * 170),
