@@ -114,12 +114,6 @@ def test_python_tokenizer(caption):
     assert ptb_tokenize(caption) == TOKENS[caption]
 
 
-@needs_java
-def test_the_expected_tokens_are_those_of_stanford():
-    tokens = PTBTokenizer().tokenize({i: [{"caption": c}] for i, c in enumerate(TOKENS)})
-    assert [line for (line,) in tokens.values()] == list(TOKENS.values())
-
-
 def test_without_java_all_but_meteor_is_scored(gt_path, without_java):
     report = score_captions(results(), gt_path, spice=True)
     scores, of_images = expected_scores(*python_tokens())
@@ -136,16 +130,20 @@ def test_without_java_all_but_meteor_is_scored(gt_path, without_java):
 @needs_java
 @pytest.mark.parametrize("meteor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_with_java_scores_are_those_of_pycocoevalcap(gt_path, meteor):
+    def tokens(texts):
+        return PTBTokenizer().tokenize({i: [{"caption": x} for x in of] for i, of in texts.items()})
+
     report = score_captions(results(), gt_path, meteor=meteor)
-    tokenizer = PTBTokenizer()
-    references = tokenizer.tokenize({i: [{"caption": c} for c in REFERENCES[i]] for i in CAPTIONS})
-    captions = tokenizer.tokenize({i: [{"caption": c}] for i, c in CAPTIONS.items()})
+    captions = tokens({i: [caption] for i, caption in CAPTIONS.items()})
+    references = tokens({i: REFERENCES[i] for i in CAPTIONS})
     scores, _ = expected_scores(references, captions)
     if meteor:
         scores["METEOR"] = Meteor().compute_score(references, captions)[0]
     assert report["scores"] == pytest.approx(scores, rel=1e-9)
     assert report["left_out"] == {}
     assert report["tokenizer"] == "Stanford's PTB tokenizer (Java)"
+    expected = tokens({i: [caption] for i, caption in enumerate(TOKENS)})
+    assert [line for (line,) in expected.values()] == list(TOKENS.values())
 
 
 @needs_java
@@ -199,7 +197,9 @@ def test_a_results_file_is_scored_again(gt_path, tmp_path, without_java, capsys)
         ("train.json", None, "takes the val.json or test.json of an evaluation"),
         ("val.json", None, "cannot read .*val.json"),
         ("val.json", [{"image_id": 3}], "val.json.* record 0: caption is missing"),
-        ("val.json", {"scores": {}}, "val.json has no records"),
+        ("val.json", results()[1:], "made for another split"),
+        ("val.json", [*results(), {"image_id": 99, "caption": "a"}], "made for another split"),
+        ("val.json", [*results(), results()[0]], "made for another split"),
     ],
 )
 def test_a_file_that_cannot_be_scored_is_named(file, content, message, gt_path, tmp_path):
@@ -207,18 +207,6 @@ def test_a_file_that_cannot_be_scored_is_named(file, content, message, gt_path, 
         (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         score_again(tmp_path / file, {"coco_gt_root": tmp_path}, spice=False)
-
-
-@pytest.mark.parametrize(
-    "captions",
-    [results()[1:], [*results(), {"image_id": 99, "caption": "a"}], [*results(), results()[0]]],
-)
-def test_captions_of_other_images_are_an_error(gt_path, captions):
-    with pytest.raises(UserError, match="made for another split"):
-        score_captions(captions, gt_path)
-
-
-# --- sentences that are not one line
 
 
 def test_line_ends_inside_sentences_do_not_change_scores(gt_path, without_java):
@@ -246,9 +234,6 @@ def test_more_or_fewer_lines_than_sentences_are_noticed(script, fake_java):
         return
     with pytest.raises(RuntimeError, match="more or fewer"):
         java.tokenize(sentences, sentences)
-
-
-# --- remarks
 
 
 SILENT = "the references of 1 of 3 images have no word, so that no caption is right (images: 7)"
