@@ -80,7 +80,4 @@ def test_schedules_that_just_fit_end_at_the_final_threshold(changes):
     ramp = schedule(**changes)
     assert ramp.masks_at(ramp.total_steps)
     assert ramp.remaining_ratio(ramp.total_steps) == 0.2
-
-
-def test_a_schedule_that_prunes_nothing_fits_into_any_run():
     assert schedule(final_threshold=1.0, total_steps=2, first_scored=10).remaining_ratio(2) == 1.0

@@ -92,17 +92,6 @@ def test_scores_are_abs_a_b_times_id_in_pieces(method, ids, monkeypatch):
     assert sum(len(s) for _, s in scores) == sum(p.numel() for p in named.values())
 
 
-def test_pieces_are_views_and_longer_on_an_accelerator():
-    zeros = torch.zeros(2, score.PIECE_ON_CPU + 5)
-    parts = list(score.pieces(zeros, torch.ones_like(zeros)))
-    assert [len(part) for part, _ in parts] == [score.PIECE_ON_CPU] * 2 + [10]
-    for part, ones in parts:
-        part.add_(ones)
-    assert zeros.all()
-    (whole,) = score.pieces(torch.empty(2, score.PIECE_ON_CPU + 5, device="meta"))
-    assert whole[0].shape == (zeros.numel(),)
-
-
 def test_parameters_of_lower_precision_have_float32_scores():
     named = {"layer0.weight": nn.Parameter(torch.tensor([1.0, -3.0], dtype=torch.bfloat16))}
     named["layer0.weight"].grad = torch.tensor([1 / 3, 1.0], dtype=torch.bfloat16)
