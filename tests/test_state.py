@@ -26,11 +26,12 @@ from tests.runs import log_of, result, same, saved_steps, stopped_at, write_conf
 from utils import UserError
 
 
-def flags_of(folder, scenes):
+def flags_of(folder, scenes, **changes):
     """Of a run of two epochs of six steps."""
-    config = write_config(folder / "c.yaml", scenes, max_epoch=2, batch_size=8)
+    changes = {"max_epoch": 2, "batch_size": 8, "min_lr": 5e-4, "weight_decay": 0.125} | changes
+    config = write_config(folder / "c.yaml", scenes, **changes)
     flags = f"--config {config} --output_dir {folder} --warmup_steps 2 --deltaT 2 --eval_epochs 0"
-    return flags.split()
+    return [*flags.split(), "--model_dir", "run"]
 
 
 @pytest.fixture
@@ -78,33 +79,25 @@ def test_learning_rate_is_a_cosine_by_epoch():
 
 # --- flags and config arrive ---------------------------------------------------------------------
 
-ARRIVES = {
-    "--deltaT 3": lambda s: s.pruner.schedule.delta_t == 3 and s.pruner.score.delta_t == 3,
-    "--beta1 0.25": lambda s: s.pruner.score.beta1 == 0.25,
-    "--beta2 0.25": lambda s: s.pruner.score.beta2 == 0.25,
-    "--initial_threshold 0.75": lambda s: s.pruner.schedule.initial_threshold == 0.75,
-    "--final_threshold 0.375": lambda s: s.pruner.schedule.final_threshold == 0.375,
-    "--initial_warmup 2": lambda s: s.pruner.schedule.initial_warmup == 2,
-    "--final_warmup 3": lambda s: s.pruner.schedule.final_warmup == 3,
-    "--warmup_steps 1": lambda s: s.pruner.schedule.warmup_steps == 1,
-    "--max_steps 11": lambda s: s.pruner.schedule.total_steps == 11,
-    "--batch_size 4": lambda s: s.pruner.schedule.steps_per_epoch == 12,
-    "--pruner_name Taylor": lambda s: s.pruner.method == "Taylor",
-    "--final_threshold 1": lambda s: s.pruner is None,
-    "--init_lr 0.5": lambda s: s.optimizer.param_groups[0]["lr"] == 0.5,
-    "--max_epoch 3": lambda s: s.plan.epochs == 3,
-    "--gradient_accumulation_steps 2": lambda s: s.plan.steps_per_epoch == 3,
-    "--num_workers 1": lambda s: s.loader.num_workers == 1,
-    "--seed 5": lambda s: s.loader.batch_sampler.seed == 5,
-    "--skip_bad_images": lambda s: s.loader.dataset.dataset.skip_bad_images,
-}
 
-
-@pytest.mark.parametrize("flag", ARRIVES)
-def test_a_flag_arrives(flags, plain, flag):
-    assert not ARRIVES[flag](plain[1])
-    room = ["--max_epoch", "9"] if "accumulation" in flag else []  # for the warm-ups
-    assert ARRIVES[flag](built(flags, *room, *flag.split())[1])
+def test_flags_and_config_arrive(flags):
+    schedule = dict(delta_t=3, initial_threshold=0.75, final_threshold=0.375, initial_warmup=2)
+    schedule |= dict(final_warmup=3, warmup_steps=1, total_steps=11, steps_per_epoch=6)
+    more = "--deltaT 3 --beta1 0.25 --beta2 0.5 --initial_threshold 0.75 --final_threshold 0.375"
+    more += " --initial_warmup 2 --final_warmup 3 --warmup_steps 1 --max_steps 11 --batch_size 4"
+    more += " --gradient_accumulation_steps 2 --init_lr 0.5 --num_workers 1 --seed 5"
+    _, of_run = built(flags, "--skip_bad_images", *more.split())
+    score, loader = of_run.pruner.score, of_run.loader
+    assert vars(of_run.pruner.schedule) == schedule | {"first_scored": 3}
+    assert (score.delta_t, score.beta1, score.beta2) == (3, 0.25, 0.5)
+    assert (loader.num_workers, loader.batch_sampler.seed) == (1, 5)
+    assert loader.dataset.dataset.skip_bad_images
+    assert {(g["lr"], g["weight_decay"]) for g in of_run.optimizer.param_groups} == {(0.5, 0.125)}
+    assert isinstance(of_run.optimizer, torch.optim.AdamW)
+    assert built(flags, "--max_epoch", "3")[1].plan.epochs == 3
+    for method in ("PLATON", "Taylor", "Magnitude"):
+        assert built(flags, "--pruner_name", method)[1].pruner.method == method
+    assert built(flags, "--final_threshold", "1")[1].pruner is None
 
 
 def test_compiled_steps_use_the_compiled_model(flags, monkeypatch):
@@ -127,17 +120,6 @@ def test_processes_draw_their_own_dropout(plain):
     assert not torch.equal(*drawn)
     torch.manual_seed(run.flags.seed + 1)
     assert torch.equal(drawn[1], torch.rand(3))
-
-
-def test_weight_decay_and_least_learning_rate_are_the_configs(scenes, tmp_path):
-    changes = {"max_epoch": 2, "batch_size": 24, "min_lr": 5e-4, "weight_decay": 0.125}
-    config = write_config(tmp_path / "c.yaml", scenes, **changes)
-    flags = ["--config", config, "--output_dir", str(tmp_path), "--eval_epochs", "0"]
-    run, of_run = built(flags, "--final_threshold", "1")
-    assert {group["weight_decay"] for group in of_run.optimizer.param_groups} == {0.125}
-    assert isinstance(of_run.optimizer, torch.optim.AdamW)
-    loop.train(run, of_run, dict.fromkeys(CAPTION.held_out))
-    assert [line["lr"] for line in log_of(tmp_path / "c")] == pytest.approx([1e-3, 7.5e-4])
 
 
 @pytest.mark.parametrize(("method", "averages"), [("PLATON", 3), ("Magnitude", 0)])
@@ -166,17 +148,18 @@ def train_and_kill(step, *arguments):
 
 def test_a_run_that_starts_again_keeps_its_own_checkpoints(flags, tmp_path, capsys):
     """An older run's later steps neither displace them nor pass for their result."""
-    train(flags, "--model_dir", "run")
+    train(flags)
     assert saved_steps(tmp_path / "run") == [6, 12]
-    train_and_kill(2, flags, "--model_dir", "run", "--resume", "off")
+    train_and_kill(2, flags, "--resume", "off")
     assert saved_steps(tmp_path / "run") == [6, 12]  # old ones stay until a new one is there
-    again = "--model_dir run --seed 7 --checkpoint_steps 3 --keep_checkpoints 1".split()
+    again = "--seed 7 --checkpoint_steps 3 --keep_checkpoints 1".split()
     train_and_kill(5, flags, *again, "--resume", "off")
     assert saved_steps(tmp_path / "run") == [3]
     train(flags, *again)
     assert "step_00000003.pt: 3 of 12 steps done" in capsys.readouterr().out
     train(flags, "--model_dir", "undisturbed", "--seed", "7")
     assert same(result(tmp_path / "run"), result(tmp_path / "undisturbed"))
+    assert [line["lr"] for line in log_of(tmp_path / "run")] == pytest.approx([1e-3, 7.5e-4])
     train(flags, *again, "--compile")
     printed = capsys.readouterr().out
     assert "already finished; the last epoch: {" in printed
@@ -184,7 +167,7 @@ def test_a_run_that_starts_again_keeps_its_own_checkpoints(flags, tmp_path, caps
 
 
 def test_going_on_from_an_older_file_replaces_the_later_ones(flags, tmp_path):
-    more = "--model_dir run --checkpoint_steps 2 --keep_checkpoints 9".split()
+    more = "--checkpoint_steps 2 --keep_checkpoints 9".split()
     train_and_kill(9, flags, *more)
     assert saved_steps(tmp_path / "run") == [2, 4, 6, 8]
     train_and_kill(5, flags, *more, "--resume", f"{tmp_path}/run/checkpoints/step_00000002.pt")
@@ -201,16 +184,15 @@ def test_a_file_of_weights_is_no_checkpoint(flags, tmp_path):
 
 def test_a_run_killed_before_its_last_line_writes_it(flags, tmp_path, monkeypatch):
     """Though the log of a run before says that all steps are done."""
-    more = ["--model_dir", "run", "--max_steps", "6"]
-    train(flags, *more)
-    with monkeypatch.context() as patch:
+    flags = [*flags, "--max_steps", "6"]
+    train(flags)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(loop, "finish_epoch", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train(flags, *more, "--seed", "7", "--resume", "off")
+        train(flags, "--seed", "7", "--resume", "off")
     assert saved_steps(tmp_path / "run") == [6]
-    train(flags, *more, "--seed", "7")
-    assert [line["step"] for line in log_of(tmp_path / "run")] == [6]
-    train(flags, "--model_dir", "undisturbed", "--max_steps", "6", "--seed", "7")
+    train(flags, "--seed", "7")
+    train(flags, "--seed", "7", "--model_dir", "undisturbed")
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "undisturbed")
     assert same(result(tmp_path / "run"), result(tmp_path / "undisturbed"))
 
 
@@ -219,12 +201,11 @@ def test_skipped_samples_are_counted_by_epoch_and_survive_a_resume(scenes, tmp_p
     records = json.loads((copy / "annotation/coco_karpathy_train.json").read_text())
     for record in records[:4:2]:
         (copy / "images" / record["image"]).write_bytes(b"\x89PNG, cut off")
-    config = write_config(tmp_path / "c.yaml", copy, max_epoch=2, batch_size=4)
-    flags = f"--config {config} --output_dir {tmp_path} --warmup_steps 2 --deltaT 2 --eval_epochs 0"
-    flags += " --skip_bad_images --checkpoint_steps 4 --gradient_accumulation_steps 2 --model_dir"
-    train(flags.split(), "whole")
-    train_and_kill(9, flags.split(), "killed")
-    train(flags.split(), "killed")
+    more = "--skip_bad_images --checkpoint_steps 4 --gradient_accumulation_steps 2 --model_dir"
+    flags = [*flags_of(tmp_path, copy, batch_size=4), *more.split()]
+    train(flags, "whole")
+    train_and_kill(9, flags, "killed")
+    train(flags, "killed")
     for name in ("whole", "killed"):
         assert [line["bad_images"] for line in log_of(tmp_path / name)] == [2, 2]
     assert same(result(tmp_path / "whole"), result(tmp_path / "killed"))
@@ -233,25 +214,24 @@ def test_skipped_samples_are_counted_by_epoch_and_survive_a_resume(scenes, tmp_p
 # --- what a result depends on, by content --------------------------------------------------------
 
 
-def test_what_a_name_stands_for_counts_and_not_the_name(flags, scenes, tmp_path):
+def test_what_a_name_stands_for_counts_and_not_the_name(scenes, tmp_path):
     """Another profile, other weights or another annotation under the same names: another run."""
     copy = Path(shutil.copytree(scenes, tmp_path / "scenes"))
-    config = write_config(tmp_path / "d.yaml", copy, max_epoch=2, batch_size=8)
-    model = CAPTION.build_model(load_config(config))
     weights, profile = tmp_path / "weights.safetensors", tmp_path / "id.json"
+    flags = flags_of(tmp_path, copy, pretrained=str(weights), id_profile=str(profile))
+    flags += ["--max_steps", "6", "--useID"]
+    model = CAPTION.build_model(load_config(tmp_path / "c.yaml"))
     save_file({name: p.detach() for name, p in model.named_parameters()}, weights)
     profile.write_text(json.dumps(dict.fromkeys(prunable_layers(model), 2.0)))
-    more = [*flags, "--config", config, "--pretrained", str(weights), "--id_profile", str(profile)]
-    more += ["--max_steps", "6"]
-    train(more)
+    train(flags)
     shutil.copy(profile, tmp_path / "copy.json")
-    train(more, "--id_profile", str(tmp_path / "copy.json"))  # the same run
+    train(flags, "--id_profile", str(tmp_path / "copy.json"))  # the same run
     profile.write_text(profile.read_text().replace("2.0", "3.0"))
     save_file({name: value / 2 for name, value in load_file(weights).items()}, weights)
     annotation = copy / "annotation/coco_karpathy_train.json"
     annotation.write_text(annotation.read_text().replace("red", "blue"))
     with pytest.raises(UserError) as error:
-        train(more)
+        train(flags)
     for what in ("ID profile", "starting weights", "training annotation"):
         assert f"the content of the {what} differs" in str(error.value)
 
@@ -320,24 +300,19 @@ def test_nan_scores_are_explained_by_the_loss(flags, monkeypatch):
 
 
 @pytest.mark.parametrize(("more", "splits"), [("", ["val"]), ("--eval_test", ["val", "test"])])
-def test_epochs_between_validations(flags, more, splits, monkeypatch):
+def test_epochs_between_validations(flags, more, splits):
     """The score falls with each; but only the last epoch is at the final ratio."""
     validated, training = [], []
-    train_step = loop.train_step
 
     def evaluate(model, dataset, split, options):
         assert not model.training and not options.meteor
         validated.append(split)
         return {"scores": {"CIDEr": 1 / len(validated)}}
 
-    def step(run, of_run, parts, weights):
-        training.append(of_run.model.training)
-        train_step(run, of_run, parts, weights)
-
-    monkeypatch.setattr(loop, "train_step", step)
     more = f"--max_epoch 5 --batch_size 24 --warmup_steps 1 --eval_epochs 2 {more}"
     run, of_run = built(flags, *more.split())
     run = replace(run, task=replace(CAPTION, evaluate=evaluate))
+    of_run.model.register_forward_pre_hook(lambda model, _: training.append(model.training))
     loop.train(run, of_run, dict.fromkeys(CAPTION.held_out))
     log = log_of(run.folder)
     assert ["val_CIDEr" in line for line in log] == [False, True, False, True, True]
