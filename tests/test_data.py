@@ -3,7 +3,7 @@
 import json
 import urllib.error
 import urllib.request
-from collections import Counter
+from itertools import product
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,6 +16,7 @@ from data import annotation
 from data.annotation import annotation_files
 from data.caption_dataset import build_caption_datasets
 from data.captions import normalize_caption
+from data.flickr_dataset import build_flickr_datasets
 from data.image_dataset import seeded
 from data.images import BadImageError, find_pictures, open_image
 from data.nlvr_dataset import build_nlvr_datasets, mirror
@@ -131,31 +132,24 @@ def test_two_operations_are_drawn_each_half_of_the_time():
 # --- samplers
 
 
-def epoch_batches(n, batch_size, rank=0, world_size=1, epoch=0, start_batch=0, seed=0):
+def epoch_batches(n, batch_size, rank=0, world_size=1, epoch=7, start_batch=0, seed=0):
     sampler = TrainBatchSampler(n, batch_size, seed, rank, world_size)
     sampler.set_epoch(epoch, start_batch)
     return list(sampler)
 
 
 def test_an_epoch_visits_every_sample_once_but_for_the_last_incomplete_batch():
-    batches = epoch_batches(103, 10, epoch=7)
+    batches = epoch_batches(103, 10)
     visited, epochs = zip(*(item for batch in batches for item in batch), strict=True)
     assert [len(batch) for batch in batches] == [10] * 10 and set(epochs) == {7}
     assert len(set(visited)) == 100 and set(visited) < set(range(103))
-    assert epoch_batches(103, 10, epoch=7, start_batch=5) == batches[5:]
-    for other in (epoch_batches(103, 10, epoch=6), epoch_batches(103, 10, epoch=7, seed=1)):
+    assert epoch_batches(103, 10, start_batch=5) == batches[5:]
+    for other in (epoch_batches(103, 10, epoch=6), epoch_batches(103, 10, seed=1)):
         assert visited != tuple(index for batch in other for index, _ in batch)
-
-
-def test_two_processes_see_what_one_with_the_double_batch_sees():
-    one = epoch_batches(97, 8, epoch=3)
-    first, second = (epoch_batches(97, 4, rank, 2, epoch=3) for rank in range(2))
-    assert one == [a + b for a, b in zip(first, second, strict=True)]
-    assert len(TrainBatchSampler(97, 4, world_size=2)) == len(one)
-
-
-def test_a_dataset_smaller_than_a_batch_is_an_error():
-    with pytest.raises(ValueError, match="7 training samples .* batch of 4 on each of 2"):
+    first, second = (epoch_batches(103, 5, rank, world_size=2) for rank in range(2))
+    assert batches == [a + b for a, b in zip(first, second, strict=True)]
+    assert len(TrainBatchSampler(103, 5, world_size=2)) == 10
+    with pytest.raises(UserError, match="7 training samples .* batch of 4 on each of 2"):
         TrainBatchSampler(7, 4, world_size=2)
 
 
@@ -179,91 +173,96 @@ def picture(number: int) -> str:
 @pytest.fixture
 def images(tmp_path):
     """The folder of the images 40 to 49."""
-    folder = tmp_path / "images"
-    write_images(folder, [picture(number) for number in range(40, 50)])
-    return folder
+    write_images(tmp_path / "images", [picture(number) for number in range(40, 50)])
+    return tmp_path / "images"
 
 
 @pytest.fixture
-def coco(images, tmp_path):
-    """Config of a COCO of six training, two validation and two test images; and of an NLVR2."""
-    left_and_right = "The Left image is not the right one."
-    files = {
-        "coco_karpathy_train": [
-            {"caption": f"A Dog; number {n}!", "image": picture(40 + n), "image_id": f"coco_{n}"}
-            for n in range(6)
+def config(images, tmp_path):
+    """Of a COCO of six training, two validation and two test images; an NLVR2 and a Flickr30k."""
+    rows = [{"caption": f"A Dog; number {n}!", "image": picture(40 + n)} for n in range(6)]
+    flickr = [rows[n] | {"image_id": f"flickr30k_{n}.jpg"} for n in (2, 0, 2, 1, 0)]
+    files = {"coco_karpathy_train": rows, "flickr30k_train": flickr}
+    for split, ids, counts in (("val", (46, 47), (5, 2)), ("test", (48, 49), (2, 5))):
+        held_out = [
+            {"image": picture(n), "caption": [f"{n} {letter}." for letter in "abcde"]} for n in ids
         ]
-    }
-    for split, ids in (("val", (46, 47)), ("test", (48, 49))):
-        rows = [{"image": picture(number), "caption": [*"abcde"]} for number in ids]
         references = [{"image_id": number, "id": number, "caption": "a dog"} for number in ids]
-        files[f"coco_karpathy_{split}"] = rows
+        files[f"coco_karpathy_{split}"] = held_out
         files[f"coco_karpathy_{split}_gt"] = {"annotations": references}
-    for split in ("train", "dev", "test"):
-        files[f"nlvr_{split}"] = [
-            {"sentence": left_and_right, "label": label, "images": [picture(40), picture(41)]}
-            for label in ["True", "False"] * 10
+        files[f"flickr30k_{split}"] = [
+            row | {"caption": row["caption"][:n]} for row, n in zip(held_out, counts, strict=True)
         ]
-    annotation = write_annotations(tmp_path, files)
+    statement = {"sentence": "The Left is not the right one.", "images": [picture(40), picture(41)]}
+    for split in ("train", "dev", "test"):
+        files[f"nlvr_{split}"] = [statement | {"label": label} for label in ["True", "False"] * 10]
     return {
-        **dict.fromkeys(("ann_root", "coco_gt_root"), annotation),
-        "image_root": str(images),
-        "image_size": 16,
-        "augment": True,
-        "prompt": "a picture of ",
-        "max_words": 8,
+        **dict.fromkeys(("ann_root", "coco_gt_root"), write_annotations(tmp_path, files)),
+        **{"image_root": str(images), "image_size": 16, "augment": True},
+        **{"prompt": "a picture of ", "max_words": 8},
     }
 
 
-def test_caption_items(coco):
-    train, val, test = build_caption_datasets(coco)
+def test_caption_items(config):
+    train, val, test = build_caption_datasets(config)
     assert (len(train), len(val), len(test)) == (6, 2, 2)
     image, caption = train[1]
     assert (image.shape, caption) == ((3, 16, 16), "a picture of a dog number 1")
     assert val[1][1] == 47 and test[0][1] == 48
-    assert train.image_paths(2) == [f"{coco['image_root']}/{picture(42)}"]
+    assert train.image_paths(2) == [f"{config['image_root']}/{picture(42)}"]
+    for prompt, parted in (("a photo of", "a photo of "), (" ", " "), ("", "")):
+        train, _, _ = build_caption_datasets(config | {"prompt": prompt, "max_words": 2})
+        assert train.text(1) == f"{parted}a dog"
 
 
-@pytest.mark.parametrize("prompt, parted", [("a photo of", "a photo of "), (" ", " "), ("", "")])
-def test_a_prompt_never_runs_into_the_caption(prompt, parted, coco):
-    train, _, _ = build_caption_datasets(coco | {"prompt": prompt})
-    assert train.text(1) == f"{parted}a dog number 1"
+def test_pairs_for_retrieval_and_held_out_images_with_all_their_texts(config):
+    train, val, test = build_flickr_datasets(config)
+    image, caption, image_id = train[3]
+    assert (image.shape, caption, image_id) == ((3, 16, 16), "a dog number 1", 2)
+    assert [train[n][2] for n in range(5)] == [0, 1, 0, 2, 1]
+    assert val[1][1] == 1 and val[1][0].shape == (3, 16, 16)
+    assert list(val.image_of_text) == [0] * 5 + [1] * 2
+    assert list(test.image_of_text) == [0] * 2 + [1] * 5
+    assert [val.texts[n] for n in (4, 5)] == [("46 e", 4), ("47 a", 5)]
+    for split, texts in ((val, 5), (test, 2)):
+        for samples in (1, 9):
+            split.keep_first(samples)
+            assert (len(split), len(split.texts)) == (1, texts)
+            assert list(split.image_of_text) == [0] * texts
 
 
-def test_training_images_depend_on_index_epoch_and_seed_only(coco):
-    train, val, _ = build_caption_datasets(coco, seed=5)
+def test_training_images_depend_on_index_epoch_and_seed_only(config):
+    train, val, _ = build_caption_datasets(config, seed=5)
     state = torch.get_rng_state()
     first = train[(3, 1)][0]
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(99)
-    again, _, _ = build_caption_datasets(coco, seed=5)
+    again, _, _ = build_caption_datasets(config, seed=5)
     assert torch.equal(again[(3, 1)][0], first)
     assert torch.equal(train[(3, 0)][0], train[3][0])
     assert not torch.equal(train[(3, 2)][0], first)
-    assert not torch.equal(build_caption_datasets(coco, seed=6)[0][(3, 1)][0], first)
+    assert not torch.equal(build_caption_datasets(config, seed=6)[0][(3, 1)][0], first)
     plain = build_transform(16, augment=False)
-    without, _, _ = build_caption_datasets(coco | {"augment": False})
+    without, _, _ = build_caption_datasets(config | {"augment": False})
     for dataset, index in ((val, 0), (without, (0, 3))):
         (path,) = dataset.image_paths(0)
         assert torch.equal(dataset[index][0], plain(Image.open(path)))
 
 
-def test_nlvr_training_swaps_images_and_words_together_and_evaluation_does_not(coco):
-    train, dev, test = build_nlvr_datasets(coco | {"augment": False})
-    as_written = "the left image is not the right one"
-    swapped = "the right image is not the left one"
-    left, right, *_ = dev[0]
+def test_nlvr_training_swaps_images_and_words_together_and_evaluation_does_not(config):
+    datasets = build_nlvr_datasets(config | {"augment": False})
+    sentences = ("the left is not the right one", "the right is not the left one")
+    left, right, *_ = datasets[1][0]
     assert not torch.equal(left, right)
-    swaps = Counter()
-    for name, dataset in (("train", train), ("dev", dev), ("test", test)):
-        for index in ((i, epoch) for epoch in range(10) for i in range(20)):
-            image0, image1, sentence, label = dataset[index]
-            swaps[name] += sentence == swapped
-            expected = (right, left) if sentence == swapped else (left, right)
-            assert sentence in (as_written, swapped)
-            assert torch.equal(image0, expected[0]) and torch.equal(image1, expected[1])
-            assert label.item() == 1 - index[0] % 2 and label.dtype == torch.int64
-    assert 70 < swaps["train"] < 130 and swaps["dev"] == swaps["test"] == 0  # of 200
+    swaps = [0, 0, 0]
+    for which, epoch, index in product(range(3), range(10), range(20)):
+        image0, image1, sentence, label = datasets[which][(index, epoch)]
+        swapped = sentences.index(sentence)
+        swaps[which] += swapped
+        assert torch.equal(image0, (left, right)[swapped])
+        assert torch.equal(image1, (right, left)[swapped])
+        assert label.item() == 1 - index % 2 and label.dtype == torch.int64
+    assert 70 < swaps[0] < 130 and swaps[1:] == [0, 0]  # of 200
     assert mirror("the left dog is right of the leftmost").endswith("dog is left of the leftmost")
 
 
@@ -272,14 +271,14 @@ def test_nlvr_training_swaps_images_and_words_together_and_evaluation_does_not(c
 BASE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 
 
-def test_missing_annotations_offline_are_named_all_at_once(coco, tmp_path, monkeypatch):
+def test_missing_annotations_offline_are_named_all_at_once(config, tmp_path, monkeypatch):
     refused = Mock(side_effect=urllib.error.URLError("no network"))
     monkeypatch.setattr(urllib.request, "urlopen", refused)
     names = [f"nlvr_{split}.json" for split in ("train", "dev", "test")]
     for name in names:
         (tmp_path / "annotation" / name).unlink()
     with pytest.raises(UserError, match="no network(.|\n)*python -m data.scenes") as error:
-        build_nlvr_datasets(coco)
+        build_nlvr_datasets(config)
     assert refused.call_count == 1  # after one that fails the others are not tried
     for name in names:
         assert f"{BASE}/{name} to {tmp_path / 'annotation' / name}" in str(error.value)
@@ -309,33 +308,38 @@ def test_a_page_in_place_of_an_annotation_is_not_kept(answer, published, tmp_pat
     assert list((tmp_path / "annotation").iterdir()) == []
 
 
-@pytest.mark.parametrize("main", [True, False])
-def test_every_process_reports_why_the_main_ones_download_failed(
-    main, published, tmp_path, monkeypatch
-):
+def test_the_others_report_why_the_main_processs_download_failed(published, tmp_path, monkeypatch):
     def broadcast(reason, device):
-        assert ("No such file" in reason[0]) == main  # the others try no download
-        reason[0] += " as the main one says"
+        reason[0] = "the main one has no network"
 
-    monkeypatch.setattr(annotation, "is_main", lambda: main)
+    published.write_text("[]")
+    monkeypatch.setattr(annotation, "is_main", lambda: False)
     monkeypatch.setattr(annotation.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(annotation.dist, "broadcast_object_list", broadcast)
-    with pytest.raises(UserError, match="as the main one says"):
+    with pytest.raises(UserError, match="the main one has no network"):
         annotation_files((tmp_path / "annotation", "nlvr_dev.json"))
 
 
 # --- images that are missing
 
 
-def test_check_names_what_is_missing_and_reads_no_image(coco, images):
-    train, val, _ = build_caption_datasets(coco)
+def test_check_names_what_is_missing_and_reads_no_image(config, images):
+    train, val, _ = build_caption_datasets(config)
+    _, dev, _ = build_nlvr_datasets(config)
     for path in (images / "val2014").iterdir():
         path.write_bytes(b"")
     train.check()
-    for number in (46, 47):
+    for number in (41, 46, 47):
         (images / picture(number)).unlink()
     with pytest.raises(UserError, match="^2 of 2 images .*46.jpg, .*47.jpg.*image_root"):
         val.check()
+    with pytest.raises(UserError, match="^1 of 2 images .*41.jpg. They"):
+        dev.check()
+    dev.records[0]["images"] = ["a\0.jpg", "val2014"]  # no file's name; a folder
+    dev.records[1]["images"] = [f"{config['ann_root']}/nlvr_dev.json", "x/1.jpg"]  # there is one
+    dev.records[2]["images"] = ["x/2.jpg", "x/3.jpg"]
+    with pytest.raises(UserError, match="^6 of 8 .*, [.][.][.]. They"):
+        dev.check()
     train.image_root = images / "elsewhere"
     with pytest.raises(UserError, match="elsewhere does not exist: set .*image_root"):
         train.check()
@@ -352,25 +356,13 @@ INSTEAD = {
 
 
 @pytest.mark.parametrize("name", INSTEAD)
-def test_check_says_what_stands_where_an_image_should_be(name, coco, images):
+def test_check_says_what_stands_where_an_image_should_be(name, config, images):
     make, message = INSTEAD[name]
     make(images)
-    train, _, _ = build_caption_datasets(coco)
+    train, _, _ = build_caption_datasets(config)
     train.records[0]["image"] = name
     with pytest.raises(UserError, match=message):
         train.check()
-
-
-def test_check_finds_one_missing_image_of_a_pair_and_shows_few_of_many(coco, images):
-    _, dev, _ = build_nlvr_datasets(coco)
-    (images / picture(41)).unlink()
-    with pytest.raises(UserError, match="^1 of 2 images .*41.jpg. They"):
-        dev.check()
-    dev.records[0]["images"] = ["a\0.jpg", "val2014"]  # no file's name; a folder
-    dev.records[1]["images"] = [f"{coco['ann_root']}/nlvr_dev.json", "x/1.jpg"]  # there is one
-    dev.records[2]["images"] = ["x/2.jpg", "x/3.jpg"]
-    with pytest.raises(UserError, match="^6 of 8 .*, [.][.][.]. They"):
-        dev.check()
 
 
 # --- images that cannot be read, or not as Pillow does
@@ -451,10 +443,10 @@ def test_pictures_of_a_folder_are_those_that_can_be_read(tmp_path, capsys):
         find_pictures([tmp_path / "more.png"])
 
 
-def test_bad_images_are_errors_or_skipped_and_counted_on_request(coco, images):
+def test_bad_images_are_errors_or_skipped_and_counted_on_request(config, images):
     (images / picture(41)).unlink()
     (images / picture(42)).write_bytes(b"not an image")
-    train, _, _ = build_caption_datasets(coco)
+    train, _, _ = build_caption_datasets(config)
     with pytest.raises(UserError, match="000000000042.jpg.*--skip_bad_images"):
         train[2]
     train.skip_bad_images = True
@@ -463,6 +455,10 @@ def test_bad_images_are_errors_or_skipped_and_counted_on_request(coco, images):
     assert [skipped for _, skipped in fetched] == [0, 2, 1, 0, 0, 0]
     assert [text[-1] for (_, text), _ in fetched] == list("033345")
     assert all(torch.equal(fetched[3][0][0], fetched[index][0][0]) for index in (1, 2))
+    pairs, _, _ = build_nlvr_datasets(config)
+    pairs.skip_bad_images = True
+    pairs.records[1]["images"] = [picture(43), picture(44)]
+    assert pairs.fetch(0)[1] == 1  # of whose images one is missing
     for number in (40, 43, 44, 45):
         (images / picture(number)).unlink()
     with pytest.raises(UserError, match="no image under .* can be read"):
@@ -470,13 +466,3 @@ def test_bad_images_are_errors_or_skipped_and_counted_on_request(coco, images):
     (images / picture(42)).unlink()
     with pytest.raises(UserError, match="^6 of 6 images"):
         train.check()
-
-
-def test_a_pair_with_one_bad_image_is_skipped_whole(coco, images):
-    (images / picture(42)).write_bytes(b"not an image")
-    train, _, _ = build_nlvr_datasets(coco)
-    train.skip_bad_images = True
-    train.records[0]["images"] = [picture(42), picture(40)]
-    train.records[1]["images"] = [picture(40), picture(42)]
-    (*_, label), skipped = train.fetch(0)
-    assert (label.item(), skipped) == (1, 2)

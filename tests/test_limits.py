@@ -39,12 +39,6 @@ def test_a_job_below_a_user_below_a_node(tmp_path):
     assert left_in_groups(tmp_path) == [700 * MB, 3000 * MB, 1000 * MB]
 
 
-def test_a_container_of_version_2_is_its_own_uppermost_group(tmp_path):
-    write(tmp_path / "proc/self", cgroup="0::/")
-    group_v2(tmp_path / "sys/fs/cgroup", 2048 * MB, 1024 * MB, cache=24 * MB)
-    assert left_in_groups(tmp_path) == [1048 * MB]
-
-
 @pytest.mark.parametrize("seen_as", ["docker/4fe1", ""])
 def test_a_container_of_version_1(tmp_path, seen_as):
     """The kernel names the host's path; the container may see its group there, or uppermost."""
@@ -56,10 +50,12 @@ def test_a_container_of_version_1(tmp_path, seen_as):
     assert left_in_groups(tmp_path) == [362 * MB]
 
 
-def test_no_groups(tmp_path):
+def test_a_container_of_version_2_is_its_own_uppermost_group(tmp_path):
     assert left_in_groups(tmp_path) == []  # as on a Mac
-    write(tmp_path / "proc/self", cgroup="0::/user.slice")
+    write(tmp_path / "proc/self", cgroup="0::/")
     assert left_in_groups(tmp_path) == []
+    group_v2(tmp_path / "sys/fs/cgroup", 2048 * MB, 1024 * MB, cache=24 * MB)
+    assert left_in_groups(tmp_path) == [1048 * MB]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 import json
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 from pruners import NonFiniteScores, Pruner, off_target, score, sparsity_report
-from tests.runs import same
+from tests.runs import on_two_processes, same
 from utils import UserError
 
 GOLDEN_RUN = dict(total_steps=120, final_threshold=0.2, steps_per_epoch=40)
@@ -246,39 +248,30 @@ def foreign() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), block)
 
 
-@pytest.mark.parametrize(
-    "layers, message",
-    [
-        (None, r"nothing to prune.*no transformer blocks.*layers=\[...\]"),
-        ([], "nothing to prune: no layer is named"),
-        ([""], r"'' is no linear layer \(Sequential\)"),
-        (["0", "3"], r"'3' is no linear layer \(Sequential\)"),
-        (["0", "1"], r"'1' is no linear layer \(ReLU\)"),
-        (["0", "3.0"], r"'3.0' is no linear layer \(LayerNorm\)"),
-        (["0", "7", "x"], "'7' is not a layer of the model, 'x' is not"),
-        ("blocks.*", r"'blocks.\*' is not a layer"),
-        (list("56789"), "and 2 more"),
-    ],
-)
-def test_layers_that_cannot_be_pruned_are_refused(layers, message):
-    with pytest.raises(UserError, match=message):
-        Pruner(foreign(), layers, **RUN)
-
-
-@pytest.mark.parametrize(
-    "reparametrize, weight",
-    [
-        (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original0"),
-        (nn.utils.parametrizations.spectral_norm, "parametrizations.weight.original"),
-        (nn.utils.weight_norm, "weight_g"),
-        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "weight_orig"),
-    ],
-)
-def test_computed_weights_are_refused_by_name(reparametrize, weight):
+def computed(reparametrize):
     model = foreign()
     reparametrize(model[2])
-    with pytest.raises(UserError, match=f"'2' computes its weight from .*{weight}"):
-        Pruner(model, ["0", "2"], **RUN)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model, layers, message",
+    [
+        (foreign(), None, r"nothing to prune.*no transformer blocks.*layers=\[...\]"),
+        (foreign(), [], "nothing to prune: no layer is named"),
+        (foreign(), ["0", "3"], r"'3' is no linear layer \(Sequential\)"),
+        (foreign(), ["0", "3.0"], r"'3.0' is no linear layer \(LayerNorm\)"),
+        (foreign(), ["0", "7", "x"], "'7' is not a layer of the model, 'x' is not"),
+        (foreign(), "blocks.*", r"'blocks.\*' is not a layer"),
+        (foreign(), list("56789"), "and 2 more"),
+        (computed(nn.utils.parametrizations.weight_norm), ["2"], "from .*weight.original0"),
+        (computed(nn.utils.parametrizations.spectral_norm), ["2"], "from .*weight.original"),
+        (computed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), ["2"], "weight_orig"),
+    ],
+)
+def test_layers_that_cannot_be_pruned_are_refused(model, layers, message):
+    with pytest.raises(UserError, match=message):
+        Pruner(model, layers, **RUN)
 
 
 def test_tied_weights_are_left_out_and_said():
@@ -297,9 +290,9 @@ def test_tied_weights_are_left_out_and_said():
         Pruner(model, ["lm_head"], **RUN)
 
 
-def train(model, pruner, forward, order="backward optimizer pruner zero", steps=12, **options):
+def train(model, pruner, forward, order="backward optimizer pruner zero", **options):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **options)
-    for step in range(1, steps + 1):
+    for step in range(1, RUN["total_steps"] + 1):
         actions = {
             "backward": lambda: (forward() - 1).square().mean().backward(),
             "optimizer": optimizer.step,
@@ -311,6 +304,7 @@ def train(model, pruner, forward, order="backward optimizer pruner zero", steps=
 
 
 BEFORE_OPTIMIZER = "after optimizer.step.. and before zero_grad"
+NO_GRADIENT = "^0.weight has no gradient.* after backward.. and before zero"
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": False}])
@@ -321,28 +315,54 @@ BEFORE_OPTIMIZER = "after optimizer.step.. and before zero_grad"
         ("Magnitude", "zero backward pruner optimizer", BEFORE_OPTIMIZER),
         ("PLATON", "backward optimizer zero pruner", "after backward.. and before"),
         ("Taylor", "backward optimizer zero pruner", "after backward.. and before"),
-        ("PLATON", "pruner backward optimizer", "^0.weight has no grad.* after backward.. and bef"),
-        ("Taylor", "pruner backward optimizer", "^0.weight has no grad.* after backward.. and bef"),
+        ("PLATON", "pruner backward optimizer", NO_GRADIENT),
+        ("Taylor", "pruner backward optimizer", NO_GRADIENT),
+        ("PLATON", "backward optimizer pruner zero", None),
+        ("PLATON", "zero backward optimizer pruner", None),
+        ("PLATON", "zero backward backward optimizer pruner", None),
     ],
 )
-def test_loops_in_which_pruning_has_no_effect_are_refused(method, order, message, options):
+def test_loops_prune_or_are_refused(method, order, message, options, recwarn):
     model, x = foreign(), torch.randn(32, 8)
     pruner = Pruner(model, ["0", "2"], method, **RUN)
-    with pytest.raises(UserError, match=message):
-        train(model, pruner, lambda: model(x), order, **options)
-
-
-@pytest.mark.parametrize(
-    "order",
-    [
-        "backward optimizer pruner zero",
-        "zero backward optimizer pruner",
-        "zero backward backward optimizer pruner",
-    ],
-)
-def test_loops_in_order_are_accepted_and_prune(order, recwarn):
-    model, x = foreign(), torch.randn(32, 8)
-    pruner = Pruner(model, ["0", "2"], **RUN)
-    train(model, pruner, lambda: model(x), order, fused=True)
+    if message:
+        with pytest.raises(UserError, match=message):
+            train(model, pruner, lambda: model(x), order, **options)
+        return
+    train(model, pruner, lambda: model(x), order, **options)
     assert pruner.report()["pruned"] == int(0.8 * pruner.numel) - 1
     assert pruner.note() is None and not recwarn.list
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def train_as_one_of_two(rank: int, folder: Path):
+    """Trains undisturbed, then with a score that jumps at step 5 on either process."""
+    outcomes = []
+    for planted_rank in (None, 0, 1):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(foreign())
+        pruner = Pruner(model, ["0", "2"], **RUN)
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(rank))
+        if rank == planted_rank:
+            pruner.score.state["avg"]["2.weight"].view(-1)[7] = 1e9
+        try:
+            train(model, pruner, lambda model=model, x=x: model(x))
+            ending = "finished"
+        except RuntimeError as error:
+            ending = str(error)
+        outcomes.append(
+            (ending, torch.cat([(p == 0).view(-1) for p in pruner.parameters.values()]))
+        )
+    torch.save(outcomes, folder / f"{rank}.pt")
+
+
+def test_processes_prune_the_same_weights_or_stop(tmp_path):
+    on_two_processes(train_as_one_of_two, tmp_path)
+    whole, *planted = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
+    (first, zeros), (second, other_zeros) = whole
+    assert first == second == "finished" and torch.equal(zeros, other_zeros)
+    assert int(zeros.sum()) == int(len(zeros) * 0.8) - 1
+    for ending, zeros in sum(planted, ()):
+        assert ending.startswith("the processes have pruned different weights") and zeros.any()

@@ -8,26 +8,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.caption_dataset import build_caption_datasets
+from data.flickr_dataset import build_flickr_datasets
 from data.nlvr_dataset import build_nlvr_datasets
-from data.records import read_id, read_label, read_references
+from data.records import read_id, read_label
 from utils import UserError
 
 IMAGE = "COCO_val2014_000000000042.jpg"
 TRAIN = {"image": IMAGE, "caption": "A dog.", "image_id": "coco_42"}
 EVAL = {"image": IMAGE, "caption": ["a dog"] * 5}
-REFERENCE = {"image_id": 42, "id": 1, "caption": "a dog"}
+REFERENCE = {"image_id": "42", "id": 1, "caption": "a dog"}
 STATEMENT = {"sentence": "There is a dog.", "label": "True", "images": [IMAGE, IMAGE]}
-FILES = {
-    "coco_karpathy_train.json": [TRAIN, TRAIN],
-    "coco_karpathy_val.json": [EVAL],
-    "coco_karpathy_val_gt.json": {"annotations": [REFERENCE, REFERENCE], "images": [{"id": 42}]},
-    "coco_karpathy_test.json": [EVAL],
-    "coco_karpathy_test_gt.json": {"annotations": [REFERENCE]},
-    "nlvr_train.json": [STATEMENT],
-    "nlvr_dev.json": [STATEMENT],
-    "nlvr_test.json": [STATEMENT],
-}
-TRAINING, VALIDATION, REFERENCES, *_ = FILES
+FILES = dict.fromkeys(["nlvr_train", "nlvr_dev", "nlvr_test"], [STATEMENT])
+FILES |= dict.fromkeys(["coco_karpathy_train", "flickr30k_train"], [TRAIN])
+FILES |= {f"{data}_{n}": [EVAL] for data in ("coco_karpathy", "flickr30k") for n in ("val", "test")}
+TRAINING, VALIDATION, TRUTH = (f"coco_karpathy_{part}" for part in ("train", "val", "val_gt"))
+FILES |= {name: {"annotations": [REFERENCE]} for name in (TRUTH, "coco_karpathy_test_gt")}
+BUILDERS = {"nlvr": build_nlvr_datasets, "coco": build_caption_datasets}
+BUILDERS |= {"flickr30k": build_flickr_datasets}
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +41,13 @@ def build(folder, name: str, content, encoding: str = "utf-8", **others):
     """Builds the data sets of good files but for the named ones, and loads an item of each."""
     text = content if isinstance(content, str) else json.dumps(content)
     for other, good in (FILES | others).items():
-        (folder / other).write_text(json.dumps(good))
-    (folder / name).write_bytes(text.encode(encoding))
+        (folder / f"{other}.json").write_text(json.dumps(good))
+    (folder / f"{name}.json").write_bytes(text.encode(encoding))
     config = {
         **dict.fromkeys(("image_root", "ann_root", "coco_gt_root"), str(folder)),
         **{"image_size": 8, "augment": False, "prompt": "a picture of ", "max_words": 8},
     }
-    build_datasets = build_nlvr_datasets if name.startswith("nlvr") else build_caption_datasets
-    datasets = build_datasets(config)
+    datasets = BUILDERS[name.split("_")[0]](config)
     for dataset in datasets:
         dataset.check()
         dataset[0]
@@ -62,22 +58,19 @@ def build(folder, name: str, content, encoding: str = "utf-8", **others):
 
 
 @pytest.mark.parametrize(
-    "labels, expected",
+    "read, values, expected",
     [
-        (["True", "true", " TRUE", True, 1, "1"], 1),
-        (["False", "false", "FALSE\n", False, 0, "0"], 0),
-        (["yes", "", None, 2, -1, 1.0, ["True"], {"True": 1}], None),
+        (read_label, ["True", "true", " TRUE", True, 1, "1"], 1),
+        (read_label, ["False", "false", "FALSE\n", False, 0, "0"], 0),
+        (read_label, ["yes", "", None, 2, -1, 1.0, ["True"], {"True": 1}], None),
+        (read_id, [42, "42", " 42 ", "000042", "coco_42", IMAGE, "v/s_0042.png"], 42),
+        (read_id, ["a/v1.2/img-42.JPEG"], 42),
+        (read_id, ["kitten.jpg", "", "42 dogs", True, None, 4.2, -1, 10**18, [42], "٤٢"], None),
+        (read_id, ["9" * 19, "9" * 5000], None),
     ],
 )
-def test_labels(labels, expected):
-    assert [read_label(label) for label in labels] == [expected] * len(labels)
-
-
-def test_ids_are_numbers_or_end_texts():
-    names = [IMAGE, "val/scene_0000042.png", "a/v1.2/img-42.JPEG"]
-    assert {read_id(value) for value in [42, "42", " 42 ", "000042", "coco_42", *names]} == {42}
-    others = ["kitten.jpg", "", "42 dogs", True, None, 4.2, -1, 10**18, "9" * 19, "9" * 5000, [42]]
-    assert {read_id(value) for value in [*others, "٤٢"]} == {None}
+def test_labels_and_ids(read, values, expected):
+    assert [read(value) for value in values] == [expected] * len(values)
 
 
 def test_training_records_need_no_ids_and_may_have_windows_paths(folder):
@@ -112,15 +105,8 @@ def test_byte_order_marks_are_read(encoding, folder):
 
 def test_one_record_a_line_is_read(folder):
     lines = "\n".join(json.dumps(STATEMENT | {"label": label}) for label in ("true", "false"))
-    _, dev, _ = build(folder, "nlvr_dev.json", f"{lines}\n\n")
+    _, dev, _ = build(folder, "nlvr_dev", f"{lines}\n\n")
     assert [dev[0][3].item(), dev[1][3].item()] == [1, 0]
-
-
-def test_references_are_read_with_ids_as_texts(folder):
-    captions = {"a": "42", "b": 7, "c": 42}
-    rows = [REFERENCE | {"image_id": i, "caption": text} for text, i in captions.items()]
-    (folder / "references.json").write_text(json.dumps({"annotations": rows}))
-    assert read_references(folder / "references.json") == {42: ["a", "c"], 7: ["b"]}
 
 
 # --- what is refused
@@ -136,22 +122,25 @@ def test_references_are_read_with_ids_as_texts(folder):
         (TRAINING, {"image": 5}, "image is 5, .*below the config's image_root"),
         (VALIDATION, {"image": "a.jpg"}, "image_id is missing, .*a.jpg"),
         (VALIDATION, {"image_id": -5}, "image_id is -5, .*number"),
-        ("coco_karpathy_test.json", {"image": ""}, 'image is ""'),
-        ("nlvr_train.json", {"images": [IMAGE]}, "images is a list of 1, .*two paths"),
-        ("nlvr_dev.json", {"images": [IMAGE, None]}, "images is a list of 2"),
-        ("nlvr_dev.json", {"label": "yes"}, 'label is "yes", but must be "True" or "False"'),
-        ("nlvr_test.json", {"sentence": 3.5}, "sentence is 3.5"),
-        (REFERENCES, {"caption": None}, "caption is null"),
-        (REFERENCES, {"caption": ""}, 'caption is ""'),
-        (REFERENCES, {"image_id": None}, "image_id is null"),
+        ("coco_karpathy_test", {"image": ""}, 'image is ""'),
+        ("nlvr_train", {"images": [IMAGE]}, "images is a list of 1, .*two paths"),
+        ("nlvr_dev", {"images": [IMAGE, None]}, "images is a list of 2"),
+        ("nlvr_dev", {"label": "yes"}, 'label is "yes", but must be "True" or "False"'),
+        ("nlvr_test", {"sentence": 3.5}, "sentence is 3.5"),
+        ("flickr30k_train", {"caption": ["a"]}, "caption is a list of 1, but must be"),
+        ("flickr30k_val", {"caption": "a"}, 'caption is "a", but must be a list'),
+        ("flickr30k_test", {"caption": []}, "caption is a list of 0, but must be a list"),
+        ("flickr30k_test", {"caption": ["a", " "]}, "caption is a list of 2, but must be"),
+        (TRUTH, {"caption": None}, "caption is null"),
+        (TRUTH, {"caption": ""}, 'caption is ""'),
+        (TRUTH, {"image_id": None}, "image_id is null"),
     ],
 )
 def test_a_wrong_record_is_named(name, change, message, folder):
-    good = EVAL if name == VALIDATION else REFERENCE if name == REFERENCES else FILES[name][0]
+    good = REFERENCE if name == TRUTH else FILES[name][0]
     rows = [good, good | change]
-    first = rf"{folder / name}: 1 of 2 records are wrong \(the first is record 0\)\. record 1: "
-    with pytest.raises(UserError, match=f"^{first}{message}"):
-        build(folder, name, {"annotations": rows} if name == REFERENCES else rows)
+    with pytest.raises(UserError, match=rf"{name}.json: 1 of 2 .* record 0\). record 1: {message}"):
+        build(folder, name, {"annotations": rows} if name == TRUTH else rows)
 
 
 def test_of_many_wrong_records_the_first_are_named(folder):
@@ -164,12 +153,13 @@ def test_of_many_wrong_records_the_first_are_named(folder):
 
 def test_mistakes_in_several_files_are_named_together(folder):
     with pytest.raises(UserError) as error:
-        build(folder, TRAINING, "{", **{REFERENCES: {}, "coco_karpathy_test.json": []})
+        build(folder, TRAINING, "{", **{TRUTH: {}, "coco_karpathy_test": []})
     lines = str(error.value).splitlines()
-    wrong = (TRAINING, REFERENCES, "coco_karpathy_test.json")
-    assert [line.split()[0] for line in lines] == [str(folder / name) for name in wrong]
+    wrong = (TRAINING, TRUTH, "coco_karpathy_test")
+    assert [line.split()[0] for line in lines] == [f"{folder / name}.json" for name in wrong]
 
 
+OTHER = REFERENCE | {"image_id": 43}
 OTHERS = [EVAL, *(EVAL | {"image": f"{number}.jpg"} for number in range(90, 97))]
 KARPATHY = {"images": [{"filepath": "val2014", "filename": IMAGE, "sentences": [{"raw": "a"}]}]}
 COCO = {"images": [{"id": 42, "file_name": IMAGE}], "annotations": [REFERENCE]}
@@ -179,27 +169,19 @@ NLVR2 = {"identifier": "dev-850-0-0", "sentence": "a", "label": "True", "left_ur
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        (
-            REFERENCES,
-            {"annotations": [REFERENCE, REFERENCE | {"image_id": 43}]},
-            "1 of the refer.*43",
-        ),
-        (REFERENCES, {"annotations": [REFERENCE | {"image_id": 43}]}, "1 of the split's .*ids: 42"),
-        (REFERENCES, {"annotations": []}, "has no records"),
-        (REFERENCES, {"images": [{"id": 42}]}, 'has no "annotations"'),
-        (REFERENCES, [EVAL], 'has no "annotations"'),
+        (TRUTH, {"annotations": [REFERENCE, OTHER]}, "1 of the references .*ids: 43"),
+        (TRUTH, {"annotations": [OTHER]}, "1 of the split's images .*ids: 42"),
+        (TRUTH, {"annotations": []}, "has no records"),
+        (TRUTH, {"images": [{"id": 42}]}, 'has no "annotations"'),
+        (TRUTH, [EVAL], 'has no "annotations"'),
         (VALIDATION, OTHERS, r"7 of the split's .*90, 91, 92, 93, 94, [.]{3}\).*0 of the"),
         (VALIDATION, [EVAL, EVAL | {"image": f"b/{IMAGE}"}], f" b/{IMAGE} both have the id 42"),
         (TRAINING, KARPATHY, "it is .*Karpathy split in its original layout"),
         (VALIDATION, KARPATHY["images"], "it is .*Karpathy split in its original layout"),
         (TRAINING, COCO, "it is .*COCO's own layout"),
-        ("nlvr_dev.json", [NLVR2], "it is .*NLVR2 in its original layout"),
+        ("nlvr_dev", [NLVR2], "it is .*NLVR2 in its original layout"),
         (TRAINING, "", "not valid JSON: it is empty"),
-        (
-            TRAINING,
-            "version https://git-lfs.github.com/spec/v1",
-            "not valid JSON: .*`git lfs pull`",
-        ),
+        (TRAINING, "version https://git-lfs.github.com/spec/v1", "not valid JSON: .*git lfs pull"),
         (TRAINING, "[" * 100_000, "not valid JSON"),
         (TRAINING, '[{"a": 1}]\n[{', "not valid JSON"),
         (TRAINING, "{}", "has no records"),

@@ -35,12 +35,6 @@ def test_masks_every_delta_t_at_epoch_ends_and_always_at_last():
     assert masked == [30, 32, 45, 60, 64, *range(71, 101)]
 
 
-def test_without_warmups_the_whole_run_is_the_ramp():
-    ramp = schedule(initial_warmup=0, final_warmup=0)
-    assert ramp.remaining_ratio(50) == pytest.approx(0.3)
-    assert [step for step in range(1, 101) if ramp.masks_at(step)] == list(range(10, 101, 10))
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -71,13 +65,13 @@ def test_bad_schedules_are_errors(changes, message):
         {"warmup_steps": 19},
         {"total_steps": 51},
         {"first_scored": 100},
-        {"final_warmup": 0},
+        {"final_warmup": 0, "initial_warmup": 0},
         {"final_warmup": 0, "delta_t": 30, "steps_per_epoch": 50},
         {"warmup_steps": 0},
+        {"final_threshold": 1.0, "total_steps": 2, "first_scored": 10},  # prunes nothing
     ],
 )
 def test_schedules_that_just_fit_end_at_the_final_threshold(changes):
     ramp = schedule(**changes)
-    assert ramp.masks_at(ramp.total_steps)
-    assert ramp.remaining_ratio(ramp.total_steps) == 0.2
-    assert schedule(final_threshold=1.0, total_steps=2, first_scored=10).remaining_ratio(2) == 1.0
+    assert ramp.remaining_ratio(ramp.total_steps) == ramp.final_threshold
+    assert ramp.masks_at(ramp.total_steps) or ramp.final_threshold == 1
