@@ -15,13 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from pruners import Pruner
 from reports.runs import LOG_FILE, PRUNED_FILE
-from utils import launch, write_json
+from utils import launch
 
 TINY_VIT = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TINY_TEXT = {
@@ -61,22 +60,6 @@ def make_scenes(
     sizes += f" --statements {statements} --heldout_statements {heldout}"
     scenes.main(scenes.parse_args(["--out", str(folder), *sizes.split()]))
     return folder
-
-
-def write_images(folder: Path, names: list[str]) -> None:
-    """Images of 30 x 20 pixels that differ in shade and in their halves."""
-    for shade, name in enumerate(names):
-        image = Image.new("RGB", (30, 20), (20 * shade, 0, 0))
-        image.paste((0, 255, 0), (0, 0, 10, 20))
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(folder / name)
-
-
-def write_annotations(folder: Path, files: dict) -> str:
-    """The folder `annotation`, with JSON files by name without its ending."""
-    for name, content in files.items():
-        write_json(folder / "annotation" / f"{name}.json", content)
-    return str(folder / "annotation")
 
 
 def write_config(path: Path, data: Path, dropout: float = 0.1, **changes) -> str:

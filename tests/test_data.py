@@ -1,9 +1,12 @@
 """Captions, transforms, samplers and datasets."""
 
 import json
+import shutil
 import urllib.error
 import urllib.request
+from collections import Counter
 from itertools import product
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -22,7 +25,6 @@ from data.images import BadImageError, find_pictures, open_image
 from data.nlvr_dataset import build_nlvr_datasets, mirror
 from data.samplers import EvalSampler, TrainBatchSampler
 from data.transforms import build_transform, operations
-from tests.runs import write_annotations, write_images
 from utils import UserError
 
 
@@ -162,73 +164,52 @@ def test_evaluation_batches_have_the_same_members_in_any_number_of_processes(n, 
         assert len(sampler) == len(list(sampler))
 
 
-# --- datasets of the published layout, written here
-
-
-def picture(number: int) -> str:
-    """An image's path below the image root; its COCO id is the number."""
-    return f"val2014/COCO_val2014_{number:012d}.jpg"
+# --- datasets
 
 
 @pytest.fixture
-def images(tmp_path):
-    """The folder of the images 40 to 49."""
-    write_images(tmp_path / "images", [picture(number) for number in range(40, 50)])
-    return tmp_path / "images"
-
-
-@pytest.fixture
-def config(images, tmp_path):
-    """Of a COCO of six training, two validation and two test images; an NLVR2 and a Flickr30k."""
-    rows = [{"caption": f"A Dog; number {n}!", "image": picture(40 + n)} for n in range(6)]
-    flickr = [rows[n] | {"image_id": f"flickr30k_{n}.jpg"} for n in (2, 0, 2, 1, 0)]
-    files = {"coco_karpathy_train": rows, "flickr30k_train": flickr}
-    for split, ids, counts in (("val", (46, 47), (5, 2)), ("test", (48, 49), (2, 5))):
-        held_out = [
-            {"image": picture(n), "caption": [f"{n} {letter}." for letter in "abcde"]} for n in ids
-        ]
-        references = [{"image_id": number, "id": number, "caption": "a dog"} for number in ids]
-        files[f"coco_karpathy_{split}"] = held_out
-        files[f"coco_karpathy_{split}_gt"] = {"annotations": references}
-        files[f"flickr30k_{split}"] = [
-            row | {"caption": row["caption"][:n]} for row, n in zip(held_out, counts, strict=True)
-        ]
-    statement = {"sentence": "The Left is not the right one.", "images": [picture(40), picture(41)]}
-    for split in ("train", "dev", "test"):
-        files[f"nlvr_{split}"] = [statement | {"label": label} for label in ["True", "False"] * 10]
-    return {
-        **dict.fromkeys(("ann_root", "coco_gt_root"), write_annotations(tmp_path, files)),
-        **{"image_root": str(images), "image_size": 16, "augment": True},
-        **{"prompt": "a picture of ", "max_words": 8},
-    }
+def config(scenes, tmp_path):
+    """Of a copy of the scenes, which a test may change."""
+    places = {"image_root": "images", "ann_root": "annotation", "coco_gt_root": "annotation"}
+    root = shutil.copytree(scenes, tmp_path / "scenes")
+    config = {"image_size": 16, "augment": True, "prompt": "a picture of ", "max_words": 8}
+    return config | {key: str(root / folder) for key, folder in places.items()}
 
 
 def test_caption_items(config):
     train, val, test = build_caption_datasets(config)
-    assert (len(train), len(val), len(test)) == (6, 2, 2)
+    assert (len(train), len(val), len(test)) == (48, 6, 6)
+    train.records[1]["caption"] = "A Dog; number 1!"
     image, caption = train[1]
     assert (image.shape, caption) == ((3, 16, 16), "a picture of a dog number 1")
-    assert val[1][1] == 47 and test[0][1] == 48
-    assert train.image_paths(2) == [f"{config['image_root']}/{picture(42)}"]
+    assert val[1][1] == 1_000_001 and test[0][1] == 2_000_000
+    assert train.image_paths(2) == [f"{config['image_root']}/train/scene_0000002.png"]
     for prompt, parted in (("a photo of", "a photo of "), (" ", " "), ("", "")):
-        train, _, _ = build_caption_datasets(config | {"prompt": prompt, "max_words": 2})
-        assert train.text(1) == f"{parted}a dog"
+        train, _, _ = build_caption_datasets(config | {"prompt": prompt, "max_words": 1})
+        assert train.text(1) == f"{parted}{train.records[1]['caption'].split()[0]}"
 
 
 def test_pairs_for_retrieval_and_held_out_images_with_all_their_texts(config):
-    train, val, test = build_flickr_datasets(config)
+    file = Path(config["ann_root"], "flickr30k_val.json")
+    rows = [{"image": "a.jpg", "caption": ["A.", "B!"]}, *json.loads(file.read_text())[1:]]
+    file.write_text(json.dumps(rows))
+    train, val, _ = build_flickr_datasets(config)
     image, caption, image_id = train[3]
-    assert (image.shape, caption, image_id) == ((3, 16, 16), "a dog number 1", 2)
-    assert [train[n][2] for n in range(5)] == [0, 1, 0, 2, 1]
+    assert (image.shape, image_id) == ((3, 16, 16), 3)
+    assert caption == normalize_caption(train.records[3]["caption"], 8)
     assert val[1][1] == 1 and val[1][0].shape == (3, 16, 16)
-    assert list(val.image_of_text) == [0] * 5 + [1] * 2
-    assert list(test.image_of_text) == [0] * 2 + [1] * 5
-    assert [val.texts[n] for n in (4, 5)] == [("46 e", 4), ("47 a", 5)]
-    for split, texts in ((val, 5), (test, 2)):
-        for samples in (1, 9):
-            split.keep_first(samples)
-            assert (len(split), len(split.texts)) == (1, texts)
-            assert list(split.image_of_text) == [0] * texts
+    assert list(val.image_of_text) == [0, 0, *(image for image in range(1, 6) for _ in range(5))]
+    assert [val.texts[n] for n in (0, 1)] == [("a", 0), ("b", 1)] and len(val.texts) == 27
+    for samples in (1, 9):
+        val.keep_first(samples)
+        assert (len(val), len(val.texts), list(val.image_of_text)) == (1, 2, [0, 0])
+
+
+def test_retrieval_counts_images_by_their_ids(config):
+    file = Path(config["ann_root"], "flickr30k_train.json")
+    rows = [{"image": "a.jpg", "caption": "a", "image_id": i} for i in ("c", "a", "c", 7)]
+    file.write_text(json.dumps([*rows, {"image": "a.jpg", "caption": "a"}]))
+    assert build_flickr_datasets(config)[0].image_ids == [0, 1, 0, 2, 3]
 
 
 def test_training_images_depend_on_index_epoch_and_seed_only(config):
@@ -242,27 +223,30 @@ def test_training_images_depend_on_index_epoch_and_seed_only(config):
     assert torch.equal(train[(3, 0)][0], train[3][0])
     assert not torch.equal(train[(3, 2)][0], first)
     assert not torch.equal(build_caption_datasets(config, seed=6)[0][(3, 1)][0], first)
-    plain = build_transform(16, augment=False)
     without, _, _ = build_caption_datasets(config | {"augment": False})
     for dataset, index in ((val, 0), (without, (0, 3))):
-        (path,) = dataset.image_paths(0)
-        assert torch.equal(dataset[index][0], plain(Image.open(path)))
+        assert torch.equal(dataset[index][0], plain(*dataset.image_paths(0)))
+
+
+def plain(path) -> torch.Tensor:
+    return build_transform(16, augment=False)(Image.open(path))
 
 
 def test_nlvr_training_swaps_images_and_words_together_and_evaluation_does_not(config):
-    datasets = build_nlvr_datasets(config | {"augment": False})
-    sentences = ("the left is not the right one", "the right is not the left one")
-    left, right, *_ = datasets[1][0]
-    assert not torch.equal(left, right)
-    swaps = [0, 0, 0]
-    for which, epoch, index in product(range(3), range(10), range(20)):
-        image0, image1, sentence, label = datasets[which][(index, epoch)]
-        swapped = sentences.index(sentence)
-        swaps[which] += swapped
-        assert torch.equal(image0, (left, right)[swapped])
-        assert torch.equal(image1, (right, left)[swapped])
-        assert label.item() == 1 - index % 2 and label.dtype == torch.int64
-    assert 70 < swaps[0] < 130 and swaps[1:] == [0, 0]  # of 200
+    train, dev, test = build_nlvr_datasets(config | {"augment": False, "max_words": 40})
+    swaps = Counter()
+    for name, dataset in (("train", train), ("dev", dev), ("test", test)):
+        pairs = [tuple(map(plain, dataset.image_paths(index))) for index in range(8)]
+        for index, epoch in product(range(8), range(25)):
+            (left, right), record = pairs[index], dataset.records[index]
+            image0, image1, sentence, label = dataset[(index, epoch)]
+            swapped = torch.equal(image0, right)
+            swaps[name] += swapped
+            assert torch.equal(image0, right if swapped else left)
+            assert torch.equal(image1, left if swapped else right)
+            assert sentence == (mirror if swapped else str)(record["sentence"])
+            assert label.item() == record["label"] and label.dtype == torch.int64
+    assert 70 < swaps["train"] < 130 and swaps["dev"] == swaps["test"] == 0  # of 200
     assert mirror("the left dog is right of the leftmost").endswith("dog is left of the leftmost")
 
 
@@ -271,17 +255,17 @@ def test_nlvr_training_swaps_images_and_words_together_and_evaluation_does_not(c
 BASE = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 
 
-def test_missing_annotations_offline_are_named_all_at_once(config, tmp_path, monkeypatch):
+def test_missing_annotations_offline_are_named_all_at_once(config, monkeypatch):
     refused = Mock(side_effect=urllib.error.URLError("no network"))
     monkeypatch.setattr(urllib.request, "urlopen", refused)
-    names = [f"nlvr_{split}.json" for split in ("train", "dev", "test")]
-    for name in names:
-        (tmp_path / "annotation" / name).unlink()
+    files = [Path(config["ann_root"], f"nlvr_{split}.json") for split in ("train", "dev", "test")]
+    for file in files:
+        file.unlink()
     with pytest.raises(UserError, match="no network(.|\n)*python -m data.scenes") as error:
         build_nlvr_datasets(config)
     assert refused.call_count == 1  # after one that fails the others are not tried
-    for name in names:
-        assert f"{BASE}/{name} to {tmp_path / 'annotation' / name}" in str(error.value)
+    for file in files:
+        assert f"{BASE}/{file.name} to {file}" in str(error.value)
 
 
 @pytest.fixture
@@ -323,24 +307,23 @@ def test_the_others_report_why_the_main_processs_download_failed(published, tmp_
 # --- images that are missing
 
 
-def test_check_names_what_is_missing_and_reads_no_image(config, images):
+def test_check_names_what_is_missing_and_reads_no_image(config):
     train, val, _ = build_caption_datasets(config)
     _, dev, _ = build_nlvr_datasets(config)
-    for path in (images / "val2014").iterdir():
+    for path in Path(config["image_root"]).rglob("*.png"):
         path.write_bytes(b"")
     train.check()
-    for number in (41, 46, 47):
-        (images / picture(number)).unlink()
-    with pytest.raises(UserError, match="^2 of 2 images .*46.jpg, .*47.jpg.*image_root"):
+    dev.check()
+    for path in (*val.image_paths(1), *val.image_paths(4)):
+        Path(path).unlink()
+    with pytest.raises(UserError, match="^2 of 6 images .*01.png, .*04.png.*image_root"):
         val.check()
-    with pytest.raises(UserError, match="^1 of 2 images .*41.jpg. They"):
+    dev.records = [{"images": ["a\0.jpg", "val"]}]  # no file's name; a folder
+    dev.records += [{"images": [f"{config['ann_root']}/nlvr_dev.json", "x/1.jpg"]}]  # there is one
+    dev.records += [{"images": ["x/2.jpg", f"x/{n}.jpg"]} for n in (3, 4)]
+    with pytest.raises(UserError, match="^6 of 7 .*, [.][.][.]. They"):
         dev.check()
-    dev.records[0]["images"] = ["a\0.jpg", "val2014"]  # no file's name; a folder
-    dev.records[1]["images"] = [f"{config['ann_root']}/nlvr_dev.json", "x/1.jpg"]  # there is one
-    dev.records[2]["images"] = ["x/2.jpg", "x/3.jpg"]
-    with pytest.raises(UserError, match="^6 of 8 .*, [.][.][.]. They"):
-        dev.check()
-    train.image_root = images / "elsewhere"
+    train.image_root = Path("elsewhere")
     with pytest.raises(UserError, match="elsewhere does not exist: set .*image_root"):
         train.check()
 
@@ -348,7 +331,7 @@ def test_check_names_what_is_missing_and_reads_no_image(config, images):
 INSTEAD = {
     "Caf\u00e9_7.png": (lambda folder: (folder / "cafe\u0301_7.JPG").touch(), "has 'cafe.*JPG'"),
     "b_7.png": (lambda folder: (folder / "b_7.png").symlink_to("/b.png"), "is a link to /b.png"),
-    "train/11/c_7.png": (lambda folder: (folder / "train").mkdir(), "is no folder .*/train/11\\."),
+    "train/11/c_7.png": (lambda folder: None, "is no folder .*/train/11\\."),
     "sub/train/d_7.png": (lambda folder: None, "is no folder .*/sub\\."),
     "e_7.png": (lambda folder: None, "e_7.png. They.*the same data$"),
     "/export/f_7.png": (lambda folder: None, "is not for names that begin with /"),
@@ -356,10 +339,10 @@ INSTEAD = {
 
 
 @pytest.mark.parametrize("name", INSTEAD)
-def test_check_says_what_stands_where_an_image_should_be(name, config, images):
+def test_check_says_what_stands_where_an_image_should_be(name, config):
     make, message = INSTEAD[name]
-    make(images)
     train, _, _ = build_caption_datasets(config)
+    make(train.image_root)
     train.records[0]["image"] = name
     with pytest.raises(UserError, match=message):
         train.check()
@@ -443,26 +426,27 @@ def test_pictures_of_a_folder_are_those_that_can_be_read(tmp_path, capsys):
         find_pictures([tmp_path / "more.png"])
 
 
-def test_bad_images_are_errors_or_skipped_and_counted_on_request(config, images):
-    (images / picture(41)).unlink()
-    (images / picture(42)).write_bytes(b"not an image")
+def test_bad_images_are_errors_or_skipped_and_counted_on_request(config):
     train, _, _ = build_caption_datasets(config)
-    with pytest.raises(UserError, match="000000000042.jpg.*--skip_bad_images"):
+    pairs, _, _ = build_nlvr_datasets(config)
+    train.records = train.records[:6]
+    paths = [Path(*train.image_paths(index)) for index in range(6)]
+    paths[1].unlink()
+    paths[2].write_bytes(b"not an image")
+    with pytest.raises(UserError, match="scene_0000002.png.*--skip_bad_images"):
         train[2]
-    train.skip_bad_images = True
+    train.skip_bad_images = pairs.skip_bad_images = True
     train.check()  # as long as there is one
     fetched = [train.fetch((index, 3)) for index in range(6)]
     assert [skipped for _, skipped in fetched] == [0, 2, 1, 0, 0, 0]
-    assert [text[-1] for (_, text), _ in fetched] == list("033345")
+    assert [text for (_, text), _ in fetched] == [train.text(index) for index in (0, 3, 3, 3, 4, 5)]
     assert all(torch.equal(fetched[3][0][0], fetched[index][0][0]) for index in (1, 2))
-    pairs, _, _ = build_nlvr_datasets(config)
-    pairs.skip_bad_images = True
-    pairs.records[1]["images"] = [picture(43), picture(44)]
+    pairs.records[0]["images"] = [train.records[index]["image"] for index in (0, 1)]
+    pairs.records[1]["images"] = [train.records[index]["image"] for index in (3, 4)]
     assert pairs.fetch(0)[1] == 1  # of whose images one is missing
-    for number in (40, 43, 44, 45):
-        (images / picture(number)).unlink()
+    for path in paths:
+        path.unlink(missing_ok=True)
     with pytest.raises(UserError, match="no image under .* can be read"):
         train[0]
-    (images / picture(42)).unlink()
     with pytest.raises(UserError, match="^6 of 6 images"):
         train.check()
