@@ -62,9 +62,6 @@ def mean_loss(model, pairs):
     return total / terms
 
 
-# --- captions ------------------------------------------------------------------------------------
-
-
 def test_the_loss_of_captions_is_the_mean_over_the_tokens_of_all_references(caption_config):
     """Each image is encoded once; some have fewer references. Float32 sums of some 350 terms of
     about 5, one by one and in batches, differ by a few times 6e-8 of themselves."""
@@ -72,10 +69,13 @@ def test_the_loss_of_captions_is_the_mean_over_the_tokens_of_all_references(capt
     file = Path(caption_config["coco_gt_root"], "coco_karpathy_val_gt.json")
     annotations = json.loads(file.read_text())["annotations"][:-3]  # the last image has two of five
     file.write_text(json.dumps({"annotations": annotations}))
-    encoded, encode = [], model.encode_image
+    encoded, encode, asked = [], model.encode_image, []
     model.encode_image = lambda image: encoded.append(len(image)) or encode(image)
-    scores = evaluate_captions(model, split, "val", EvalOptions(caption_config))["scores"]
-    assert encoded == [4, 2]
+    model.caption = lambda encoded, **lengths: asked.append(lengths) or ["a"] * len(encoded)
+    lengths = {"num_beams": 2, "max_length": 9, "min_length": 6}
+    options = EvalOptions(caption_config | lengths)
+    scores = evaluate_captions(model, split, "val", options)["scores"]
+    assert encoded == [4, 2] and asked == [lengths] * 2
     references = read_references(file)
     records = [x | {"caption": y} for x in split.records for y in references[x["image_id"]]]
     texts = {key: caption_config[key] for key in ("prompt", "max_words")}
@@ -107,33 +107,16 @@ def test_two_processes_caption_and_score_as_one(caption_config, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_captions_are_decoded_as_the_config_says(caption_config):
-    model, asked = captioner(caption_config), []
-    model.caption = lambda encoded, **lengths: asked.append(lengths) or ["a"] * len(encoded)
-    lengths = {"num_beams": 2, "max_length": 9, "min_length": 6}
-    config = caption_config | lengths
-    evaluate_captions(model, build_caption_datasets(config)[1], "val", EvalOptions(config))
-    assert asked == [lengths] * 2
-
-
-# --- statements ----------------------------------------------------------------------------------
-
-
+@torch.no_grad()
 def test_statements_are_judged_and_their_loss_is_that_of_training(scenes, tmp_path):
     config = load_config(write_nlvr_config(tmp_path / "n.yaml", scenes, eval_batch_size=3))
     model, split = NLVR.build_model(config).eval(), build_nlvr_datasets(config)[1]
     scores = evaluate_statements(model, split, "dev", EvalOptions(config))["scores"]
-    with torch.no_grad():
-        right = [
-            int(model.logits(left[None], right[None], [sentence]).argmax()) == int(label)
-            for left, right, sentence, label in (split[index] for index in range(len(split)))
-        ]
-    assert scores["accuracy"] == sum(right) / len(right)
+    left, right, sentences, labels = default_collate([split[index] for index in range(8)])
+    judged = model.logits(left, right, sentences).argmax(dim=1)
+    assert scores["accuracy"] == (judged == labels).float().mean()
     # float32: eight losses of about 0.7, in batches of three or one by one
     assert scores["loss"] == pytest.approx(mean_loss(model, split), rel=1e-6)
-
-
-# --- precision, and scripts ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -186,10 +169,10 @@ def test_scores_are_printed_and_written(begin, tmp_path, capsys):
 
 
 def test_sparse_evaluation_reports_the_zeros_before_it_leaves_them_out(begin, tmp_path):
-    kinds = []
+    kinds = set()
 
     def score(model, dataset, split, options):
-        kinds.extend(type(layer).__name__ for layer in model.modules())
+        kinds.update(type(layer).__name__ for layer in model.modules())
         return {"scores": {}}
 
     run = begin("--sparse", score)

@@ -54,9 +54,6 @@ def build(folder, name: str, content, encoding: str = "utf-8", **others):
     return datasets
 
 
-# --- what is read
-
-
 @pytest.mark.parametrize(
     "read, values, expected",
     [
@@ -107,9 +104,6 @@ def test_one_record_a_line_is_read(folder):
     lines = "\n".join(json.dumps(STATEMENT | {"label": label}) for label in ("true", "false"))
     _, dev, _ = build(folder, "nlvr_dev", f"{lines}\n\n")
     assert [dev[0][3].item(), dev[1][3].item()] == [1, 0]
-
-
-# --- what is refused
 
 
 @pytest.mark.parametrize(
@@ -193,8 +187,6 @@ def test_a_file_of_other_content_is_named(name, content, message, folder):
         build(folder, name, content)
     assert "delete" not in str(error.value)  # it may be the user's own
 
-
-# --- anything at all
 
 WORDS = "image caption image_id sentence label images annotations identifier sentences True 42 / ."
 WORDS = st.sampled_from([*WORDS.split(), "", IMAGE, "\ud83d", "a\0b"])
