@@ -74,6 +74,14 @@ def small_segments(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """The embedded data, few of them, which no test changes."""
+    from tests.runs import make_scenes
+
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return GOLDEN
 
