@@ -5,9 +5,11 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from signal import raise_signal
 
@@ -102,6 +104,44 @@ def _write(path: Path, data: Path, *parts: dict) -> str:
     yaml.width = 4096  # a key and its value stay on one line
     yaml.dump(config, path)
     return str(path)
+
+
+def write_model(build: Callable, config: dict, folder: Path) -> tuple[torch.nn.Module, list[str]]:
+    """A model of a config's sizes with 80 % of each matrix zero, and the flags that name it."""
+    places = dict.fromkeys(("image_root", "ann_root"), "x")
+    config = {**places, "init_lr": 0.1, "max_epoch": 1, "batch_size": 1, **config}
+    (folder / "model.yaml").write_text(json.dumps(config))
+    model = build(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data[torch.rand_like(parameter) < 0.8] = 0
+    torch.save(model.state_dict(), folder / "model.pth")
+    return model, ["--config", str(folder / "model.yaml"), "--pruned", str(folder / "model.pth")]
+
+
+@contextmanager
+def serving(answers: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """Inside the block a server answers, by path; its address, and the paths that are asked for.
+
+    The answer of `/cut` is four bytes shorter than its header says.
+    """
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", len(answers[self.path]) + 4 * (self.path == "/cut"))
+            self.end_headers()
+            self.wfile.write(answers[self.path])
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("localhost", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}", asked
+        server.shutdown()
 
 
 def run(script: str, argv: list[str]) -> None:
@@ -239,9 +279,3 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps of a run's checkpoints."""
     names = (path.stem for path in (folder / "checkpoints").glob("step_*.pt"))
     return sorted(int(name.removeprefix("step_")) for name in names)
-
-
-def wait_for_step(folder: Path, process, step: int) -> None:
-    """Waits until a checkpoint of at least `step` appears, or the process ends."""
-    while max(saved_steps(folder), default=0) < step and process.is_alive():
-        time.sleep(0.002)

@@ -1,18 +1,20 @@
 """Starting a run: its record, mistakes, devices, launchers, and the folder of its results."""
 
+import importlib
 import json
 import os
 import shutil
 import socket
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_caption
 from configs import SCHEMAS, load_config
-from engine import main as engine_main
 from engine.checkpoints import save_weights
 from engine.experiment import read_experiment
 from engine.main import find_weights, locked, prepare, run_task, start
@@ -24,21 +26,16 @@ from engine.processes import (
     launched_processes,
 )
 from engine.tasks import CAPTION, TASKS
-from tests.runs import make_scenes, processes, write_config
+from tests.runs import on_two_processes, processes, serving, write_config
 from utils import UserError
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
 
 
 @pytest.fixture
 def experiment(scenes, tmp_path):
     """Reads flags for a small captioner whose config has some changes."""
 
-    def read(flags="", **changes):
-        config = write_config(tmp_path / "c.yaml", scenes, **changes)
+    def read(flags="", data=scenes, **changes):
+        config = write_config(tmp_path / "c.yaml", data, **changes)
         argv = ["--config", config, "--output_dir", str(tmp_path), *flags.split()]
         return read_experiment(train_caption.parse_args(argv), "caption")
 
@@ -60,24 +57,29 @@ def test_a_record_holds_flags_config_and_the_command_as_typed(experiment, tmp_pa
     assert train_caption.parse_args().argv == ["train_caption.py", "--seed", "3"]
 
 
-def test_scores_are_weighted_where_it_is_asked_for(experiment):
-    own = "--id_profile own.json"
-    for flags, profile in [
+@pytest.mark.parametrize(
+    ("flags", "profile"),
+    [
         ("", ""),
         ("--useID", "configs.json"),
-        (own, "own.json"),
-        (f"--useID {own}", "own.json"),
-    ]:
-        assert experiment(flags, id_profile="configs.json").id_profile == profile
+        ("--id_profile own.json", "own.json"),
+        ("--useID --id_profile own.json", "own.json"),
+    ],
+)
+def test_scores_are_weighted_where_it_is_asked_for(experiment, flags, profile):
+    assert experiment(flags, id_profile="configs.json").id_profile == profile
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--pruned x", "--pruned goes with --evaluate; training starts from --pretrained"),
-        *((f"--{flag}", f"--{flag.split()[0]} goes with --ev") for flag in ("sparse", "split val")),
+        ("--sparse", "--sparse goes with --evaluate"),
+        ("--split val", "--split goes with --evaluate"),
         ("--spice", "--spice goes with --evaluate"),
-        *((f"--evaluate --{f}", f"--{f} goes with tra") for f in ("eval_test", "check", "compile")),
+        ("--evaluate --eval_test", "--eval_test goes with training"),
+        ("--evaluate --check", "--check goes with training"),
+        ("--evaluate --compile", "--compile goes with training"),
         ("--evaluate --sparse --amp bf16", "--sparse computes in float32: leave out --amp bf16"),
         ("--evaluate --sparse --device cuda", "computes on the CPU: leave out --device cuda"),
         ("--useID", "c.yaml names no id_profile; give --id_profile"),
@@ -88,19 +90,39 @@ def test_flags_that_do_not_fit(flags, message, experiment):
         experiment(flags)
 
 
-def test_a_tilde_is_the_users_home_and_flags_of_older_launchers_are_passed_over(monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train_caption", "output_dir config pruned id_profile resume local-rank local_rank"),
+        ("export", "config pruned out"),
+        ("caption", "config pruned"),
+        ("ComputeID", "Path config pretrained"),
+    ],
+)
+def test_a_tilde_is_the_users_home_and_flags_of_older_launchers_are_passed_over(
+    monkeypatch, script, flags
+):
+    """Shells leave the tilde of --flag=~/x as it is."""
     monkeypatch.setenv("HOME", "/home/me")
-    for flag in ("output_dir", "config", "pruned", "id_profile", "resume"):
-        args = train_caption.parse_args([f"--{flag}=~/place", "--local-rank=1", "--local_rank=1"])
-        assert getattr(args, flag) == "/home/me/place"
+    needed = {"export": ["--config=c", "--pruned=p"], "caption": ["a.jpg"]}.get(script, [])
+    for flag in flags.split():
+        args = importlib.import_module(script).parse_args([*needed, f"--{flag}=~/place"])
+        assert "local" in flag or str(getattr(args, flag)) == "/home/me/place"
 
 
-def test_every_task_has_a_schema_and_a_script():
-    assert set(TASKS) == set(SCHEMAS)
-    for task in TASKS.values():
-        args = __import__(task.script.removesuffix(".py")).parse_args([])
-        assert (args.config, args.initial_warmup, args.final_warmup) == (task.config, *task.warmups)
-        assert load_config(task.config)["task"] == task.name
+# warm-ups, remaining ratio, samples of a batch, epochs
+PAPER = {"caption": (1, 1, 0.2, 20, 5), "nlvr": (0, 5, 0.2, 10, 10), "retrieval": (0, 2, 0.2, 32, 5)}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings_are_the_defaults_of_every_task(name):
+    assert set(PAPER) == set(TASKS) == set(SCHEMAS)
+    script = TASKS[name].script.removesuffix(".py")
+    args = importlib.import_module(script).parse_args(["--useID"])
+    config = load_config(args.config)
+    assert config["task"] == name and Path(config["id_profile"]).exists()
+    found = args.initial_warmup, args.final_warmup, args.final_threshold
+    assert (*found, config["batch_size"], config["max_epoch"]) == PAPER[name]
 
 
 # --- the folder of results -----------------------------------------------------------------------
@@ -123,13 +145,6 @@ def test_results_go_to_the_evaluated_run_but_to_no_other_folder(experiment, tmp_
         assert experiment(flags).folder == folder
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     assert experiment(f"--evaluate --pruned {run}").folder == tmp_path / "c"
-
-
-def test_a_place_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to .*file/c: .*--output_dir or --model_dir"):
-        with locked(tmp_path / "file/c"):
-            pass
 
 
 def hold(folder, pipe):
@@ -155,7 +170,7 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_refused_command_changes_nothing_in_the_folder(experiment, tmp_path):
+def test_a_refused_or_repeated_command_changes_nothing(experiment, tmp_path):
     def files():
         found = (tmp_path / "run").rglob("*")
         return {path: path.read_bytes() for path in found if path.is_file()}
@@ -165,7 +180,8 @@ def test_a_refused_command_changes_nothing_in_the_folder(experiment, tmp_path):
     before = files()
     assert tmp_path / "run/config.json" in before
     for flags, message in [
-        ("--final_threshold 0.1", "final_threshold was 0.2, is 0.1"),
+        ("--final_threshold 0.1", "final_threshold was 0.2, is 0.1.*--resume off"),
+        ("--seed 7", "of another run: seed was 42, is 7"),
         ("--pretrained no.pth", "no.pth"),
         ("--max_steps 2", "schedule is longer"),
         ("--evaluate --pretrained no.pth", "no.pth"),
@@ -173,24 +189,71 @@ def test_a_refused_command_changes_nothing_in_the_folder(experiment, tmp_path):
         with pytest.raises(UserError, match=message):
             run_task(experiment(f"{plain} {flags}", max_epoch=1))
         assert files() == before
+    run_task(experiment(plain, max_epoch=1))
+    assert files() == before
 
 
-def test_a_check_makes_no_folder(experiment, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(engine_main, "train", None)
-    run_task(experiment("--check"))
-    assert "all is there: 96 steps in 4 epochs" in capsys.readouterr().out
-    assert not (tmp_path / "c").exists()
+# --- checks of flags, data and weights -----------------------------------------------------------
 
 
-# --- checks of data and weights ------------------------------------------------------------------
+def test_a_check_counts_steps_and_captions_that_are_cut(experiment, scenes, tmp_path, capsys):
+    run_task(experiment("--check", max_tokens=18))
+    printed = capsys.readouterr().out
+    assert "all is there: 96 steps in 4 epochs" in printed
+    records = json.loads((scenes / "annotation/coco_karpathy_train.json").read_text())
+    # with [DEC] a picture of, and [SEP]
+    cut = sum(len(record["caption"].split()) + 5 > 18 for record in records)
+    assert 0 < cut < 48
+    text = f"{cut} of 48 training texts are longer than max_tokens 18 and are cut"
+    assert printed.count(text) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
-def test_all_mistakes_are_named_at_once(experiment, tmp_path):
-    wrong = {"ann_root": str(tmp_path), "tokenizer": "/nowhere", "pretrained": "no.pth"}
+@pytest.mark.parametrize(
+    ("flags", "changes", "message"),
+    [
+        ("", {"image_root": "/nowhere"}, "/nowhere does not exist: set .*image_r"),
+        ("--max_steps 24", {}, r"\(1 initial \+ 1 final\) x 24 .* has 24 steps"),
+        ("--id_profile configs/id/blip_nlvr.json", {}, "missing: .{,200} more; unknown: .{,200} m"),
+        ("--resume Makefile", {}, "the checkpoint Makefile is not whole"),
+        ("--evaluate", {}, "nothing to evaluate: give --pruned"),
+        ("--output_dir Makefile", {}, "cannot write to Makefile.*--output_dir or --model_dir"),
+    ],
+)
+def test_a_mistake_is_named_before_the_first_step(experiment, tmp_path, flags, changes, message):
+    with pytest.raises(UserError, match=message):
+        run_task(experiment(flags, **changes))
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--gradient_accumulation_steps=0", "a whole number from 1 to"),
+        ("--deltaT=2.5", "a whole number from 1 to 1000000000, got '2.5'"),
+        ("--init_lr=nan", "a number from 0 to 10, got 'nan'"),
+        ("--final_threshold=80", "a number from 0 to 1, got '80'"),
+        ("--beta2=2", "a number from 0 to 1"),
+        ("--seed=-1", "a whole number from 0 to"),
+    ],
+)
+def test_a_flag_out_of_its_range(flag, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_caption.parse_args([flag])
+    error = capsys.readouterr().err
+    assert f"argument {flag.split('=')[0]}" in error and message in error
+
+
+def test_all_mistakes_are_named_at_once(experiment, tmp_path, monkeypatch):
+    def unreachable(*args, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    wrong = {"ann_root": str(tmp_path / "none"), "tokenizer": "/nowhere", "pretrained": "no.pth"}
     with pytest.raises(UserError) as error:
         run_task(experiment("--id_profile no.json", **wrong))
-    for part in ("coco_karpathy_train.json", "'/nowhere'", "no.pth", "no.json"):
-        assert str(error.value).count(part) >= 1
+    for part in (f"{tmp_path}/none/coco_karpathy_train.json", "'/nowhere'", "no.pth", "no.json"):
+        assert part in str(error.value)
     assert not (tmp_path / "c").exists()
 
 
@@ -206,18 +269,26 @@ def test_pruned_weights_go_before_the_configs(experiment, tmp_path, monkeypatch)
         assert find_weights(start(experiment(flags, pretrained="dense.pth"))).name == found
 
 
-def test_images_are_looked_for_where_they_are_needed(scenes, tmp_path):
+def find_at_address(rank, address, folder):
+    os.environ["TORCH_HOME"] = folder
+    flags = SimpleNamespace(pruned=address)
+    assert find_weights(SimpleNamespace(flags=flags)).read_bytes() == b"weights"
+
+
+def test_two_processes_download_weights_once(tmp_path):
+    with serving({"/weights.pth": b"weights"}) as (address, asked):
+        on_two_processes(find_at_address, f"{address}/weights.pth", str(tmp_path))
+    assert asked == ["/weights.pth"]
+
+
+def test_images_are_looked_for_where_they_are_needed(experiment, scenes, tmp_path):
     """Held-out ones before training, too; training images not for an evaluation."""
-    copy = tmp_path / "scenes"
-    shutil.copytree(scenes, copy)
-    config = write_config(tmp_path / "c.yaml", copy)
+    copy = shutil.copytree(scenes, tmp_path / "scenes")
     weights = tmp_path / "weights.safetensors"
-    save_weights(CAPTION.build_model(load_config(config)), weights)
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--pretrained", str(weights)]
+    save_weights(CAPTION.build_model(experiment().config), weights)
 
     def prepared(flags=""):
-        args = train_caption.parse_args([*argv, *flags.split()])
-        return prepare(start(read_experiment(args, "caption")))
+        return prepare(start(experiment(f"--pretrained {weights} {flags}", copy)))
 
     next((copy / "images/train").iterdir()).unlink()
     prepared("--evaluate")
@@ -270,20 +341,13 @@ def test_devices(present, device, processes, rank, found, monkeypatch):
         assert choose_device(device, processes) == torch.device(found)
 
 
-def test_bfloat16_by_default_where_the_device_computes_it_itself(experiment, monkeypatch, capsys):
+@pytest.mark.parametrize("itself", [False, True])
+def test_bfloat16_by_default_where_the_device_computes_it_itself(monkeypatch, itself):
     """A V100 or T4 emulates it."""
-    itself = {True: True, False: False}  # supported, by whether emulation counts
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: itself[including_emulation],
-    )
-    for itself[False] in (False, True):
-        assert computes_bf16(torch.device("cuda:0")) == itself[False]
+    supported = lambda including_emulation=True: including_emulation or itself  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert computes_bf16(torch.device("cuda:0")) == itself
     assert not computes_bf16(torch.device("cpu"))
-    assert not start(experiment()).bf16 and start(experiment("--amp bf16")).bf16
-    prepare(start(experiment("--amp bf16")))
-    assert "computes on cpu in bfloat16 autocast" in capsys.readouterr().out
 
 
 def test_torch_is_asked_for_deterministic_algorithms(experiment):
