@@ -111,7 +111,11 @@ def test_a_tilde_is_the_users_home_and_flags_of_older_launchers_are_passed_over(
 
 
 # warm-ups, remaining ratio, samples of a batch, epochs
-PAPER = {"caption": (1, 1, 0.2, 20, 5), "nlvr": (0, 5, 0.2, 10, 10), "retrieval": (0, 2, 0.2, 32, 5)}
+PAPER = {
+    "caption": (1, 1, 0.2, 20, 5),
+    "nlvr": (0, 5, 0.2, 10, 10),
+    "retrieval": (0, 2, 0.2, 32, 5),
+}
 
 
 @pytest.mark.parametrize("name", PAPER)
