@@ -5,11 +5,9 @@ import json
 import multiprocessing
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from signal import raise_signal
 
@@ -25,26 +23,11 @@ from reports.runs import LOG_FILE, PRUNED_FILE
 from utils import launch
 
 TINY_VIT = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TINY_TEXT = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
-TINY_CLIP = {
-    "embed_dim": 16,
-    "patch_size": 16,
-    "vision_width": 32,
-    "vision_layers": 2,
-    "vision_heads": 2,
-    "context_length": 32,
-    "vocab_size": 128,
-    "text_width": 32,
-    "text_layers": 2,
-    "text_heads": 2,
-}
+TINY_TEXT = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
+TINY_TEXT |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+TINY_CLIP = {"embed_dim": 16, "patch_size": 16, "context_length": 32, "vocab_size": 128}
+TINY_CLIP |= {"vision_width": 32, "vision_layers": 2, "vision_heads": 2}
+TINY_CLIP |= {"text_width": 32, "text_layers": 2, "text_heads": 2}
 
 # A server process imports everything once; the runs are forked from it.
 FORKED = "forkserver"
@@ -90,14 +73,9 @@ def _blip(dropout: float) -> dict:
 
 
 def _write(path: Path, data: Path, *parts: dict) -> str:
-    config = {
-        "image_root": str(data / "images"),
-        "ann_root": str(data / "annotation"),
-        "tokenizer": str(data / "tokenizer"),
-        "image_size": 32,
-        "init_lr": 1e-3,
-        "num_workers": 0,
-    }
+    places = {"image_root": "images", "ann_root": "annotation", "tokenizer": "tokenizer"}
+    config = {key: str(data / folder) for key, folder in places.items()}
+    config |= {"image_size": 32, "init_lr": 1e-3, "num_workers": 0}
     for part in parts:
         config |= part
     yaml = YAML()
@@ -117,31 +95,6 @@ def write_model(build: Callable, config: dict, folder: Path) -> tuple[torch.nn.M
             parameter.data[torch.rand_like(parameter) < 0.8] = 0
     torch.save(model.state_dict(), folder / "model.pth")
     return model, ["--config", str(folder / "model.yaml"), "--pruned", str(folder / "model.pth")]
-
-
-@contextmanager
-def serving(answers: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """Inside the block a server answers, by path; its address, and the paths that are asked for.
-
-    The answer of `/cut` is four bytes shorter than its header says.
-    """
-    asked = []
-
-    class Server(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.send_header("Content-Length", len(answers[self.path]) + 4 * (self.path == "/cut"))
-            self.end_headers()
-            self.wfile.write(answers[self.path])
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("localhost", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://localhost:{server.server_port}", asked
-        server.shutdown()
 
 
 def run(script: str, argv: list[str]) -> None:

@@ -109,49 +109,39 @@ def test_folders_that_hold_no_vocabulary_of_bert(tmp_path, words, message):
         load_tokenizer(str(tmp_path / "none" if words is None else tmp_path))
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """No network and an empty cache; notes the addresses that are asked for."""
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_vocabulary_of_the_hub(monkeypatch, tmp_path, offline):
+    """One quick attempt, none offline; it is downloaded once, or comes from the hub's cache."""
     asked = []
 
     def download(url, path):
         asked.append(url)
-        raise OSError("no route to host")
-
-    def not_cached(name, file, local_files_only):
-        assert local_files_only  # anything else would try for minutes
-        raise FileNotFoundError
-
-    monkeypatch.setattr(weight_files, "download", download)
-    monkeypatch.setattr(text, "hf_hub_download", not_cached)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(text.constants, "HF_HUB_OFFLINE", False)
-    return asked
-
-
-def test_without_network_there_is_one_attempt_and_offline_none(hub, monkeypatch):
-    address = f"{text.constants.ENDPOINT}/bert-base-uncased/resolve/main/vocab.txt"
-    for offline, why in ((False, "no route to host"), (True, "HF_HUB_OFFLINE is set")):
-        monkeypatch.setattr(text.constants, "HF_HUB_OFFLINE", offline)
-        with pytest.raises(UserError, match=rf"'bert-base-uncased' \({why}\).*data\.scenes"):
-            load_tokenizer("bert-base-uncased")
-        assert hub == [address]
-
-
-def test_a_vocabulary_comes_from_the_cache_or_is_downloaded_once(hub, monkeypatch, tmp_path):
-    def download(url, path):
-        hub.append(url)
+        if len(asked) == 1:
+            raise OSError("no route to host")
         path.parent.mkdir(parents=True)
         write_vocabulary(path.parent)
 
+    def find(name, file, local_files_only):
+        assert local_files_only  # anything else would try for minutes
+        if name != "cached":
+            raise FileNotFoundError
+        return tmp_path / file
+
     monkeypatch.setattr(weight_files, "download", download)
-    for _ in range(2):
-        assert load_tokenizer("some/model")("cat").input_ids == [2, 8, 3]
-    assert len(hub) == 1
+    monkeypatch.setattr(text, "hf_hub_download", find)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(text.constants, "HF_HUB_OFFLINE", offline)
+    why = "HF_HUB_OFFLINE is set" if offline else "no route to host"
+    with pytest.raises(UserError, match=rf"'some/model' \({why}\).*data\.scenes"):
+        load_tokenizer("some/model")
+    if not offline:
+        for _ in range(2):
+            assert load_tokenizer("some/model")("cat").input_ids == [2, 8, 3]
+    assert asked == [f"{text.constants.ENDPOINT}/some/model/resolve/main/vocab.txt"] * 2 * (
+        not offline
+    )
     write_vocabulary(tmp_path, [*WORDS, "dog"])
-    monkeypatch.setattr(text, "hf_hub_download", lambda name, file, **_: tmp_path / file)
-    assert load_tokenizer("some/model")("dog").input_ids == [2, 9, 3]
-    assert len(hub) == 1
+    assert load_tokenizer("cached")("dog").input_ids == [2, 9, 3]
 
 
 VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}

@@ -88,8 +88,7 @@ def test_bad_configs_are_named(tmp_path, old, new, message):
     assert "bad.yaml" in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["momentum", "alpha"])
-@pytest.mark.parametrize("value", [-0.1, 1.1])
+@pytest.mark.parametrize(("key", "value"), [("momentum", -0.1), ("alpha", 1.1)])
 def test_fractions_of_retrieval(key, value):
     with pytest.raises(UserError, match=f"{key} is {value}, but must be a number from 0 to 1"):
         load_config("configs/retrieval_demo.yaml", {key: value})

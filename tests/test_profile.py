@@ -7,12 +7,9 @@ from dimension.figures import KINDS, layer_kind, plot_comparison, plot_depth, pl
 from dimension.profile import (
     IDProfile,
     LayerID,
-    PartialProfile,
-    load_distances,
     load_profile,
     make_remarks,
     measure_layer,
-    save_distances,
 )
 from dimension.twonn import block_analysis, draw_permutations, pairwise_distances
 
@@ -95,28 +92,6 @@ def test_remarks():
     (remark,) = remarks(400, 41, 0, 60)
     assert remark.startswith("in 2 of 3 layers many samples")
     assert "most in c: 60 of 400" in remark
-
-
-def test_distances_are_kept(tmp_path):
-    distances = pairwise_distances(torch.randn(9, 100))
-    save_distances(tmp_path, "a.b", distances)  # the upper half; the lower one is its mirror image
-    assert torch.equal(load_distances(tmp_path, "a.b"), distances)
-    with pytest.raises(ValueError, match="--save_distances .*c.pt"):
-        load_distances(tmp_path, "c")
-
-
-def test_partial_profiles_of_two_processes(profile, tmp_path):
-    settings = profile.settings
-    first, second = (PartialProfile(tmp_path, settings, rank) for rank in (0, 1))
-    first.add(NAMES[0], profile.layers[NAMES[0]])
-    second.add(NAMES[1], profile.layers[NAMES[1]])
-    found = PartialProfile(tmp_path, settings)
-    assert found.found == {name: profile.layers[name] for name in NAMES[:2]}
-    found.add(NAMES[2], profile.layers[NAMES[2]])
-    assert PartialProfile(tmp_path, settings).found == profile.layers
-    assert PartialProfile(tmp_path, settings | {"seed": 4}).found == {}
-    found.clear()
-    assert PartialProfile(tmp_path, settings).found == {}
 
 
 # --- figures

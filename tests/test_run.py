@@ -1,14 +1,18 @@
 """Starting a run: its record, mistakes, devices, launchers, and the folder of its results."""
 
 import importlib
+import io
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,7 +30,7 @@ from engine.processes import (
     launched_processes,
 )
 from engine.tasks import CAPTION, TASKS
-from tests.runs import on_two_processes, processes, serving, write_config
+from tests.runs import on_two_processes, processes, write_config
 from utils import UserError
 
 
@@ -59,55 +63,28 @@ def test_a_record_holds_flags_config_and_the_command_as_typed(experiment, tmp_pa
 
 @pytest.mark.parametrize(
     ("flags", "profile"),
-    [
-        ("", ""),
-        ("--useID", "configs.json"),
-        ("--id_profile own.json", "own.json"),
-        ("--useID --id_profile own.json", "own.json"),
-    ],
+    [("", ""), ("--useID", "config.json"), ("--useID --id_profile own.json", "own.json")],
 )
 def test_scores_are_weighted_where_it_is_asked_for(experiment, flags, profile):
-    assert experiment(flags, id_profile="configs.json").id_profile == profile
+    assert experiment(flags, id_profile="config.json").id_profile == profile
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("script", "needed", "flags"),
     [
-        ("--pruned x", "--pruned goes with --evaluate; training starts from --pretrained"),
-        ("--sparse", "--sparse goes with --evaluate"),
-        ("--split val", "--split goes with --evaluate"),
-        ("--spice", "--spice goes with --evaluate"),
-        ("--evaluate --eval_test", "--eval_test goes with training"),
-        ("--evaluate --check", "--check goes with training"),
-        ("--evaluate --compile", "--compile goes with training"),
-        ("--evaluate --sparse --amp bf16", "--sparse computes in float32: leave out --amp bf16"),
-        ("--evaluate --sparse --device cuda", "computes on the CPU: leave out --device cuda"),
-        ("--useID", "c.yaml names no id_profile; give --id_profile"),
+        ("train_caption", "", "output_dir config pruned id_profile resume"),
+        ("export", "--config=c --pruned=p", "config pruned out"),
+        ("caption", "a.jpg", "config pruned"),
+        ("ComputeID", "", "Path config pretrained"),
     ],
 )
-def test_flags_that_do_not_fit(flags, message, experiment):
-    with pytest.raises(UserError, match=message):
-        experiment(flags)
-
-
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [
-        ("train_caption", "output_dir config pruned id_profile resume local-rank local_rank"),
-        ("export", "config pruned out"),
-        ("caption", "config pruned"),
-        ("ComputeID", "Path config pretrained"),
-    ],
-)
-def test_a_tilde_is_the_users_home_and_flags_of_older_launchers_are_passed_over(
-    monkeypatch, script, flags
-):
+def test_a_tilde_is_the_users_home(monkeypatch, script, needed, flags):
     """Shells leave the tilde of --flag=~/x as it is."""
     monkeypatch.setenv("HOME", "/home/me")
-    needed = {"export": ["--config=c", "--pruned=p"], "caption": ["a.jpg"]}.get(script, [])
+    parse = importlib.import_module(script).parse_args
     for flag in flags.split():
-        args = importlib.import_module(script).parse_args([*needed, f"--{flag}=~/place"])
-        assert "local" in flag or str(getattr(args, flag)) == "/home/me/place"
+        args = parse([*needed.split(), f"--{flag}=~/place"])
+        assert str(getattr(args, flag)) == "/home/me/place"
 
 
 # warm-ups, remaining ratio, samples of a batch, epochs
@@ -122,7 +99,8 @@ PAPER = {
 def test_the_papers_settings_are_the_defaults_of_every_task(name):
     assert set(PAPER) == set(TASKS) == set(SCHEMAS)
     script = TASKS[name].script.removesuffix(".py")
-    args = importlib.import_module(script).parse_args(["--useID"])
+    parse = importlib.import_module(script).parse_args
+    args = parse(["--useID", "--local-rank=1", "--local_rank=1"])  # as older launchers call it
     config = load_config(args.config)
     assert config["task"] == name and Path(config["id_profile"]).exists()
     found = args.initial_warmup, args.final_warmup, args.final_threshold
@@ -167,11 +145,8 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(tmp_path):
             pass
     other.kill()
     other.join()
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):  # later runs of one process, which leave no descriptor open
-        with locked(tmp_path):
-            pass
-    assert len(os.listdir("/proc/self/fd")) == before
+    with locked(tmp_path):
+        pass
 
 
 def test_a_refused_or_repeated_command_changes_nothing(experiment, tmp_path):
@@ -214,75 +189,74 @@ def test_a_check_counts_steps_and_captions_that_are_cut(experiment, scenes, tmp_
 
 
 @pytest.mark.parametrize(
-    ("flags", "changes", "message"),
+    ("flags", "message"),
     [
-        ("", {"image_root": "/nowhere"}, "/nowhere does not exist: set .*image_r"),
-        ("--max_steps 24", {}, r"\(1 initial \+ 1 final\) x 24 .* has 24 steps"),
-        ("--id_profile configs/id/blip_nlvr.json", {}, "missing: .{,200} more; unknown: .{,200} m"),
-        ("--resume Makefile", {}, "the checkpoint Makefile is not whole"),
-        ("--evaluate", {}, "nothing to evaluate: give --pruned"),
-        ("--output_dir Makefile", {}, "cannot write to Makefile.*--output_dir or --model_dir"),
+        ("--pruned x", "goes with --evaluate; training starts from --pretrained"),
+        ("--sparse", "--sparse goes with --evaluate"),
+        ("--spice", "--spice goes with --evaluate"),
+        ("--evaluate --eval_test", "--eval_test goes with training"),
+        ("--evaluate --compile", "--compile goes with training"),
+        ("--evaluate --sparse --amp bf16", "--sparse computes in float32: leave out --amp bf16"),
+        ("--evaluate --sparse --device cuda", "computes on the CPU: leave out --device cuda"),
+        ("--useID", "c.yaml names no id_profile; give --id_profile"),
+        ("--max_steps 24", r"\(1 initial \+ 1 final\) x 24 .* has 24 steps"),
+        ("--id_profile configs/id/blip_nlvr.json", "missing: .{,200} more; unknown: .{,200} more"),
+        ("--resume Makefile", "the checkpoint Makefile is not whole"),
+        ("--evaluate", "nothing to evaluate: give --pruned"),
+        ("--output_dir Makefile", "cannot write to Makefile.*--output_dir or --model_dir"),
     ],
 )
-def test_a_mistake_is_named_before_the_first_step(experiment, tmp_path, flags, changes, message):
+def test_a_mistake_is_named_before_the_first_step(experiment, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        run_task(experiment(flags, **changes))
+        run_task(experiment(flags))
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flag", "value", "range"),
     [
-        ("--gradient_accumulation_steps=0", "a whole number from 1 to"),
-        ("--deltaT=2.5", "a whole number from 1 to 1000000000, got '2.5'"),
-        ("--init_lr=nan", "a number from 0 to 10, got 'nan'"),
-        ("--final_threshold=80", "a number from 0 to 1, got '80'"),
-        ("--beta2=2", "a number from 0 to 1"),
-        ("--seed=-1", "a whole number from 0 to"),
+        ("--gradient_accumulation_steps", "0", "a whole number from 1 to"),
+        ("--deltaT", "2.5", "a whole number from 1 to"),
+        ("--init_lr", "nan", "a number from 0 to 10"),
+        ("--final_threshold", "80", "a number from 0 to 1"),
+        ("--beta2", "2", "a number from 0 to 1"),
+        ("--seed", "-1", "a whole number from 0 to"),
     ],
 )
-def test_a_flag_out_of_its_range(flag, message, capsys):
+def test_a_flag_out_of_its_range(flag, value, range, capsys):
     with pytest.raises(SystemExit, match="2"):
-        train_caption.parse_args([flag])
-    error = capsys.readouterr().err
-    assert f"argument {flag.split('=')[0]}" in error and message in error
+        train_caption.parse_args([f"{flag}={value}"])
+    assert re.search(f"argument .*{flag}.* {range}.*, got '{value}'", capsys.readouterr().err)
 
 
 def test_all_mistakes_are_named_at_once(experiment, tmp_path, monkeypatch):
-    def unreachable(*args, **options):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=OSError("no route to host")))
     wrong = {"ann_root": str(tmp_path / "none"), "tokenizer": "/nowhere", "pretrained": "no.pth"}
     with pytest.raises(UserError) as error:
         run_task(experiment("--id_profile no.json", **wrong))
-    for part in (f"{tmp_path}/none/coco_karpathy_train.json", "'/nowhere'", "no.pth", "no.json"):
+    for part in (f"{tmp_path}/none/coco_karpathy_train", "'/nowhere'", "no.pth", "no.json"):
         assert part in str(error.value)
     assert not (tmp_path / "c").exists()
 
 
-def test_pruned_weights_go_before_the_configs(experiment, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("dense.pth", "p.pth"):
-        (tmp_path / name).touch()
-    for flags, found in [
-        ("", "dense.pth"),
-        ("--evaluate", "dense.pth"),
-        ("--evaluate --pruned p.pth", "p.pth"),
-    ]:
-        assert find_weights(start(experiment(flags, pretrained="dense.pth"))).name == found
+def find_at_address(rank, folder):
+    """Notes each download; the config's own weights would be missing."""
+
+    def answer(address, timeout):
+        (folder / f"asked by {rank}").touch()
+        content = io.BytesIO(b"weights")
+        content.headers = {}
+        return content
+
+    os.environ["TORCH_HOME"] = str(folder / "cache")
+    urllib.request.urlopen = answer
+    run = {"flags": SimpleNamespace(pruned="http://x/p.pth"), "config": {"pretrained": "no.pth"}}
+    assert find_weights(SimpleNamespace(**run)).read_bytes() == b"weights"
 
 
-def find_at_address(rank, address, folder):
-    os.environ["TORCH_HOME"] = folder
-    flags = SimpleNamespace(pruned=address)
-    assert find_weights(SimpleNamespace(flags=flags)).read_bytes() == b"weights"
-
-
-def test_two_processes_download_weights_once(tmp_path):
-    with serving({"/weights.pth": b"weights"}) as (address, asked):
-        on_two_processes(find_at_address, f"{address}/weights.pth", str(tmp_path))
-    assert asked == ["/weights.pth"]
+def test_pruned_weights_are_downloaded_once_by_two_processes(tmp_path):
+    on_two_processes(find_at_address, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "asked by 0"}
 
 
 def test_images_are_looked_for_where_they_are_needed(experiment, scenes, tmp_path):
@@ -295,15 +269,12 @@ def test_images_are_looked_for_where_they_are_needed(experiment, scenes, tmp_pat
         return prepare(start(experiment(f"--pretrained {weights} {flags}", copy)))
 
     next((copy / "images/train").iterdir()).unlink()
-    prepared("--evaluate")
     with pytest.raises(UserError, match="1 of 48 images do not exist"):
         prepared()
     _, train_set, held_out, _ = prepared("--skip_bad_images")
     assert train_set.skip_bad_images and list(held_out) == ["val", "test"]
-    assert not any(split.skip_bad_images for split in held_out.values())
-    shutil.copytree(scenes / "images/train", copy / "images/train", dirs_exist_ok=True)
     next((copy / "images/test").iterdir()).unlink()
-    for flags in ("", "--evaluate", "--skip_bad_images", "--evaluate --split test"):
+    for flags in ("--skip_bad_images", "--evaluate", "--evaluate --split test"):
         with pytest.raises(UserError, match="1 of 6 images do not exist"):
             prepared(flags)
     assert list(prepared("--evaluate --split val")[2]) == ["val"]
@@ -316,17 +287,13 @@ def test_images_are_looked_for_where_they_are_needed(experiment, scenes, tmp_pat
     ("present", "device", "processes", "rank", "found"),
     [
         ("cuda 0", "auto", 1, "", "cpu"),
-        ("cuda 0", "cpu", 1, "", "cpu"),
         ("cuda 0", "cuda", 1, "", "cuda:0 is asked for, but torch sees no GPU"),
         ("cuda 2", "auto", 1, "", "cuda:0"),
-        ("cuda 2", "cuda", 1, "0", "cuda:0"),
         ("cuda 2", "cuda:1", 1, "", "cuda:1"),
         ("cuda 2", "cpu", 2, "1", "cpu"),
         ("cuda 2", "auto", 2, "1", "cuda:1"),
         ("xpu 1", "xpu", 1, "0", "xpu:0"),
         ("cuda 2", "gpu", 1, "", "--device gpu: choose auto, cpu, cuda, cuda:N, mps or xpu"),
-        ("cuda 2", "cuda:one", 1, "", "--device cuda:one: choose"),
-        ("cuda 2", "", 1, "", "--device : choose"),
         ("cuda 2", "cuda:2", 1, "", "cuda:2 is asked for, but there are 2: start"),
         ("cuda 2", "mps", 1, "", "mps:0 is asked for, but torch sees cuda"),
         ("cuda 2", "cuda:1", 2, "0", "under torchrun each process needs a device of its own"),
@@ -355,10 +322,8 @@ def test_bfloat16_by_default_where_the_device_computes_it_itself(monkeypatch, it
 
 
 def test_torch_is_asked_for_deterministic_algorithms(experiment):
-    for flags in ("", "--deterministic"):
-        start(experiment(flags))
-        assert torch.are_deterministic_algorithms_enabled() == bool(flags)
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    start(experiment("--deterministic"))
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
     torch.use_deterministic_algorithms(False)
 
 
@@ -382,7 +347,6 @@ def launch_as(monkeypatch, values):
         ({"SLURM_STEP_NUM_TASKS": "2", **WHOLE}, 2),
         ({"WORLD_SIZE": "2"}, "the environment sets WORLD_SIZE, but not RANK, LOCAL_RANK"),
         ({**WHOLE, "MASTER_ADDR": ""}, "MASTER_PORT, but not MASTER_ADDR:"),
-        ({**WHOLE, "RANK": ""}, "but not RANK: torchrun sets them all"),
         ({**WHOLE, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment: not a number"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM started 2 tasks.*srun .*torch.distributed.run"),
     ],

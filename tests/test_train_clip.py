@@ -42,10 +42,18 @@ def recalls_of(folder):
     return json.loads((folder / "results/recalls.json").read_text())
 
 
-def test_a_run_prunes_and_is_evaluated(setup, model):
+def test_a_run_prunes_and_is_evaluated(setup, model, monkeypatch):
+    on_step, ramps = ClipRetrieval.on_step, []
+
+    def noted(self, epochs, parts):
+        on_step(self, epochs, parts)
+        ramps.append(self.ramp)
+
+    monkeypatch.setattr(ClipRetrieval, "on_step", noted)
     folder = train(setup, "run", "--use_ceph", "--w_sp_attn", "1.0", "--lr", "5e-4", "--epoch", "2")
     log = runs.log_of(folder)
     assert log[0]["lr"] == 5e-4 and {"val_r_mean", "val_txt_r1", "val_img_r10"} <= log[1].keys()
+    assert ramps == pytest.approx([min(1, step / 6) for step in range(12)])  # of alpha
     weights = runs.result(folder)
     assert set(weights) == {name for name, _ in model.named_parameters()}  # no queue, no copy
     zero = runs.zeros(weights, prunable_layers(model))
@@ -53,27 +61,6 @@ def test_a_run_prunes_and_is_evaluated(setup, model):
     runs.run(SCRIPT, [*setup[0], "--evaluate", "--pruned", str(folder)])
     recalls = recalls_of(folder)
     assert recalls["val"]["r_mean"] == log[1]["val_r_mean"] and recalls["test"].keys() > {"txt_r5"}
-
-
-def test_a_killed_run_goes_on_with_queue_copy_and_ramp(setup, monkeypatch):
-    """Killed in the first epoch, while alpha still rises."""
-    flags = ["--eval_epochs", "0", "--checkpoint_steps", "3"]
-    whole = train(setup, "whole", *flags)
-    on_step, ramps = ClipRetrieval.on_step, []
-
-    def noted(self, epochs, parts):
-        on_step(self, epochs, parts)
-        ramps.append(self.ramp)
-
-    with monkeypatch.context() as patch, runs.stopped_at(4, KeyboardInterrupt):
-        patch.setattr(ClipRetrieval, "on_step", noted)
-        with pytest.raises(KeyboardInterrupt):
-            train(setup, "killed", *flags)
-    assert ramps == pytest.approx([step / 6 for step in range(4)])
-    killed = train(setup, "killed", *flags)
-    assert runs.same(runs.result(killed), runs.result(whole))
-    assert runs.same(last_state(killed), last_state(whole))
-    assert any("queue" in name for name in last_state(whole))
 
 
 def test_one_process_and_two_train_and_evaluate_the_same(setup, model, float64):
