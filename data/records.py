@@ -153,11 +153,12 @@ def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[
     `content` is that of the file, if it has been read, and changes in place.
     """
     content = read_json(path) if content is None else content
+    foreign = _foreign(content)
     if not isinstance(content, list) or not content:
-        foreign = _foreign(content) if isinstance(content, dict) else ""
-        wanted = f"it must hold a list of records {_example(layout)}"
-        raise UserError(f"{path} has no records{foreign}; {wanted}")
-    foreign, faults = _foreign(content), []
+        raise UserError(
+            f"{path} has no records{foreign}; it must hold a list of records {_example(layout)}"
+        )
+    faults = []
     for number, record in enumerate(content):
         content[number] = values = {}
         if fault := _read_fields(record, layout, values):
