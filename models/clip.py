@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.checkpoint import Weights, replace_all
 from models.sizes import choose_sizes
 from models.stages import Stage, resblock_stages
-from models.text import load_tokenizer, tokenize
+from models.text import load_tokenizer
 from utils import UserError
 
 SIZES = {
@@ -72,10 +72,12 @@ class WordPieces:
 
     def __call__(self, texts: list[str], context_length: int) -> Tensor:
         """Ids (B, context_length): [DEC], the words, [ENC], padding; longer texts are cut."""
-        ids, mask = tokenize(self.tokenizer, texts, "[DEC]", context_length, padding="max_length")
-        end = self.tokenizer.convert_tokens_to_ids("[ENC]")
+        limit = {"padding": "max_length", "truncation": True, "max_length": context_length}
+        tokens = self.tokenizer(texts, **limit, return_tensors="pt")
+        ids, end = tokens.input_ids, self.tokenizer.convert_tokens_to_ids("[ENC]")
         assert end == self.vocab_size - 1
-        return ids.masked_fill(ids == self.tokenizer.sep_token_id, end) * mask
+        ids[:, 0] = self.tokenizer.bos_token_id
+        return ids.masked_fill(ids == self.tokenizer.sep_token_id, end) * tokens.attention_mask
 
 
 class ClipRetrieval(CLIP):
