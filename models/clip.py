@@ -142,16 +142,13 @@ class ClipRetrieval(CLIP):
 
     def stages(self) -> list[Stage]:
         """The two towers over "image" and "input_ids" (B, context_length), for profiling."""
-
-        def embed_text(ids: Tensor) -> Tensor:
-            return self.token_embedding(ids) + self.positional_embedding
-
+        visual, words, places = self.visual, self.token_embedding, self.positional_embedding
         return [
-            Stage("tokens: patch embedding", self.visual._embeds, ("image",), "tokens"),
-            *resblock_stages(self.visual.transformer, "tokens"),
-            Stage("tokens: norm", self.visual.ln_post, ("tokens",), "tokens"),
-            Stage("text: embedding", embed_text, ("input_ids",), "text"),
-            *resblock_stages(self.transformer, "text", self.attn_mask),
+            Stage("tokens: patch embedding", visual._embeds, ("image",), "tokens"),
+            *resblock_stages(visual.transformer.resblocks, "tokens"),
+            Stage("tokens: norm", visual.ln_post, ("tokens",), "tokens"),
+            Stage("text: embedding", lambda ids: words(ids) + places, ("input_ids",), "text"),
+            *resblock_stages(self.transformer.resblocks, "text", self.attn_mask),
             Stage("text: norm", self.ln_final, ("text",), "text"),
         ]
 

@@ -5,12 +5,9 @@ shows a beam its own ancestors only; when beams fork or die, only the mask is re
 prompt's and the image's keys and values are computed and kept once for an image.
 """
 
-import compat  # noqa: F401
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 
 @torch.no_grad()
@@ -124,7 +121,7 @@ class CachedDecoder:
     It runs the layers itself: the library would copy the image's keys and values for each beam.
     """
 
-    def __init__(self, decoder: BlipTextLMHeadModel, image_embeds: Tensor, capacity: int):
+    def __init__(self, decoder: nn.Module, image_embeds: Tensor, capacity: int):
         """Projects keys and values of image tokens (B, L, D); makes room for `capacity` tokens."""
         self.decoder = decoder
         self.caches, self.image_caches = [], []  # keys and values of a layer, (B, heads, ., d)

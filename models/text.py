@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import compat  # noqa: F401
-
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from transformers import BertTokenizer
