@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.caption_dataset import prompted
+from data.captions import prompted
 from data.records import read_references
 from engine.loading import EvalOptions, move
 from engine.processes import gather_from_processes, is_main, sum_over_processes
