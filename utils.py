@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import select
+import shutil
 import sys
 import traceback
 import urllib.request
@@ -65,6 +66,22 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         cause = error if isinstance(error, OSError) else error.__context__  # of torch.save's error
         if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
             raise UserError(f"cannot write {path}: {cause.strerror}") from error
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The folder to fill, which appears under its name whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            remedy = "make room, or choose another --out"
+            raise UserError(f"cannot write {path} ({error}): {remedy}") from error
         raise
 
 

@@ -141,14 +141,19 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
     return IDProfile(share.settings, found, make_remarks(n, found, bad))
 
 
-def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
-    """Measures the linear layers of any model of Hugging Face's."""
+def read_inputs(args: argparse.Namespace) -> tuple[list[Path] | None, list[str] | None]:
+    """The files of --images, and the lines of --texts; None for a flag that is not given."""
     pictures = None
     if args.images is not None:
         if not Path(args.images).is_dir():
             raise UserError(f"--images: there is no folder {args.images}")
         pictures = find_pictures([Path(args.images)])
-    lines = None if args.texts is None else read_texts(args.texts)
+    return pictures, None if args.texts is None else read_texts(args.texts)
+
+
+def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
+    """Measures the linear layers of any model of Hugging Face's."""
+    pictures, lines = read_inputs(args)
     with main_process_first():
         hub = open_hub_model(args.hf)
     batch_size = args.batch_size or HUB_BATCH_SIZE

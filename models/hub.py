@@ -13,7 +13,7 @@ import compat  # noqa: F401
 
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
@@ -31,6 +31,7 @@ PARTS = {  # of a config, by what they see; other parts see both or something el
     "image_config": "vision",
     "text_config": "language",
 }
+OTHER_FORMATS = (".bin", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".gguf")  # of weights
 
 
 class HubModel(NamedTuple):
@@ -38,7 +39,7 @@ class HubModel(NamedTuple):
 
     Attributes:
         name: its name on the hub, or its folder.
-        model: the model in float32 and eval mode, on the CPU.
+        model: the model in eval mode, on the CPU.
         processor: Hugging Face's processor of images, texts, or both.
         untrained: layers whose weights the checkpoint lacks: poolers, that other models do without.
     """
@@ -53,15 +54,25 @@ class HubModel(NamedTuple):
         return argument in inspect.signature(self.model.forward).parameters
 
 
-def open_hub_model(name: str) -> HubModel:
-    """Opens a local folder, or a model of the hub, downloaded if it is not in the cache."""
+def local_folder(name: str) -> Path:
+    """A local folder, or that of a model of the hub, downloaded if it is not in the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    _require_reachable(name)
+    with _loading(name):
+        return Path(snapshot_download(name, ignore_patterns=[f"*{end}" for end in OTHER_FORMATS]))
+
+
+def open_hub_model(name: str, dtype: str | torch.dtype = torch.float32) -> HubModel:
+    """Opens a local folder, or a model of the hub, downloaded if it is not in the cache.
+
+    Its weights are of `dtype`; "auto" takes the type of the files.
+    """
     if not Path(name).is_dir():
         _require_reachable(name)
     with _loading(name), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the same weights where the checkpoint has none
-        model, report = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     untrained = sorted({key.rpartition(".")[0] for key in missing})
     hub = HubModel(name, model.eval(), None, untrained)
@@ -245,7 +256,9 @@ class HubInputs:
                 inputs |= {"padding": "max_length", "max_length": most}
             if not self.prompts:
                 inputs["truncation"] = True
-        return dict(self.processor(**inputs, return_tensors="pt"))
+        made = self.processor(**inputs, return_tensors="pt")
+        dtype = self.hub.model.dtype
+        return {name: x.to(dtype) if x.is_floating_point() else x for name, x in made.items()}
 
 
 def layer_kinds(model: nn.Module, names: list[str]) -> dict[str, str]:

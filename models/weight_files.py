@@ -101,8 +101,15 @@ def _few(names: list) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _open_shards(index: Path) -> dict[str, Tensor | Packed]:
-    """Each tensor from the file that the index names for it."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder, several where there is an index."""
+    single = folder / "model.safetensors"  # transformers passes others by
+    path = single if single.exists() else _file_of_folder(folder)
+    return sorted(set(_shards(path)[1].values())) if path.name == INDEX else [path]
+
+
+def _shards(index: Path) -> tuple[dict[str, str], dict[str, Path]]:
+    """An index's file of each tensor, and the path of each file."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         shards = {file: index.parent / Path(file).name for file in weight_map.values()}
@@ -111,6 +118,12 @@ def _open_shards(index: Path) -> dict[str, Tensor | Packed]:
     for path in shards.values():
         if not path.exists():
             raise UserError(f"{path} is missing, though {INDEX} names it: copy it there too")
+    return weight_map, shards
+
+
+def _open_shards(index: Path) -> dict[str, Tensor | Packed]:
+    """Each tensor from the file that the index names for it."""
+    weight_map, shards = _shards(index)
     opened = {file: open_weights(path) for file, path in shards.items()}
     for name, file in weight_map.items():
         if name not in opened[file]:

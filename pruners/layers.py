@@ -1,6 +1,7 @@
 """Which layers are pruned: linear ones whose weights are parameters of their own."""
 
 from collections.abc import Iterable
+from math import inf
 
 from torch import nn
 
@@ -71,19 +72,22 @@ def _why_refused(module: nn.Module | None) -> str | None:
 
 
 def check_profile(
-    profile: dict[str, float], layers: Iterable[str], left_out: Iterable[str] = ()
+    profile: dict[str, float],
+    layers: Iterable[str],
+    left_out: Iterable[str] = (),
+    remedy: str = "the same config",
 ) -> None:
     """Checks that a profile, by layer name, is of these layers; it may have those left out, too."""
     problems = {
         "missing": [name for name in layers if name not in profile],
         "unknown": [name for name in profile if name not in layers and name not in left_out],
-        "not positive": [name for name, dimension in profile.items() if not dimension > 0],
+        "not positive": [name for name, dimension in profile.items() if not 0 < dimension < inf],
     }
     found = "; ".join(f"{what}: {_first(names)}" for what, names in problems.items() if names)
     if found:
         raise UserError(
             f"the ID profile does not fit the model ({found}). Measure one with ComputeID.py and "
-            "the same config"
+            f"{remedy}"
         )
 
 

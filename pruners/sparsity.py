@@ -20,7 +20,8 @@ def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None =
 
     Returns:
         `overall`, `by_modality`, `by_layer`: shares of zeros, in [0, 1]; `pruned` of `prunable`
-        parameters; `vision_share_of_pruned`: share of all zeros that lie in vision layers.
+        parameters; `vision_share_of_pruned`: share of all zeros that lie in vision layers; `kinds`,
+        if given.
     """
     nonzero = torch.stack(
         [sum(p.count_nonzero() for p in layer.parameters()) for layer in layers.values()]
@@ -43,7 +44,7 @@ def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None =
         "pruned": pruned,
         "prunable": sum(numel.values()),
         "by_layer": {name: share([name]) for name in layers},
-    }
+    } | ({"kinds": kinds} if kinds else {})
 
 
 def off_target(report: dict, final_threshold: float, tied: int) -> str | None:

@@ -7,6 +7,7 @@ import shlex
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from jinja2 import Template
@@ -44,6 +45,7 @@ def build_page(runs: Runs, found: Costs, command: str) -> bytes:
             "rows": rows([run.shares for run in runs.values()]),
             "figures": _sparsity(runs),
         },
+        "Error of each layer's output": {"figures": _errors(runs)},
         "Intrinsic dimension by layer": _profiles(runs),
         "Size and speed": _costs(found),
         "Test pictures": _captions(runs),
@@ -107,6 +109,23 @@ def _sparsity(runs: Runs) -> list[tuple[str, str]]:
     ]
 
 
+def _errors(runs: Runs) -> list[tuple[str, str]]:
+    """A figure for each model pruned at once."""
+    figures = []
+    for name, run in runs.items():
+        errors = {layer: x["error"] for layer, x in run.at_once.items() if "error" in x}
+        kinds = {layer: run.at_once[layer]["kind"] for layer in errors}
+        if errors:
+            means = {
+                kind: fmean(error for layer, error in errors.items() if kinds[layer] == kind)
+                for kind in dict.fromkeys(kinds.values())
+            }
+            report = {"overall": fmean(errors.values()), "by_modality": means, "kinds": kinds}
+            figure = plot_sparsity({name: report | {"by_layer": errors}}, 0, "relative error")
+            figures.append((image(figure), f"relative error of each layer's output, {name}"))
+    return figures
+
+
 def _profiles(runs: Runs) -> dict[str, list]:
     """Figures of the IDs that weighted scores, and what is wrong with other profiles."""
     figures, notes = [], []
@@ -127,7 +146,7 @@ def measure_costs(runs: Runs) -> Costs:
     for name, run in runs.items():
         try:
             if run.config is None:
-                raise UserError("its folder has no record of a command")
+                raise UserError("its folder names no config of this project")
             if not run.weights.exists():
                 raise UserError(f"{run.weights} was not found")
             model = TASKS[run.config["task"]].build_model(run.config).eval()
