@@ -34,9 +34,8 @@ class Pruner:
         delta_t: steps in PLATON's window, and between mask events.
         beta1: decay of PLATON's importance, in (0, 1).
         beta2: decay of PLATON's uncertainty, in [0, 1).
-        layer_id: intrinsic dimension by layer name, to weight scores with; None weights none.
-        schedule: `total_steps`, `final_threshold`, `warmup_steps`, `initial_warmup`, `final_warmup`
-            and more of `CubicSchedule`.
+        layer_id: intrinsic dimension by layer name, which multiplies scores; None: unweighted.
+        schedule: `total_steps`, `final_threshold` and the other fields of `CubicSchedule`.
 
     Raises:
         UserError: an argument is out of range, a layer cannot be pruned, `layer_id` is not of these
@@ -118,7 +117,7 @@ class Pruner:
                 self.check_masks_equal()
         if global_step == self.schedule.total_steps and (note := self.note()):
             warnings.warn(note, stacklevel=2)
-        self._order.stepped()
+        self._order.see("after step")
         return ratio, threshold
 
     def threshold(self, rank: int) -> tuple[float, int]:
@@ -126,8 +125,8 @@ class Pruner:
         if self._found is None or self._found[0] != rank:
             found = kth_smallest(self.score, rank)
             if math.isnan(found[0]):
-                pieces = ((n, s) for n in self.parameters for _, s in self.score.scores(n))
-                broken = next(name for name, score in pieces if score.isnan().any())
+                scores = ((name, s) for name in self.parameters for _, s in self.score.scores(name))
+                broken = next(name for name, piece in scores if piece.isnan().any())
                 raise NonFiniteScores(
                     f"the scores of {broken} are not numbers: its weights or gradients became "
                     "infinite or NaN. Resume from an earlier checkpoint with a lower learning rate"
@@ -182,22 +181,21 @@ class _Order:
     def __init__(self, parameters: Iterable[nn.Parameter]):
         trained = (p for p in parameters if p.requires_grad)
         self.watched = min(trained, key=Tensor.numel, default=None)
-        self.after_step = self.at_backward = None
+        self.seen: dict[str, Tensor] = {}  # its values, by moment
         if self.watched is not None:
-            self.hook = self.watched.register_post_accumulate_grad_hook(self._saw_backward)
+            see = self.watched.register_post_accumulate_grad_hook
+            self.hook = see(lambda _: self.see("at backward"))
 
-    def _saw_backward(self, parameter: nn.Parameter) -> None:
-        self.at_backward = parameter.detach().clone()
-
-    def stepped(self) -> None:
+    def see(self, moment: str) -> None:
         if self.watched is not None:
-            self.after_step = self.watched.detach().clone()
+            self.seen[moment] = self.watched.detach().clone()
 
     def check(self) -> None:
-        if self.watched is None or self.after_step is None or self.at_backward is None:
+        if self.watched is None or len(self.seen) < 2:
             return
-        changed_before = not torch.equal(self.after_step, self.at_backward)
-        if changed_before and torch.equal(self.at_backward, self.watched):
+        at_backward = self.seen["at backward"]
+        changed_before = not torch.equal(self.seen["after step"], at_backward)
+        if changed_before and torch.equal(at_backward, self.watched):
             raise UserError(
                 "the optimizer has not stepped since backward(): call pruner.step after "
                 "optimizer.step() and before zero_grad(), else the optimizer revives what is zeroed"

@@ -59,8 +59,7 @@ class Score:
         beta1: float = 0.85,
         beta2: float = 0.95,
     ):
-        self.parameters = parameters
-        self.layer_id = layer_id
+        self.parameters, self.layer_id = parameters, layer_id
         self.delta_t, self.beta1, self.beta2 = delta_t, beta1, beta2
         self.state: dict[str, dict[str, Tensor]] = {}  # averages, by parameter name
 
@@ -71,17 +70,14 @@ class Score:
         Taylor    a, b = p, grad
         magnitude a, b = p, 1
         """
+        layer_id = 1.0 if self.layer_id is None else self.layer_id[name.rpartition(".")[0]]
         for p, a, b in pieces(self.parameters[name], *self.factors(name)):
-            yield p, (a.float() * b.float()).abs_().mul_(self.id_of(name))
+            yield p, (a.float() * b.float()).abs_().mul_(layer_id)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The pieces and scores of all parameters."""
         for name in self.parameters:
             yield from self.scores(name)
-
-    def id_of(self, name: str) -> float:
-        """The intrinsic dimension of a parameter's layer, or 1 without ID weighting."""
-        return 1.0 if self.layer_id is None else self.layer_id[name.rpartition(".")[0]]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The tensors a and b of a parameter."""
@@ -98,13 +94,13 @@ class Score:
 
     def with_gradient(self, name: str) -> tuple[Tensor, Tensor]:
         """A parameter and its gradient."""
-        parameter = self.parameters[name]
-        if parameter.grad is None:
+        p = self.parameters[name]
+        if p.grad is None:
             raise UserError(
                 f"{name} has no gradient: call the pruner after backward() and before "
                 "zero_grad(), and leave out layers that take no part in the loss"
             )
-        return parameter, parameter.grad
+        return p, p.grad
 
 
 class Magnitude(Score):
@@ -112,8 +108,8 @@ class Magnitude(Score):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The parameter and 1."""
-        parameter = self.parameters[name]
-        return parameter, torch.ones((), device=parameter.device).expand_as(parameter)
+        p = self.parameters[name]
+        return p, torch.ones((), device=p.device).expand_as(p)
 
 
 class Taylor(Score):
