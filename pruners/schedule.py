@@ -33,8 +33,9 @@ class CubicSchedule:
         """Checks the ranges, and that the run ends at the final threshold."""
         if not 0 < self.final_threshold <= self.initial_threshold <= 1:
             raise UserError(
-                "thresholds are fractions that remain, 0 < final <= initial <= 1; got final_threshold"
-                f" {self.final_threshold}, initial_threshold {self.initial_threshold}"
+                "thresholds are fractions that remain, 0 < final <= initial <= 1; got "
+                f"final_threshold {self.final_threshold}, "
+                f"initial_threshold {self.initial_threshold}"
             )
         least = {"initial_warmup": 0, "final_warmup": 0, "warmup_steps": 0, "delta_t": 1}
         for name, bound in least.items():

@@ -7,9 +7,9 @@ import timeit
 from contextlib import ExitStack
 from functools import partial
 
-import llvmlite.binding
 import psutil
 import torch
+from matplotlib.ticker import EngFormatter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -121,6 +121,25 @@ def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict
     }
 
 
-def processor() -> str:
-    """The processor's family as compilers name it, such as znver4 or apple-m1."""
-    return llvmlite.binding.get_host_cpu_name()
+def lines(found: dict) -> dict[str, str]:
+    """A `report` in words: counts with their parts, bytes, times."""
+    counts = {what: found[what] for what in ("parameters", "nonzeros")}
+    counts |= {f"multiply-adds, {form}": parts for form, parts in found["multiply_adds"].items()}
+    shown = {}
+    for what, parts in counts.items():
+        each = ", ".join(f"{part} {with_prefix(count)}" for part, count in parts.items())
+        shown[what] = f"{with_prefix(sum(parts.values()))} ({each})"
+    shown |= {f"bytes, {form}": with_prefix(count) for form, count in found["bytes"].items()}
+    shown |= {f"ms a sample, {form}": times(found[form]) for form in ("dense", "sparse")}
+    return shown | {"sparse layers": found["sparse_layers"].split(" linear")[0]}
+
+
+def times(found: dict) -> str:
+    """Milliseconds of a `measured` form: median (least–most)."""
+    values = (found["milliseconds"], *found["spread"])
+    return "{:g} ({:g}–{:g})".format(*(float(f"{value:.3g}") for value in values))
+
+
+def with_prefix(count: float) -> str:
+    """Three digits and a prefix, such as 1.13 M."""
+    return EngFormatter()(float(f"{count:.3g}"))  # rounded first, because 999,600 is 1 M

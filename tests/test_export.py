@@ -14,7 +14,6 @@ import ComputeID
 import export
 from configs import load_config
 from data.transforms import CLIP_STD, build_transform
-from engine.exports import shares
 from models import build_captioner, build_clip, build_nlvr, load_checkpoint, prunable_layers
 from models.text import load_tokenizer
 from reports import costs
@@ -208,8 +207,10 @@ def test_clip_is_compressed_and_reported_but_not_for_hugging_face(tmp_path, caps
         kind = "vision" if name.startswith("visual.") else "language"
         nonzeros[kind] += int(parameter.count_nonzero())
     (shown,) = (line for line in lines if line.startswith("nonzeros"))
-    assert shown.split(maxsplit=1)[1] == shares(nonzeros)
-    assert sum(line.startswith(("dense, here", "sparse, here")) for line in lines) == 2
+    parts = (f"{kind} {costs.with_prefix(count)}" for kind, count in nonzeros.items())
+    total = costs.with_prefix(sum(nonzeros.values()))
+    assert shown.split(maxsplit=1)[1] == f"{total} ({', '.join(parts)})"
+    assert sum(line.startswith("ms a sample") for line in lines) == 2
 
 
 @pytest.mark.parametrize(
@@ -294,15 +295,15 @@ def test_a_start_for_training_is_not_exported(
 @pytest.mark.parametrize("task", ["captioner", "nlvr"])
 def test_the_report(request, monkeypatch, capsys, task):
     model, flags = request.getfixturevalue(task)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    nonzeros = sum(int(p.count_nonzero()) for p in model.parameters()) / 1e6
+    parameters = sum(p.numel() for p in model.parameters())
+    nonzeros = sum(int(p.count_nonzero()) for p in model.parameters())
     made = []
     monkeypatch.setattr(costs, "sparsify_", lambda m: made.append(m) or "all are sparse")
     run(flags, "--report")
-    lines = {line[:24].strip(): line[24:] for line in capsys.readouterr().out.splitlines()}
-    assert lines["parameters"].startswith(f" {parameters:.1f} M (vision ")
-    assert lines["nonzeros"].startswith(f" {nonzeros:.1f} M (vision ")
-    assert lines["dense float32"] == f" {4 * parameters:.1f} MB"
-    assert {"multiply-adds, dense", "multiply-adds, effective", "compressed float16"} <= set(lines)
-    assert "ms a sample" in lines["dense, here"] and "ms a sample" in lines["sparse, here"]
+    lines = {line[:26].strip(): line[26:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["parameters"].startswith(f" {costs.with_prefix(parameters)} (vision ")
+    assert lines["nonzeros"].startswith(f" {costs.with_prefix(nonzeros)} (vision ")
+    assert lines["bytes, dense float32"] == f" {costs.with_prefix(4 * parameters)}"
+    assert {"multiply-adds, dense", "multiply-adds, effective", "ms a sample, dense"} <= {*lines}
+    assert "bytes, compressed float16" in lines and lines["memory, sparse"].endswith("B")
     assert len(made) == 1

@@ -169,11 +169,11 @@ def test_size_and_speed(whole, runs):
     for what, count in {"parameters": torch.numel, "nonzeros": torch.count_nonzero}.items():
         vision = sum(int(count(p)) for p in model.visual_encoder.parameters())
         language = sum(int(count(p)) for p in model.text_decoder.parameters())
-        assert shown.lines[f"{what}, vision"][1] == page.with_prefix(vision)
-        assert shown.lines[f"{what}, language"][1] == page.with_prefix(language)
+        total, *parts = map(page.with_prefix, (vision + language, vision, language))
+        assert shown.lines[what][1] == "{}\n(vision {}, language {})".format(total, *parts)
     size = page.with_prefix(4 * sum(p.numel() for p in model.parameters()))
     assert shown.lines["bytes, dense float32"] == [size] * 2
-    dense, effective = (shown.lines[f"multiply-adds, {x}, vision"] for x in ("dense", "effective"))
+    dense, effective = (shown.lines[f"multiply-adds, {x}"] for x in ("dense", "effective"))
     assert dense[0] == dense[1] == effective[0] != effective[1]
     for cell in shown.lines["ms a sample, sparse"]:
         median, least, most = map(float, re.fullmatch(r"(\S+)\n\((\S+)–(\S+)\)", cell).groups())
