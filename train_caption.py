@@ -23,10 +23,9 @@ score_again = later("evaluation.scoring:score_again")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
     parser, evaluation = trainer_parser("caption", __doc__)
-    evaluation.add_argument(
-        "--spice", action="store_true", help="SPICE, which downloads its models"
-    )
-    evaluation.add_argument("--score_only", type=user_path, help="file of captions to score again")
+    add = evaluation.add_argument
+    add("--spice", action="store_true", help="SPICE, too, which downloads its models")
+    add("--score_only", type=user_path, help="file of captions to score again, without a model")
     return parse(parser, argv)
 
 

@@ -20,10 +20,7 @@ run_task = later("engine.main:run_task")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser, _ = trainer_parser("retrieval", __doc__)
-    for flag in ("--use_ceph", "--w_sp_attn", "--w_sp_mlp"):  # do nothing in the original either
-        parser.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
-    return parse(parser, argv)
+    return parse(trainer_parser("retrieval", __doc__)[0], argv)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -20,8 +20,7 @@ run_task = later("engine.main:run_task")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser, _ = trainer_parser("nlvr", __doc__)
-    return parse(parser, argv)
+    return parse(trainer_parser("nlvr", __doc__)[0], argv)
 
 
 def main(args: argparse.Namespace) -> None:

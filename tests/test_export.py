@@ -231,7 +231,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     argv = ["--config=~/c.yaml", "--pruned=https://x.org/~me/w", "--out=~/x"]
     args = export.parse_args(argv)
-    assert args.config == "/home/me/c.yaml" and args.out == Path("/home/me/x")
+    assert args.config == "/home/me/c.yaml" and args.out == "/home/me/x"
     assert args.pruned == "https://x.org/~me/w"
     args = ComputeID.parse_args(["--Path=~/id", "--config=~/c.yaml", "--compare", "~/other"])
     assert (args.Path, args.config) == ("/home/me/id", "/home/me/c.yaml")
