@@ -61,10 +61,10 @@ class Experiment:
                 return Path(pruned)
         return Path(flags.output_dir, flags.model_dir or Path(flags.config).stem)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, **more) -> None:
         """Writes the record. Call it once all checks have passed."""
         record = {"config": self.config, "flags": vars(self.flags), "argv": self.argv}
-        write_json(path, record)
+        write_json(path, record | more)
 
     def identity(self) -> dict:
         """Flags and keys that a resumed run must share with the one it goes on from."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from engine.state import TrainState, save
 from engine.stopping import EXIT_STOPPED, exit_stopped, noted_signals, stop_signals_to
 from models.layers import prunable_layers
 from pruners.pruner import NonFiniteScores
-from pruners.sparsity import off_target, sparsity_report
+from pruners.sparsity import sparsity_report
 from reports.runs import LOG_FILE, PRUNED_FILE
 
 LOG_SECONDS = 10.0  # between progress lines
@@ -54,15 +55,19 @@ def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
                 finish_epoch(run, state, held_out)
     finally:
         state.reporter.close()
+    if run.process.is_main and not run.flags.keep_checkpoints:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.say(written(run))
 
 
 def already_finished(run: Run, state: TrainState) -> bool:
     """Whether the last epoch's line of log.txt, which a run writes last of all, is there."""
-    log, total = run.folder / LOG_FILE, state.plan.total_steps
-    if state.progress.step < total or not log.exists():
-        return False
-    last = log.read_text().splitlines()[-1:]
+    log, record, total = run.folder / LOG_FILE, run.folder / "config.json", state.plan.total_steps
+    done = state.progress.step == total
+    if run.flags.resume == "auto" and not checkpoints.step_files(run.checkpoints):
+        # they may have been removed after the end
+        done = record.exists() and json.loads(record.read_text()).get("identity") == state.identity
+    last = log.read_text().splitlines()[-1:] if done and log.exists() else []
     finished = [json.loads(line)["step"] for line in last] == [total]
     if finished:
         run.say(f"already finished; the last epoch: {last[0]}\n{written(run)}")
@@ -70,11 +75,13 @@ def already_finished(run: Run, state: TrainState) -> bool:
 
 
 def written(run: Run) -> str:
-    """Where the results are, and the command that evaluates them."""
+    """What a finished run left, and the command that evaluates it."""
+    size = sum(path.stat().st_size for path in checkpoints.step_files(run.checkpoints))
+    spare = f"{run.checkpoints}: {size / 1e9:.2g} GB, which may go (--keep_checkpoints 0)\n"
     script = f"python {run.task.script} --config {run.flags.config}"
     return (
         f"weights: {run.folder / PRUNED_FILE}; log, sparsity and curves beside it\n"
-        f"next: {script} --evaluate --pruned {run.folder}"
+        f"{spare * bool(size)}next: {script} --evaluate --pruned {run.folder}"
     )
 
 
@@ -229,9 +236,8 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
     if flags.skip_bad_images:
         record["bad_images"] = progress.bad_images
     last = progress.step == state.plan.total_steps
-    if last and state.pruner:
-        note = off_target(sparsity, flags.final_threshold, state.pruner.tied)
-        record |= {"note": note} if note else {}
+    if last and state.pruner and (note := state.pruner.note()):
+        record["note"] = note
     if flags.eval_epochs and (last or (progress.epoch + 1) % flags.eval_epochs == 0):
         record |= validate(run, state.model, held_out)
     best_by = f"{next(iter(held_out))}_{run.task.best_by}"

@@ -51,7 +51,7 @@ def run_task(experiment: Experiment) -> None:
     resume(run, state, found)
     del found  # whose tensors map the file
     if not already_finished(run, state):
-        with recorded(run, "config.json"):
+        with recorded(run, "config.json", identity=state.identity):
             train(run, state, held_out)
 
 
@@ -132,11 +132,11 @@ def say_truncated(model: nn.Module, dataset: Dataset) -> None:
 
 
 @contextmanager
-def recorded(run: Run, name: str) -> Iterator[None]:
+def recorded(run: Run, name: str, **more) -> Iterator[None]:
     """Holds the results folder in the block, on the main process, with the run's record in it."""
     with locked(run.folder) if run.process.is_main else nullcontext():
         if run.process.is_main:
-            run.write(run.folder / name)
+            run.write(run.folder / name, **more)
         yield
 
 

@@ -93,8 +93,7 @@ def build_state(
         model.check_batch(run.samples_per_step)
     pruner = build_pruner(flags, model, plan, layer_id) if flags.final_threshold < 1 else None
     if process.is_main:
-        averages = 3 * pruner.numel if pruner and flags.pruner_name == "PLATON" else 0
-        checkpoints.check_disk_space(run.folder, model, averages, flags.keep_checkpoints)
+        checkpoints.check_disk_space(run.folder, model, pruner, max(1, flags.keep_checkpoints))
     identity = {
         **run.identity(),
         "processes": process.world_size,
@@ -146,24 +145,22 @@ def find_checkpoint(run: Run, identity: dict) -> dict | None:
 
     With "auto" a broken checkpoint gives way to the one before.
     """
-    named, broken = run.flags.resume, []
+    named = run.flags.resume
     if named == "off":
         return None
-    for path in checkpoints.step_files(run.checkpoints) if named == "auto" else [Path(named)]:
+    paths = checkpoints.step_files(run.checkpoints) if named == "auto" else [Path(named)]
+    for path in paths:
         try:
             content = checkpoints.read_checkpoint(path)
         except UserError as error:
             if named != "auto":
                 raise
-            broken.append(str(error).splitlines()[0])
+            if path == paths[-1]:
+                raise UserError(f"{error}; --resume off starts again") from error
+            run.say(f"{error}; falling back to the one before")
             continue
-        for sentence in broken:
-            run.say(f"{sentence}; falling back to the one before")
         check_identity(content["identity"], identity, path)
         return {**content, "path": path}
-    if broken:
-        sentences = "; ".join(broken)
-        raise UserError(f"{sentences}; no checkpoint is whole: --resume off starts again")
     return None
 
 
@@ -217,8 +214,9 @@ def save(run: Run, state: TrainState) -> None:
             "identity": state.identity,
             "rng": rng,
         }
-        step, keep = state.progress.step, run.flags.keep_checkpoints
+        step, keep = state.progress.step, max(1, run.flags.keep_checkpoints)
         checkpoints.save_checkpoint(run.checkpoints, step, content, keep, state.replaced)
+        state.replaced.clear()
     barrier()
     if state.save_seconds == 0:
         run.say(f"a checkpoint takes {time.monotonic() - begun:.1f} s")

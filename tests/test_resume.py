@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -161,3 +162,25 @@ def test_many_kills(two, tmp_path, world_size, kills):
         assert None not in runs.finish(started, timeout=60), "a process outlived the killed one"
         assert runs.finish(runs.start([*two, folder.name], world_size)) == [0] * world_size
         assert runs.same(runs.result(folder), runs.result(tmp_path / "whole"))
+
+
+def test_a_finished_run_says_what_may_go_and_needs_it_no_more(setup, capsys):
+    flags, folder = setup
+    train(flags, "spare", "--keep_checkpoints", "1")
+    size = sum(path.stat().st_size for path in (folder / "spare/checkpoints").iterdir())
+    said = f"{folder / 'spare/checkpoints'}: {size / 1e9:.2g} GB, which may go"
+    assert said in capsys.readouterr().out
+    train(flags, "lean", "--keep_checkpoints", "0")
+    assert not (folder / "lean/checkpoints").exists()
+    assert "which may go" not in capsys.readouterr().out
+    assert runs.same(runs.result(folder / "lean"), runs.result(folder / "spare"))
+    shutil.rmtree(folder / "spare/checkpoints")
+    written = {name: (folder / name / "log.txt").stat().st_mtime_ns for name in ("lean", "spare")}
+    for name in written:  # the same commands again
+        train(flags, name)
+        assert "already finished" in capsys.readouterr().out
+        assert (folder / name / "log.txt").stat().st_mtime_ns == written[name]
+    for name, again in (("lean", "--resume=off"), ("spare", "--seed=7")):
+        train(flags, name, again)
+        assert "already finished" not in capsys.readouterr().out
+        assert (folder / name / "log.txt").stat().st_mtime_ns > written[name]
