@@ -22,10 +22,10 @@ class NonFiniteScores(FloatingPointError):
 
 
 class Pruner:
-    """Prunes weights and biases of linear layers by one global threshold, one for a whole run.
+    """Prunes weights and biases of linear layers by one global threshold, during a whole run.
 
     Weights are not frozen: a later update may revive a pruned one. Layers that share their weights
-    are left out, with a warning that names them (`left_out`).
+    are left out, with a warning that names them.
 
     Args:
         model: on its final device; plain or in DistributedDataParallel. Changed in place.
@@ -36,10 +36,6 @@ class Pruner:
         beta2: decay of PLATON's uncertainty, in [0, 1).
         layer_id: intrinsic dimension by layer name, which multiplies scores; None: unweighted.
         schedule: `total_steps`, `final_threshold` and the other fields of `CubicSchedule`.
-
-    Raises:
-        UserError: an argument is out of range, a layer cannot be pruned, `layer_id` is not of these
-            layers, or the run would not end at the final threshold.
 
     Source: PLATON (Zhang et al., ICML 2022), and the ID weighting of Wang et al. (ICML 2024).
     Unlike the original code, all averages last for the whole run, and IDs go by layer name.
@@ -65,8 +61,6 @@ class Pruner:
         self.layers, self.left_out = choose_layers(model, layers)
         if layer_id is not None:
             check_profile(layer_id, self.layers, self.left_out)
-        first_scored = METHODS[method].first_scored(delta_t)
-        self.schedule = CubicSchedule(delta_t=delta_t, first_scored=first_scored, **schedule)
         self.parameters = {
             f"{layer}.{kind}": parameter
             for layer, module in self.layers.items()
@@ -74,6 +68,8 @@ class Pruner:
         }
         self.numel = sum(parameter.numel() for parameter in self.parameters.values())
         self.score = METHODS[method](self.parameters, layer_id, delta_t, beta1, beta2)
+        first = self.score.first_scored
+        self.schedule = CubicSchedule(delta_t=delta_t, first_scored=first, **schedule)
         self.tied = 0  # scores equal to the threshold of the last mask event
         self._found: tuple[int, tuple[float, int]] | None = None  # rank, threshold of these scores
         self._order = _Order(self.parameters.values())
@@ -89,8 +85,8 @@ class Pruner:
             global_step: from 1. The optimizer has stepped; the gradients are still in place.
 
         Returns:
-            The share of the parameters that should remain, and the score below which parameters
-            were zeroed, None where none were to be.
+            The share of the parameters that should remain; and the score below which parameters
+            were zeroed, None without a mask event.
 
         Raises:
             UserError: a gradient is missing, all are zero, or the optimizer has not stepped.
@@ -101,9 +97,8 @@ class Pruner:
             raise UserError(f"global_step counts optimizer steps from 1, got {global_step}")
         if self.score.update_(global_step):
             self._found = None
-        ratio = self.schedule.remaining_ratio(global_step)
+        ratio, threshold = self.schedule.remaining_ratio(global_step), None
         rank = int(self.numel * (1 - ratio))
-        threshold = None
         if rank >= 1 and self.schedule.masks_at(global_step):
             self._order.check()
             threshold, self.tied = self.threshold(rank)

@@ -62,6 +62,7 @@ class Score:
         self.parameters, self.layer_id = parameters, layer_id
         self.delta_t, self.beta1, self.beta2 = delta_t, beta1, beta2
         self.state: dict[str, dict[str, Tensor]] = {}  # averages, by parameter name
+        self.first_scored = 1  # the first step at whose end scores are not all zero
 
     def scores(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """S = |a * b| * ID of a parameter; yields each piece of it and the piece's scores.
@@ -86,11 +87,6 @@ class Score:
     def update_(self, step: int) -> bool:
         """Takes in the gradients of a step, from 1; returns whether scores may change."""
         return True
-
-    @staticmethod
-    def first_scored(delta_t: int) -> int:
-        """The first step at whose end scores are not all zero."""
-        return 1
 
     def with_gradient(self, name: str) -> tuple[Tensor, Tensor]:
         """A parameter and its gradient."""
@@ -118,7 +114,7 @@ class Taylor(Score):
     factors = Score.with_gradient
 
     def update_(self, step: int) -> bool:
-        """Checks that there are gradients."""
+        """Only checks that there are gradients."""
         return all(self.with_gradient(name) for name in self.parameters)
 
 
@@ -138,15 +134,12 @@ class Platon(Score):
             )
         if not 0 <= self.beta2 < 1:
             raise UserError(f"beta2 decays an average: choose 0 <= beta2 < 1, got {self.beta2}")
+        # the first fold of a window with a step: with delta_t 1, step 1 folds the one before it
+        self.first_scored = max(self.delta_t, 2)
         self.state = {
             kind: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
             for kind in ("ipt", "avg", "unc")
         }
-
-    @staticmethod
-    def first_scored(delta_t: int) -> int:
-        """The step of the first fold of a window that has a step."""
-        return max(delta_t, 2)  # with delta_t 1, step 1 folds the window before the first step
 
     def update_(self, step: int) -> bool:
         """Averages this step's sensitivity; the first step of a window folds the window before."""
