@@ -43,20 +43,20 @@ def score_again(path: Path, config: dict, spice: bool) -> None:
         raise UserError("--score_only takes the val.json or test.json of an evaluation")
     file = references_path(config, split)
     report = score_captions(read_records(path, RESULTS), read_references(file), file, spice)
-    write_captions(path, report)
+    notes = write_captions(path, report)
     write_scores(path.parent, split, report["scores"])
-    print(f"{split}: {json.dumps(report['scores'])}", *notes_of(report), sep="\n")
+    print(f"{split}: {json.dumps(report['scores'])}", *notes, sep="\n")
 
 
-def write_captions(path: Path, report: dict) -> None:
-    """Writes a report of `score_captions` as `NAME_images.json` and `NAME_scores.json`."""
+def write_captions(path: Path | None, report: dict) -> list[str]:
+    """Writes a report of `score_captions` as `NAME_images.json` and `NAME_scores.json`.
+
+    Returns what is printed beside the scores.
+    """
     rest = {key: value for key, value in report.items() if key != "images"}
-    write_json(path.with_name(f"{path.stem}_images.json"), report["images"])
-    write_json(path.with_name(f"{path.stem}_scores.json"), rest)
-
-
-def notes_of(report: dict) -> list[str]:
-    """What is printed of a report of `score_captions` beside its scores."""
+    if path is not None:
+        write_json(path.with_name(f"{path.stem}_images.json"), report["images"])
+        write_json(path.with_name(f"{path.stem}_scores.json"), rest)
     left_out = [f"{metric} is left out: {why}" for metric, why in report["left_out"].items()]
     remarks = [f"note: {remark}" for remark in report["remarks"]]
     return [f"tokens: {report['tokenizer']}", *left_out, *remarks]
@@ -70,8 +70,6 @@ def score_captions(
     meteor: bool = True,
 ) -> dict:
     """Scores `{"image_id": int, "caption": str}` of each image against references by image id.
-
-    SPICE downloads CoreNLP's models on first use (about 0.4 GB); METEOR takes some ten seconds.
 
     Returns:
         `scores` {metric: float}, `left_out` {metric: why}, `tokenizer` (a sentence), `remarks`
@@ -114,9 +112,8 @@ def _remarks(references: dict[str, list[str]], captions: dict[str, list[str]]) -
             "CIDEr is 0 for a single image: it weighs words by how few images' references have them"
         )
     if empty := [image for image, (caption,) in captions.items() if not caption]:
-        remarks.append(
-            f"{len(empty)} of {len(captions)} captions have no word (images: {listed(empty)})"
-        )
+        count = f"{len(empty)} of {len(captions)}"
+        remarks.append(f"{count} captions have no word (images: {listed(empty)})")
     if silent := [image for image, sentences in references.items() if not any(sentences)]:
         remarks.append(
             f"the references of {len(silent)} of {len(references)} images have no word, so that no "
@@ -154,7 +151,7 @@ def _run_java(names: list[str], references: dict, captions: dict) -> tuple[dict,
             processes[name] = subprocess.Popen(
                 command, **streams, start_new_session=True, env=os.environ | options
             )
-            stack.callback(_kill_group, processes[name])
+            stack.callback(_kill_group, processes[name])  # with a Java that hangs
         deadline = time.monotonic() + TIMEOUT
         for name, process in processes.items():
             try:
@@ -171,7 +168,6 @@ def _run_java(names: list[str], references: dict, captions: dict) -> tuple[dict,
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    """Ends a job with its children, such as a Java that hangs."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
