@@ -71,9 +71,8 @@ def start(experiment: Experiment) -> Run:
 def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str, float] | None]:
     """Builds and checks data, weights and the ID profile. Writes nothing.
 
-    Returns:
-        The model with its weights on its device, the training set, the held-out sets by name (with
-        --split, this one alone), and the IDs by layer name that weight scores, if any do.
+    Returns the model with its weights on its device, the training set, the held-out sets by name
+    (with --split, this one alone), and the IDs by layer name that weight scores, if any do.
     """
     flags, task, mistakes = run.flags, run.task, []
 
@@ -86,12 +85,11 @@ def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str,
 
     sets = tried(task.build_datasets, run.config, flags.seed) or []
     held_out = dict(zip(task.held_out, sets[1:], strict=bool(sets)))
+    held_out = {name: held_out[name] for name in held_out if flags.split in (None, name)}
     for dataset in held_out.values():
         dataset.keep_first(flags.eval_samples or len(dataset))
     for dataset in sets[:1]:
         dataset.skip_bad_images = flags.skip_bad_images  # evaluation needs every image
-    if flags.split and held_out:
-        held_out = {flags.split: held_out[flags.split]}
     for dataset in (*held_out.values(), *sets[: not flags.evaluate]):
         tried(dataset.check)
     model = tried(task.build_model, run.config)
@@ -123,12 +121,9 @@ def say_truncated(model: nn.Module, dataset: Dataset) -> None:
     """Prints how many training texts the model cuts; of very many, a sample is counted."""
     indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
     if cut := model.count_cut([dataset.text(index) for index in indices]):
-        sample = "looked at " if len(indices) < len(dataset) else ""
-        print(
-            f"{cut} of {len(indices)} training texts {sample}are longer than max_tokens "
-            f"{model.max_tokens} and are cut",
-            flush=True,
-        )
+        texts = f"{len(indices)} training texts{' looked at' * (len(indices) < len(dataset))}"
+        longer = f"are longer than max_tokens {model.max_tokens} and are cut"
+        print(f"{cut} of {texts} {longer}", flush=True)
 
 
 @contextmanager
@@ -145,11 +140,11 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps other processes out of it until the block or this process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)
+        lock = open(folder / ".lock", "a")
     except OSError as error:
         remedy = "choose another --output_dir or --model_dir"
         raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
-    try:
+    with lock:
         try:  # the lock is the process's own: loading processes do not inherit it
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -157,8 +152,6 @@ def locked(folder: Path) -> Iterator[None]:
                 remedy = "wait for it, or choose another --model_dir"
                 raise UserError(f"another process is writing to {folder}: {remedy}") from None
         yield
-    finally:
-        os.close(lock)
 
 
 def evaluate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> None:
@@ -175,5 +168,4 @@ def evaluate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> None:
             write_scores(results, split, report["scores"], *run.task.results)
         run.say(f"{split}: {json.dumps(report['scores'])}")
         notes |= dict.fromkeys(report.get("notes", []))
-    for line in (*notes, f"wrote {results}"):
-        run.say(line)
+    run.say("\n".join([*notes, f"wrote {results}"]))

@@ -167,9 +167,7 @@ def find_checkpoint(run: Run, identity: dict) -> dict | None:
 def check_identity(saved: dict, own: dict, path: Path) -> None:
     """Refuses the checkpoint of another run; what an older version did not save is not compared."""
     differences = [
-        f"the {key} differs"
-        if key.startswith("content")
-        else f"{key} was {saved[key]!r}, is {value!r}"
+        f"the {key} differs" if key[:7] == "content" else f"{key} was {saved[key]!r}, is {value!r}"
         for key, value in own.items()
         if key in saved and saved[key] != value
     ]
