@@ -79,18 +79,3 @@ def check_disk_space(folder: Path, model: nn.Module, pruner: Pruner | None, keep
             f"{checkpoint / 1e9:.1f} GB and three files of weights), but {free / 1e9:.1f} GB are "
             "free: make room, lower --keep_checkpoints, or choose another --output_dir"
         )
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of the generators that training steps on a device draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restores what `rng_state` returned; on another kind of device, what both have."""
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu" and device.type in state:
-        torch.get_device_module(device).set_rng_state(state[device.type], device)

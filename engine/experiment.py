@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import SCHEMAS, load_config, place
-from engine.flags import check_flags
+from engine.flags import IGNORED, check_flags
 from engine.tasks import TASKS, Task
 from reports.runs import CHECKPOINTS, PRUNED_FILE
 from utils import UserError, write_json
@@ -24,8 +24,9 @@ FREE_FLAGS = frozenset(
     config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile
     deterministic skip_bad_images evaluate split eval_samples pruned sparse eval_epochs eval_test
     spice score_only pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps
-    useID id_profile n_gpu world_size dist_url distributed local_rank use_ceph w_sp_attn w_sp_mlp
+    useID id_profile
     """.split()
+    + IGNORED.split()
 )
 FREE_KEYS = frozenset(  # and all places
     """
@@ -36,13 +37,15 @@ FREE_KEYS = frozenset(  # and all places
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """The record of a run."""
+class Run:
+    """The record of a run, and once it has begun this process's part in it."""
 
     task: Task
     argv: tuple[str, ...]  # the script and its flags as they were typed
     flags: argparse.Namespace
     config: dict  # with the flags' values in place of its own
+    process: "Process | None" = None
+    bf16: bool = False  # products in bfloat16 autocast
 
     @property
     def id_profile(self) -> str:
@@ -74,14 +77,6 @@ class Experiment:
         flags = {name: value for name, value in vars(self.flags).items() if name not in FREE_FLAGS}
         return keys | flags
 
-
-@dataclass(frozen=True)
-class Run(Experiment):
-    """An experiment in one of its processes."""
-
-    process: "Process"
-    bf16: bool  # products in bfloat16 autocast
-
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
@@ -99,12 +94,12 @@ class Run(Experiment):
             print(message, flush=True)
 
 
-def read_experiment(args: argparse.Namespace, task: str) -> Experiment:
+def read_experiment(args: argparse.Namespace, task: str) -> Run:
     """Checks flags and config, without anything heavy; `task` is a key of TASKS."""
     check_flags(args)
     config = load_config(args.config, {key: getattr(args, key) for key in OVERRIDES}, task)
     flags = {name: value for name, value in vars(args).items() if name != "argv"}
-    experiment = Experiment(TASKS[task], tuple(args.argv), argparse.Namespace(**flags), config)
-    if args.useID and not experiment.id_profile:
+    run = Run(TASKS[task], tuple(args.argv), argparse.Namespace(**flags), config)
+    if args.useID and not run.id_profile:
         raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
-    return experiment
+    return run

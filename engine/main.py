@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dimension.profile import load_profile
-from engine.experiment import Experiment, Run
+from engine.experiment import Run
 from engine.loading import eval_options
 from engine.loop import already_finished, train
 from engine.processes import (
@@ -35,7 +36,7 @@ from utils import UserError, write_json
 LOOKED_AT = 5000  # training texts whose length is counted, at most
 
 
-def run_task(experiment: Experiment) -> None:
+def run_task(experiment: Run) -> None:
     """Trains and prunes, or with --evaluate scores weights. A refused command writes nothing."""
     run = start(experiment)
     model, train_set, held_out, layer_id = prepare(run)
@@ -55,7 +56,7 @@ def run_task(experiment: Experiment) -> None:
             train(run, state, held_out)
 
 
-def start(experiment: Experiment) -> Run:
+def start(experiment: Run) -> Run:
     """Joins the other processes and seeds."""
     flags = experiment.flags
     if flags.deterministic:
@@ -65,7 +66,7 @@ def start(experiment: Experiment) -> Run:
     keep_freed_memory(process.device)
     seed_everything(flags.seed)
     bf16 = flags.amp == "bf16" or (flags.amp == "auto" and computes_bf16(process.device))
-    return Run(**vars(experiment), process=process, bf16=bf16)
+    return replace(experiment, process=process, bf16=bf16)
 
 
 def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str, float] | None]:

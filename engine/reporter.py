@@ -6,6 +6,7 @@ import time
 import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from dimension.figures import save_figure
 from reports.figures import plot_sparsity
@@ -46,7 +47,7 @@ class Reporter:
         self.run.say(
             f"epoch {at.epoch}  step {at.step}/{total}  loss {loss:.4f}  lr {lr:.2e}  "
             f"remaining {at.remaining_ratio:.3f}  {samples:.1f} samples/s  "
-            f"ETA {hours((total - at.step) / rate)}  memory {memory / 1e9:.2f} GB"
+            f"ETA {tqdm.format_interval((total - at.step) / rate)}  memory {memory / 1e9:.2f} GB"
         )
         for name, value in [("loss", loss), ("lr", lr), ("remaining_ratio", at.remaining_ratio)]:
             self.board.add_scalar(f"train/{name}", value, at.step)
@@ -79,9 +80,3 @@ class Reporter:
         """Writes what TensorBoard's file still lacks."""
         if self.board is not None:
             self.board.close()
-
-
-def hours(seconds: float) -> str:
-    """Hours, minutes and seconds, as 7:05:09."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -190,7 +190,10 @@ def resume(run: Run, state: TrainState, found: dict | None) -> None:
         if state.pruner:
             state.pruner.load_state_dict(found["pruner"])
         state.progress = Progress(**found["progress"])
-        checkpoints.set_rng_state(found["rng"][run.process.rank], run.process.device)
+        rng, device = found["rng"][run.process.rank], run.process.device
+        torch.set_rng_state(rng["cpu"])
+        if device.type != "cpu" and device.type in rng:  # else the run was on another kind
+            torch.get_device_module(device).set_rng_state(rng[device.type], device)
         done, total = state.progress.step, state.plan.total_steps
         run.say(f"resumed from {found['path']}: {done} of {total} steps done")
     # which would pass for the newest of this run
@@ -202,7 +205,10 @@ def save(run: Run, state: TrainState) -> None:
     begun = time.monotonic()
     if state.pruner:
         state.pruner.check_masks_equal()
-    rng = gather_from_processes(checkpoints.rng_state(run.process.device))
+    device, rng = run.process.device, {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        rng[device.type] = torch.get_device_module(device).get_rng_state(device)
+    rng = gather_from_processes(rng)
     if run.process.is_main:
         content = {
             "model": state.model.state_dict(),

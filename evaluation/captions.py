@@ -1,6 +1,7 @@
 """Captions of a split, over any number of processes, their scores and their references' loss."""
 
 from itertools import chain, zip_longest
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from data.caption_dataset import prompted
 from data.records import read_references
 from engine.loading import EvalOptions, move
 from engine.processes import gather_from_processes, is_main, sum_over_processes
-from evaluation.scoring import references_path, score_captions, write_captions
+from evaluation.scoring import REFERENCES, score_captions, write_captions
 from utils import write_json
 
 
@@ -23,7 +24,7 @@ def evaluate_captions(model: nn.Module, dataset: Dataset, split: str, options: E
     references. Only the main process has `scores`, and `notes`.
     """
     config = options.config
-    file = references_path(config, split)
+    file = Path(config["coco_gt_root"], REFERENCES.format(split))
     references = read_references(file)
     if options.samples:  # the split was cut to its first samples
         references = {x["image_id"]: references[x["image_id"]] for x in dataset.records}

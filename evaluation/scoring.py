@@ -28,12 +28,8 @@ from utils import UserError, write_json
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 NO_JAVA = "needs Java, which is not on PATH"
 ENGLISH = " -Duser.language=en -Duser.country=US"  # METEOR reads decimals as Java's locale says
+REFERENCES = "coco_karpathy_{}_gt.json"
 TIMEOUT = 900.0  # seconds for the tokenizer, and then for all metrics in Java
-
-
-def references_path(config: dict, split: str) -> Path:
-    """The file of a split's references."""
-    return Path(config["coco_gt_root"], f"coco_karpathy_{split}_gt.json")
 
 
 def score_again(path: Path, config: dict, spice: bool) -> None:
@@ -41,7 +37,7 @@ def score_again(path: Path, config: dict, spice: bool) -> None:
     split = path.stem
     if split not in ("val", "test"):
         raise UserError("--score_only takes the val.json or test.json of an evaluation")
-    file = references_path(config, split)
+    file = Path(config["coco_gt_root"], REFERENCES.format(split))
     report = score_captions(read_records(path, RESULTS), read_references(file), file, spice)
     notes = write_captions(path, report)
     write_scores(path.parent, split, report["scores"])
