@@ -19,21 +19,19 @@ OVERRIDES = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers") 
 # What may change between a stop and a resume: places, speed, evaluation, what is printed and kept;
 # files count by their content, --max_steps and the like by the number of steps. Every other flag
 # and key, a new one too, must stay the same.
-FREE_FLAGS = frozenset(
+FREE_FLAGS = (
     """
     config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile
     deterministic skip_bad_images evaluate split eval_samples pruned sparse eval_epochs eval_test
     spice score_only pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps
     useID id_profile
-    """.split()
+""".split()
     + IGNORED.split()
 )
-FREE_KEYS = frozenset(  # and all places
-    """
+FREE_KEYS = """
     med_config max_epoch eval_batch_size num_workers vit_grad_ckpt vit_ckpt_layer max_length
     min_length num_beams length_normalization
-    """.split()
-)
+""".split()  # and all places
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class Run:
 
     def identity(self) -> dict:
         """Flags and keys that a resumed run must share with the one it goes on from."""
-        schema = SCHEMAS[self.task.name]
-        free = FREE_KEYS | {key for key, (rule, _) in schema.items() if rule is place}
+        schema = SCHEMAS[self.task.name].items()
+        free = FREE_KEYS + [key for key, (rule, _) in schema if rule is place]
         keys = {key: value for key, value in self.config.items() if key not in free}
         flags = {name: value for name, value in vars(self.flags).items() if name not in FREE_FLAGS}
         return keys | flags

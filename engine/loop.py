@@ -211,7 +211,6 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
     if run.process.is_main:
         checkpoints.save_weights(state.model, run.folder / PRUNED_FILE)
     sparsity = sparsity_report(prunable_layers(state.model))
-    state.reporter.sparsity(sparsity)
     record = {
         "epoch": progress.epoch,
         "step": progress.step,
@@ -236,7 +235,7 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
     if run.process.is_main and is_best(record, progress.history, best_by, flags.final_threshold):
         checkpoints.save_weights(state.model, run.folder / BEST_FILE)
     progress.history.append(record)
-    state.reporter.epoch(progress.history)
+    state.reporter.epoch(progress.history, sparsity)
 
 
 def is_best(record: dict, history: list[dict], best_by: str, final_ratio: float) -> bool:

@@ -52,27 +52,20 @@ class Reporter:
         for name, value in [("loss", loss), ("lr", lr), ("remaining_ratio", at.remaining_ratio)]:
             self.board.add_scalar(f"train/{name}", value, at.step)
 
-    def sparsity(self, report: dict) -> None:
-        """Writes a report of `pruners.sparsity_report` as sparsity.json and as a figure."""
+    def epoch(self, history: list[dict], sparsity: dict) -> None:
+        """Rewrites log.txt, one JSON line an epoch, and the sparsity's report and figure."""
         if self.board is None:
             return
-        folder = self.run.folder
-        write_json(folder / "sparsity.json", report)
-        save_figure(plot_sparsity({folder.name: report}), folder / "sparsity.png")
-        for name, share in {"overall": report["overall"], **report["by_modality"]}.items():
-            self.board.add_scalar(f"sparsity/{name}", share, self.state.progress.step)
-
-    def epoch(self, history: list[dict]) -> None:
-        """Rewrites log.txt, one JSON line an epoch, so that an epoch done again has one line."""
-        if self.board is None:
-            return
-        with atomic_write(self.run.folder / LOG_FILE) as file:
-            file.writelines(json.dumps(record) + "\n" for record in history)
-        record = history[-1]
+        folder, record = self.run.folder, history[-1]
+        write_json(folder / "sparsity.json", sparsity)
+        save_figure(plot_sparsity({folder.name: sparsity}), folder / "sparsity.png")
+        with atomic_write(folder / LOG_FILE) as file:
+            file.writelines(json.dumps(earlier) + "\n" for earlier in history)
         self.run.say(json.dumps(record))
-        for name in record.keys() - {"epoch", "step"}:
-            if isinstance(record[name], float):
-                self.board.add_scalar(f"epoch/{name}", record[name], record["step"])
+        numbers = {f"epoch/{key}": x for key, x in record.items() if isinstance(x, float)}
+        shares = {"overall": sparsity["overall"], **sparsity["by_modality"]}
+        for name, value in (numbers | {f"sparsity/{key}": x for key, x in shares.items()}).items():
+            self.board.add_scalar(name, value, record["step"])
         self.board.flush()
         self.last_line = time.monotonic()
 

@@ -188,8 +188,8 @@ def _captions(runs: Runs) -> dict[str, list]:
         pictures.append(picture)
     notes = ["Marked words stand in none of a picture's references."] * bool(references)
     notes += [f"Not found or not readable: {', '.join(dict.fromkeys(lost))}."] * bool(lost)
-    if others := [name for name in captioned if name not in shown]:
-        notes.append(f"Without runs of another ann_root or image_root: {', '.join(others)}.")
+    if others := ", ".join(name for name in captioned if name not in shown):
+        notes.append(f"Without runs of another ann_root or image_root: {others}.")
     return {"pictures": pictures, "notes": notes}
 
 
