@@ -67,31 +67,28 @@ class CubicSchedule:
             )
 
     @property
-    def ramp_start(self) -> int:
-        """The last step of the initial phase."""
-        return self.initial_warmup * self.warmup_steps
-
-    @property
-    def ramp_end(self) -> int:
-        """The last step of the cubic phase."""
-        return self.total_steps - self.final_warmup * self.warmup_steps
+    def ramp(self) -> tuple[int, int]:
+        """The last step of the initial phase, and of the cubic phase."""
+        final = self.final_warmup * self.warmup_steps
+        return self.initial_warmup * self.warmup_steps, self.total_steps - final
 
     def remaining_ratio(self, step: int) -> float:
         """The share that remains after this step, from initial_threshold to final_threshold."""
-        if step <= self.ramp_start:
+        start, end = self.ramp
+        if step <= start:
             return self.initial_threshold
-        if step > self.ramp_end:
+        if step > end:
             return self.final_threshold
-        to_go = 1 - (step - self.ramp_start) / (self.ramp_end - self.ramp_start)
+        to_go = 1 - (step - start) / (end - start)
         return self.final_threshold + (self.initial_threshold - self.final_threshold) * to_go**3
 
     def in_cubic_phase(self, step: int) -> bool:
         """Whether the share is still falling at this step."""
-        return self.ramp_start < step <= self.ramp_end
+        return self.ramp[0] < step <= self.ramp[1]
 
     def masks_at(self, step: int) -> bool:
         """Whether this step ends in a mask event."""
         if not self.in_cubic_phase(step):
-            return step > self.ramp_end
+            return step > self.ramp[1]
         ends_epoch = self.steps_per_epoch is not None and step % self.steps_per_epoch == 0
         return step % self.delta_t == 0 or ends_epoch
