@@ -9,6 +9,7 @@ Without torchrun on one CPU or GPU; --config configs/caption_demo.yaml takes emb
 """
 
 import argparse
+from pathlib import Path
 
 from configs import load_config
 from engine.experiment import read_experiment
@@ -32,7 +33,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes; with --evaluate or --score_only scores weights or captions."""
     if args.score_only:
-        score_again(args.score_only, load_config(args.config, task="caption"), args.spice)
+        config = load_config(args.config, task="caption")
+        score_again(Path(args.score_only), config, args.spice)
     else:
         run_task(read_experiment(args, "caption"))
 
