@@ -12,12 +12,11 @@ import argparse
 from pathlib import Path
 
 from configs import load_config
-from engine.experiment import read_experiment
+from engine.experiment import run_trainer
 from engine.flags import parse, trainer_parser
 from engine.tasks import later
 from utils import launch, user_path
 
-run_task = later("engine.main:run_task")
 score_again = later("evaluation.scoring:score_again")
 
 
@@ -36,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
         config = load_config(args.config, task="caption")
         score_again(Path(args.score_only), config, args.spice)
     else:
-        run_task(read_experiment(args, "caption"))
+        run_trainer(args, "caption")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ Without torchrun on one CPU or GPU; --config configs/nlvr_demo.yaml takes embedd
 
 import argparse
 
-from engine.experiment import read_experiment
+from engine.experiment import run_trainer
 from engine.flags import parse, trainer_parser
-from engine.tasks import later
 from utils import launch
-
-run_task = later("engine.main:run_task")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the accuracy of weights."""
-    run_task(read_experiment(args, "nlvr"))
+    run_trainer(args, "nlvr")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from configs import SCHEMAS, load_config, place
 from engine.flags import IGNORED, check_flags
-from engine.tasks import TASKS, Task
+from engine.tasks import TASKS, Task, later
 from reports.runs import CHECKPOINTS, PRUNED_FILE
 from utils import UserError, write_json
 
@@ -101,3 +101,8 @@ def read_experiment(args: argparse.Namespace, task: str) -> Run:
     if args.useID and not run.id_profile:
         raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
     return run
+
+
+def run_trainer(args: argparse.Namespace, task: str) -> None:
+    """What a training script does with its flags."""
+    later("engine.main:run_task")(read_experiment(args, task))

@@ -102,19 +102,14 @@ def score_captions(
 
 def _remarks(references: dict[str, list[str]], captions: dict[str, list[str]]) -> list[str]:
     """What a reader of the scores must know about these tokenized sentences."""
-    remarks = []
-    if len(captions) == 1:
-        remarks.append(
-            "CIDEr is 0 for a single image: it weighs words by how few images' references have them"
-        )
+    remarks, count = [], len(captions)
+    if count == 1:
+        remarks.append("CIDEr is 0 for a single image: it weighs words by how few images have them")
     if empty := [image for image, (caption,) in captions.items() if not caption]:
-        count = f"{len(empty)} of {len(captions)}"
-        remarks.append(f"{count} captions have no word (images: {listed(empty)})")
+        remarks.append(f"{len(empty)} of {count} captions have no word (images: {listed(empty)})")
     if silent := [image for image, sentences in references.items() if not any(sentences)]:
-        remarks.append(
-            f"the references of {len(silent)} of {len(references)} images have no word, so that no "
-            f"caption is right (images: {listed(silent)})"
-        )
+        why = f"no word, so that no caption is right (images: {listed(silent)})"
+        remarks.append(f"the references of {len(silent)} of {count} images have {why}")
     return remarks
 
 

@@ -25,7 +25,7 @@ REPEATS = 5  # timed calls
 
 
 def example(model: nn.Module, task: str, image_size: int, device: str = "cpu") -> tuple:
-    """One sample of `infer`: random images, and a text of as many tokens as UPop's counts take."""
+    """Random images, and a text of as many tokens as UPop's counts take, for a forward pass."""
     images, length = len(TASKS[task].images), TASKS[task].tokens or model.context_length
     texts = 3  # ids, mask, targets
     if hasattr(model, "logits_from_ids"):
@@ -34,18 +34,13 @@ def example(model: nn.Module, task: str, image_size: int, device: str = "cpu") -
     return *pixels, *torch.ones(texts, 1, length, dtype=torch.int64, device=device)
 
 
-def infer(model: nn.Module, tensors: tuple) -> Tensor:
-    """A forward pass to the logits, or to a captioner's loss."""
-    return getattr(model, "logits_from_ids", model)(*tensors)
-
-
 @torch.no_grad()
 def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, dict[str, int]]:
-    """Counts the multiply-adds of a forward pass, as UPop does (Shi et al., ICML 2023).
+    """Counts the multiply-adds of a forward pass to the logits, or to a captioner's loss.
 
-    Linear layers, convolutions and products of attention are counted; norms and activations, below
-    0.2 % of BLIP's, are not. Returns "dense" and "effective" counts by modality; effective ones
-    leave out products by zero.
+    Linear layers, convolutions and products of attention are counted, as UPop does (Shi et al.,
+    ICML 2023); norms and activations, below 0.2 % of BLIP's, are not. Returns "dense" and
+    "effective" counts by modality; effective ones leave out products by zero.
     """
     saved = dict.fromkeys(("vision", "language"), 0)
     with ExitStack() as stack:
@@ -59,7 +54,7 @@ def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, di
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         counter = stack.enter_context(FlopCounterMode(display=False))
-        infer(model, tensors)
+        getattr(model, "logits_from_ids", model)(*tensors)
     counts = {name: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items()}
     encoder = "visual_encoder" if hasattr(model, "visual_encoder") else "visual"
     # the counter names modules from the outermost one that was called
@@ -107,7 +102,7 @@ def report(model: nn.Module, config: dict) -> dict:
 @torch.no_grad()
 def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
     """Milliseconds of a sample (a caption or a forward pass), their spread, and resident bytes."""
-    call = partial(infer, model, sample)
+    call = partial(getattr(model, "logits_from_ids", model), *sample)
     if config["task"] == "caption":
         length = min(sample[1].shape[1], config["max_length"])  # the same for every model
         lengths = {"num_beams": config["num_beams"], "max_length": length, "min_length": length}
