@@ -12,12 +12,12 @@ and holds pruning.json: zeros and the error of the output by layer.
 """
 
 import argparse
-import os
 import re
 import sys
+from pathlib import Path
 
 from configs import COUNT, FROM_ZERO, Number, load_config
-from utils import UserError, launch, user_path
+from utils import UserError, launch, script_parser, user_path
 
 
 def neighbours(text: str) -> tuple[int, int]:
@@ -29,32 +29,31 @@ def neighbours(text: str) -> tuple[int, int]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, path = parser.add_argument, os.path.expanduser
+    parser, path = script_parser(__doc__), user_path
+    add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--hf", type=path, metavar="NAME_OR_FOLDER", help="model of Hugging Face's")
     model.add_argument("--config", type=path, help="YAML file of a model of this project")
     add("--pretrained", type=path, help="with --config: weights instead of the config's")
     add("--images", type=path, metavar="FOLDER", help="with --hf: pictures to calibrate with")
     add("--texts", type=path, metavar="FILE", help="with --hf: a line of text for each sample")
-    add("--out", type=user_path, required=True, help="folder of the pruned model")
+    add("--out", type=path, required=True, help="folder of the pruned model")
     add("--sparsity", type=Number(float, 0, 1), help="share of the weights that becomes zero")
     add("--nm", type=neighbours, metavar="N:M", help="in place of it: N of M neighbours remain")
     score = {"choices": ["Magnitude", "Wanda"], "default": "Wanda"}
-    add("--method", **score, help="|w|, or |w| times the norm of its input (default: Wanda)")
-    what = "uniform, modality, inverse, or a profile or its folder (default: uniform)"
+    add("--method", **score, help="|w|, or |w| times the norm of its input")
+    what = "uniform, modality, inverse, or a profile or its folder"
     add("--allocation", type=path, default="uniform", help=f"what remains of each layer: {what}")
     add("--id_profile", type=path, help="profile for modality (its means by modality) and inverse")
     add("--sequential", action="store_true", help="inputs from pruned layers; a pass for each")
     skip = {"action": "extend", "nargs": "+", "default": [], "metavar": "PATTERN"}
     add("--skip", **skip, help='layers to leave out, such as "*.0.*"')
-    add("-n", "--n", type=FROM_ZERO, default=128, help="calibration samples (128)")
-    add("--batch_size", type=COUNT, default=8, help="samples in a forward pass (8)")
-    add("--seed", type=FROM_ZERO, default=0, help="seed of the choice of samples (0)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu (auto)")
+    add("-n", "--n", type=FROM_ZERO, default=128, help="calibration samples")
+    add("--batch_size", type=COUNT, default=8, help="samples in a forward pass")
+    add("--seed", type=FROM_ZERO, default=0, help="seed of the choice of samples")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
     args = parser.parse_args(argv)
+    args.out = Path(args.out)
     args.argv = ["prune.py", *(sys.argv[1:] if argv is None else argv)]
     return args
 

@@ -85,9 +85,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def user_path(text: str) -> Path:
-    """A path, for argparse; shells leave the `~` of `--flag=~/x` to us."""
-    return Path(os.path.expanduser(text))
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A script's docstring as it is written, and the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        known = type(action.default) in (str, int, float) and action.default != argparse.SUPPRESS
+        return f"{action.help}{' (default: %(default)s)' * known}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.rpartition("_")[2].upper()
+
+
+def script_parser(docstring: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser of a script's flags, with the docstring in its help."""
+    return argparse.ArgumentParser(prog=prog, description=docstring, formatter_class=_Help)
+
+
+def user_path(text: str) -> str:
+    """A flag's path, address or empty text; shells leave the `~` of `--flag=~/x` to us."""
+    return os.path.expanduser(text)
 
 
 def mistaken_for(path: str | Path) -> str:

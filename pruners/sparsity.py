@@ -13,10 +13,7 @@ UNTOLD = 1e-3  # a difference from the asked-for share that is not worth a sente
 def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None = None) -> dict:
     """Counts the zeros of layers, weights and biases. Fit for JSON.
 
-    Args:
-        layers: layers by name.
-        kinds: modality by layer name; None knows "vision" and "language" of our models, and calls
-            the layers of any other model "other".
+    `kinds` is the modality by layer name; without it, layers of other models than ours are "other".
 
     Returns:
         `overall`, `by_modality`, `by_layer`: shares of zeros, in [0, 1]; `pruned` of `prunable`
@@ -28,10 +25,10 @@ def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None =
     ).tolist()
     numel = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
     zeros = {name: numel[name] - count for name, count in zip(layers, nonzero, strict=True)}
+    kinds = kinds or {n: modality(n) if n.startswith(TOWERS) else "other" for n in layers}
     members = defaultdict(list)
     for name in layers:
-        known = modality(name) if name.startswith(TOWERS) else "other"
-        members[known if kinds is None else kinds[name]].append(name)
+        members[kinds[name]].append(name)
 
     def share(names) -> float:
         return sum(zeros[n] for n in names) / sum(numel[n] for n in names)

@@ -75,14 +75,6 @@ def small_segments(monkeypatch):
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """The embedded data, few of them, which no test changes."""
-    from tests.runs import make_scenes
-
-    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> Path:
     """A folder of 48 training scenes and 6 in each held-out split, for reading."""
     from tests.runs import make_scenes
 

@@ -45,6 +45,36 @@ def test_places_are_read_as_in_a_shell(tmp_path, monkeypatch):
     assert config["ann_root"] == "/data/annotation"
 
 
+def test_relative_places_are_sought_beside_the_config_first(tmp_path, monkeypatch):
+    shipped = {path.name: path.resolve() for path in CONFIGS}
+    config, here, names = (
+        shipped["caption_coco.yaml"],
+        tmp_path / "here",
+        ("beside", "above", "cwd"),
+    )
+    own = tmp_path / "project/configs/own.yaml"
+    for folder in (own.parent, here, here / "clip", own.parent / "clip"):
+        folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(here)
+    found = load_config(config)
+    assert found["med_config"] == str(config.parent / "med_config.json")
+    assert found["id_profile"] == str(config.parent / "id/blip_coco.json")
+    assert found["ann_root"] == "annotation"  # absent everywhere
+    text = config.read_text().replace("med_config: configs/med_config.json\n", "")
+    own.write_text(text.replace("image_root: datasets/coco", "image_root: pictures"))
+    places = dict(zip(names, (own.parent, own.parent.parent, here), strict=True))
+    for name in reversed(names):  # the nearer goes first
+        (places[name] / "pictures").mkdir()
+        expected = "pictures" if name == "cwd" else str(places[name] / "pictures")
+        assert load_config(own)["image_root"] == expected
+    assert load_config(own)["med_config"] == str(config.parent / "med_config.json")  # the default
+    given = {"image_root": "pictures"}  # a flag's value, which is of the working folder
+    assert load_config(own, given)["image_root"] == "pictures"
+    flickr = shipped["retrieval_flickr_clip.yaml"].read_text()
+    own.write_text(flickr + "tokenizer: clip\n" * ("\ntokenizer:" not in flickr))
+    assert load_config(own)["tokenizer"] == "clip"  # a name, whatever lies beside
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_configs_as_other_systems_write_them(encoding, line_end, tmp_path):

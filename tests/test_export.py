@@ -168,6 +168,15 @@ def test_flags_that_do_not_fit(configs, tmp_path, task, more, message):
         run(flags, *more.split())
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    """Shells leave that of --flag=~/x as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    argv = ["--config=~/c.yaml", "--pruned=https://x.org/~me/w", "--out=~/x"]
+    args = export.parse_args(argv)
+    assert args.config == "/home/me/c.yaml" and args.out == "/home/me/x"
+    assert args.pruned == "https://x.org/~me/w"
+
+
 @pytest.mark.parametrize("to", ["compressed", "huggingface"])
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(captioner, tmp_path, to):
     folder = tmp_path / "full"
@@ -202,14 +211,17 @@ def test_a_start_for_training_is_not_exported(configs, tmp_path):
 @pytest.mark.parametrize("task", BUILD)
 def test_the_report(configs, tmp_path, monkeypatch, capsys, task):
     model, flags = write_model(BUILD[task], configs[task], tmp_path)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    nonzeros = sum(int(p.count_nonzero()) for p in model.parameters()) / 1e6
+    parameters = sum(p.numel() for p in model.parameters())
+    nonzeros = sum(int(p.count_nonzero()) for p in model.parameters())
     monkeypatch.setattr(costs, "sparsify_", lambda model: "all are sparse")
     run(flags, "--report")
     printed = capsys.readouterr().out.splitlines()
-    lines = {line[:24].strip(): line[24:] for line in printed}
-    assert lines["parameters"].startswith(f" {parameters:.1f} M (vision ")
-    assert lines["nonzeros"].startswith(f" {nonzeros:.1f} M (vision ")
-    assert {"multiply-adds, effective", "dense float32", "compressed float16"} <= set(lines)
-    assert "ms a sample" in lines["dense, here"] and "ms a sample" in lines["sparse, here"]
+    lines = {line[:26].strip(): line[26:] for line in printed}
+    assert lines["parameters"].startswith(f" {costs.with_prefix(parameters)} (vision ")
+    assert lines["nonzeros"].startswith(f" {costs.with_prefix(nonzeros)} (vision ")
+    assert lines["bytes, dense float32"] == f" {costs.with_prefix(4 * parameters)}"
+    assert {"multiply-adds, effective", "bytes, compressed float16", "ms a sample, dense"} <= {
+        *lines
+    }
+    assert lines["memory, sparse"].endswith("B")
     assert printed[-1] == "all are sparse"

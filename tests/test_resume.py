@@ -1,6 +1,7 @@
 """A killed or stopped run, resumed, ends with the weights of one that ran through."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -120,3 +121,24 @@ def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(scene
         reached = runs.saved_steps(folder)[-1]
     assert runs.finish(runs.start([*flags, "run"], 2)) == [0, 0]
     assert runs.same(runs.result(folder), runs.result(tmp_path / "whole"))
+
+
+def test_a_finished_run_says_what_may_go_and_needs_it_no_more(train, capsys):
+    spare = train("spare", "--keep_checkpoints", "1")
+    size = sum(path.stat().st_size for path in (spare / "checkpoints").iterdir())
+    said = f"{spare / 'checkpoints'}: {size / 1e9:.2g} GB, which may go"
+    assert said in capsys.readouterr().out
+    lean = train("lean", "--keep_checkpoints", "0")
+    assert not (lean / "checkpoints").exists()
+    assert "which may go" not in capsys.readouterr().out
+    assert runs.same(runs.result(lean), runs.result(spare))
+    shutil.rmtree(spare / "checkpoints")
+    written = {folder: (folder / "log.txt").stat().st_mtime_ns for folder in (lean, spare)}
+    for folder in written:  # the same commands again
+        train(folder.name)
+        assert "already finished" in capsys.readouterr().out
+        assert (folder / "log.txt").stat().st_mtime_ns == written[folder]
+    for folder, again in ((lean, "--resume=off"), (spare, "--seed=7")):
+        train(folder.name, again)
+        assert "already finished" not in capsys.readouterr().out
+        assert (folder / "log.txt").stat().st_mtime_ns > written[folder]
