@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,9 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.tasks import TASKS
-from models import compressed
+from models import compressed, huggingface, onnx
 from models.checkpoint import load_trained, stored_tensors
-from models.huggingface import write_folder
 from reports import costs
 from utils import UserError
 
@@ -27,9 +27,14 @@ def export(args: argparse.Namespace, config: dict) -> None:
         try:
             if args.to == "compressed":
                 compressed.write(args.out, weights)
-            else:
-                write_huggingface(model, config, args.out, weights)
+            elif args.to == "huggingface":
+                with whole_folder(args.out) as folder:
+                    huggingface.write_folder(model, config, folder, dict(weights))
                 reader += f", or BlipForConditionalGeneration.from_pretrained('{args.out}')"
+            else:
+                with whole_folder(args.out) as folder:
+                    print(onnx.write_folder(model, config, folder))
+                reader = "onnxruntime, as docs/onnx.md shows"
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot write {args.out} ({error}): make room, or choose --out"
@@ -50,14 +55,13 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
         yield name, converted
 
 
-def write_huggingface(
-    model: nn.Module, config: dict, out: Path, weights: Iterator[tuple[str, Tensor]]
-) -> None:
-    """Writes the folder, under another name until it is whole."""
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill in the block, which then gets its name."""
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
-        write_folder(model, config, unfinished, dict(weights))
+        yield unfinished
         unfinished.rename(out)
     except BaseException:
         shutil.rmtree(unfinished)

@@ -142,6 +142,12 @@ def tokenize(
     return tokens.input_ids, tokens.attention_mask
 
 
+def write_vocabulary(tokenizer: BertTokenizer, folder: Path) -> None:
+    """Writes the `vocab.txt` that `load_tokenizer` reads."""
+    words = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+
+
 def count_cut(tokenizer: BertTokenizer, texts: Sequence[str], max_tokens: int) -> int:
     """Number of texts that `tokenize` cuts."""
     batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # memory: 1 KB a token
