@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from data.samplers import derived_seed
 from engine import checkpoints
 from engine.digests import content_hash, data_digests, model_hash
 from engine.experiment import Run
@@ -97,7 +98,7 @@ def build_state(
         checkpoints.check_disk_space(run.folder, model, averages, flags.keep_checkpoints)
     identity = {
         **run.identity(),
-        "processes": process.world_size,
+        "samples of a step": run.samples_per_step,
         "samples": len(dataset),
         **asdict(plan),
         **data_digests(config, dataset.records),
@@ -195,9 +196,17 @@ def resume(run: Run, state: TrainState, found: dict | None) -> None:
         if state.pruner:
             state.pruner.load_state_dict(found["pruner"])
         state.progress = Progress(**found["progress"])
-        checkpoints.set_rng_state(found["rng"][run.process.rank], run.process.device)
         done, total = state.progress.step, state.plan.total_steps
         run.say(f"resumed from {found['path']}: {done} of {total} steps done")
+        before, now = len(found["rng"]), run.process.world_size
+        if before == now:
+            checkpoints.set_rng_state(found["rng"][run.process.rank], run.process.device)
+        else:
+            seed_everything(derived_seed(run.flags.seed, done, run.process.rank) % 2**32)
+            run.say(
+                f"{now} process(es) where there were {before}: the same samples in each step, but "
+                "sums of another order, and other draws of dropout"
+            )
     # which would pass for the newest of this run
     state.replaced = checkpoints.step_files(run.checkpoints, after=state.progress.step)
 

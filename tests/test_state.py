@@ -301,12 +301,12 @@ def test_what_a_name_stands_for_counts_and_not_the_name(flags, scenes, tmp_path)
 
 IDENTITY_FLAGS = """
     seed amp pruner_name beta1 beta2 deltaT initial_threshold final_threshold initial_warmup
-    final_warmup gradient_accumulation_steps
+    final_warmup
 """.split()
 FREE_KEYS = """
     pretrained image_root ann_root coco_gt_root id_profile max_epoch eval_batch_size num_workers
     vit_grad_ckpt vit_ckpt_layer max_length min_length num_beams length_normalization tokenizer
-    med_config
+    med_config batch_size
 """.split()
 
 
@@ -322,9 +322,10 @@ def test_the_flags_and_keys_that_make_another_run(plain):
         assert (changed.identity() == run.identity()) == (key in FREE_KEYS), key
 
 
-def test_processes_and_steps_make_another_run(plain):
+def test_samples_and_steps_make_another_run(plain):
     own = plain[1].identity
-    for key in ("processes", "samples", "steps_per_epoch", "epochs", "total_steps", "warmup_steps"):
+    keys = "samples,samples of a step,steps_per_epoch,epochs,total_steps,warmup_steps".split(",")
+    for key in keys:
         with pytest.raises(UserError, match=f"another run: {key} was {own[key]}, is 99"):
             check_identity(own, own | {key: 99}, "path")
 
@@ -357,7 +358,7 @@ def test_checkpoints_of_earlier_versions_are_compared_by_what_they_hold(plain, t
         check_identity({"seed": 1}, {"seed": 2, "new": 2}, tmp_path)
     of_config = "vit image_size prompt max_words max_tokens augment init_lr min_lr weight_decay"
     of_files = "starting weights|tokenizer|training annotation|ID profile".split("|")
-    earlier = {*IDENTITY_FLAGS, *of_config.split(), "batch_size", "processes", "samples"}
+    earlier = {*IDENTITY_FLAGS, *of_config.split(), "samples"}
     earlier |= {f"content of the {name}" for name in of_files} | {"content of med_config"}
     assert earlier <= plain[1].identity.keys()
 
