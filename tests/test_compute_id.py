@@ -305,6 +305,7 @@ def test_a_place_that_cannot_be_written(captioner, tmp_path, monkeypatch, place)
         measure(captioner, tmp_path / place)
 
 
+@pytest.mark.cpu
 def test_one_gpu_for_several_processes(monkeypatch):
     assert profiling.chosen_device(cpu=False, gpu=3) == "cuda:3"
     assert profiling.chosen_device(cpu=False, gpu=None) == "auto"
@@ -314,6 +315,7 @@ def test_one_gpu_for_several_processes(monkeypatch):
         profiling.chosen_device(cpu=False, gpu=3)
 
 
+@pytest.mark.cpu  # where equal samples have equal bits at any place of a batch
 def test_few_samples_and_repeated_ones(captioner, whole, own, capsys):
     """45 samples make two blocks of 20 points; 38 one; a data set of 24 records twice: twins."""
     assert [list(map(bool, x.block_means)) for x in whole[1].layers.values()] == [

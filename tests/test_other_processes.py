@@ -12,7 +12,7 @@ from engine import state
 from tests import runs
 from utils import UserError
 
-PRUNE = ["--warmup_steps", "2", "--deltaT", "2", "--final_threshold", "0.4"]
+PRUNE = ["--warmup_steps", "2", "--deltaT", "2", "--final_threshold", "0.4", "--amp", "off"]
 PRUNE += ["--checkpoint_steps", "5", "--keep_checkpoints", "9"]  # 5 is on the ramp
 SCRIPTS = {"caption": "train_caption", "clip": "train_clip_flickr30k"}
 
