@@ -58,8 +58,8 @@ def peak_memory(device: str | torch.device, field: str = "VmHWM") -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024
 
 
-def print_document(benchmark: str, device: str | torch.device = "cpu", **results) -> None:
-    """Prints what was measured and where, one line of JSON, the last of a benchmark."""
+def document(benchmark: str, device: str | torch.device = "cpu", **results) -> dict:
+    """What was measured and where."""
     on_cpu = torch.device(device).type == "cpu"
     machine = {
         "processor": processor() if on_cpu else torch.cuda.get_device_name(),
@@ -67,4 +67,9 @@ def print_document(benchmark: str, device: str | torch.device = "cpu", **results
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(json.dumps({"benchmark": benchmark, "machine": machine, **results}))
+    return {"benchmark": benchmark, "machine": machine, **results}
+
+
+def print_document(benchmark: str, device: str | torch.device = "cpu", **results) -> None:
+    """Prints the document, one line of JSON, the last of a benchmark."""
+    print(json.dumps(document(benchmark, device, **results)))

@@ -183,6 +183,7 @@ def test_captions_under_bfloat16_autocast():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("half", [False, True])
 def test_gpu_gives_the_captions_of_the_cpu(half):
     decoder, embeds = random_decoder(0, eos_bias=1.0), images(6)
