@@ -39,6 +39,7 @@ def measure(
     n: int = 2000,
     fraction: float = 1.0,
     seed: int = 0,
+    estimator: str = "twonn",
 ) -> IDProfile:
     """Measures the intrinsic dimension of what a model's layers represent.
 
@@ -65,6 +66,7 @@ def measure(
         n: number of samples at most, and 3 at least: the first ones.
         fraction: share of the points, in (0, 1], as in `estimate_id`.
         seed: seed of the blocks, and of what the model draws.
+        estimator: "twonn", "gride" or "mle".
 
     Returns:
         The IDs of the layers in the order of their last calls.
@@ -74,7 +76,7 @@ def measure(
             too small, batches do not keep to the above, or values are not finite.
     """
     modules = choose_layers(model, layers)
-    inputs, estimation = Batches(model, batches, n, seed), Estimation(fraction, seed)
+    estimation, inputs = Estimation(fraction, seed, estimator), Batches(model, batches, n, seed)
     budget = default_budget(inputs.device) if memory_gb is None else int(memory_gb * 1e9)
     found: dict[str, LayerID] = {}
     with prepared(model, inputs.device):
@@ -87,7 +89,8 @@ def measure(
         capture = Capture(plan, modules, inputs, inputs.device)
         for name, features, distances in capture:
             try:
-                found[name] = estimation.measure(name, features, distances)
+                measured = estimation.measure(name, features, distances)
+                found[name] = replace(measured, **capture.beside(name, distances))
             except TooFewPoints as error:
                 left_out[name] = str(error)
     left_out |= capture.left_out
@@ -185,6 +188,7 @@ class Batches:
             raise UserError("batches: a generator is read only once; give a list or a DataLoader")
         self.batches, self.seed, self.tensors = batches, seed, {}
         self.marks: list[int] = []  # checksums of the first pass's batches
+        self.texts: dict[str, list[int]] = {}  # tokens of each text, by the name of its mask
         first = next(iter(batches), None)
         if first is None:
             raise UserError("batches: there are none to measure with")
@@ -209,7 +213,10 @@ class Batches:
                     f"batches: batch {number} has {samples} samples and the first only "
                     f"{self.batch_size}; no batch may be larger than the first"
                 )
-            self.marks += [mark] if number == len(self.marks) else []
+            if number == len(self.marks):
+                self.marks.append(mark)
+                for name, tokens in text_masks(batch).items():
+                    self.texts.setdefault(name, []).extend(tokens.bool().sum(1).tolist())
             if self.marks[number] != mark:
                 raise UserError(
                     f"batches: batch {number} is not what it was in the first pass; every pass "
@@ -226,6 +233,18 @@ class Batches:
     def counted(self, mask: str, rows: slice) -> Tensor:
         """(B, L) bool, the tokens that are no padding, for the batch's first samples."""
         return self.present[mask][: rows.stop - rows.start].bool()
+
+    def lengths(self, mask: str) -> Tensor | None:
+        """(n,), tokens of each text of a mask, or of the first mask; None without texts."""
+        found = self.texts.get(mask) or next(iter(self.texts.values()), None)
+        return None if found is None else torch.tensor(found[: self.n])
+
+
+def text_masks(batch) -> dict[str, Tensor]:
+    """The masks (B, L) of a batch's texts, by name."""
+    named = batch if isinstance(batch, Mapping) else {}
+    found = {name: named[name] for name in MASKS if isinstance(named.get(name), Tensor)}
+    return {name: mask for name, mask in found.items() if mask.dim() == 2}
 
 
 def count_samples(batch) -> int:
@@ -412,10 +431,7 @@ def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, st
     """
     found: dict[Call, str] = {}
     remarks = []
-    for name in MASKS:
-        mask = batch.get(name) if isinstance(batch, Mapping) else None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            continue
+    for name, mask in text_masks(batch).items():
         length, shorter = mask.shape[1], None
         for labels in (False, True):  # of the decoder, or of the texts themselves
             with suppress(Exception):  # of whatever kind a model finds

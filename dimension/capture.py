@@ -5,6 +5,7 @@ processes with the same number of threads: each operation is on the same segment
 alignment depend on neither.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -28,12 +29,13 @@ from dimension.budget import (
     StageShape,
     live_states,
 )
-from dimension.twonn import full_float32, roots_, squared_distances
+from dimension.twonn import full_float32, has_float64, roots_, squared_distances
 from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
 
 TEXT = "attention_mask"  # name of the mask of a model's texts
+ROWS_ELEMENTS = 2**20  # squared at a time: 4 MB stay in cache
 
 
 class LayerDistances(NamedTuple):
@@ -58,6 +60,7 @@ class Accumulator:
         self.held: dict[LayerShape, list[tuple[Segment, Tensor]]] = {}
         self.missing = Counter(segment.layer.name for segment in plan.segments)
         self.sums: dict[str, LayerDistances] = {}
+        self.variances: dict[str, Tensor] = {}  # by layer, (channels,) float64
 
     def hold(self, planned: StagePlan, segments: list[Segment]) -> None:
         """Makes room for the segments of a pass: (n + 1, tokens, width), the last row the centre.
@@ -95,6 +98,7 @@ class Accumulator:
         """Forgets what is held of a layer."""
         self.held = {layer: kept for layer, kept in self.held.items() if layer.name != name}
         self.sums.pop(name, None)
+        self.variances.pop(name, None)
 
     def finished(self, n: int) -> Iterator[LayerDistances]:
         """Adds up the pass's squared distances; yields the layers that are complete."""
@@ -106,6 +110,8 @@ class Accumulator:
                 raise UserError(f"layer {name}: {error}") from error
             _, features, before = self.sums.pop(name, (name, 0, None))
             squared = squared if before is None else before.add_(squared)
+            variance = _channel_variances(kept[:n])
+            self.variances[name] = self.variances.get(name, 0) + variance
             layer = LayerDistances(name, features + segment.elements, squared)
             self.bar.update(n * (n + 1) * segment.elements)
             self.missing[name] -= 1
@@ -113,6 +119,15 @@ class Accumulator:
                 self.sums[name] = layer
             else:
                 yield layer._replace(distances=roots_(squared))
+
+
+def _channel_variances(values: Tensor) -> Tensor:
+    """Variances over samples, summed over tokens, (width,) float64, of values (n, L, width)."""
+    squares = torch.zeros_like(values[0])
+    for rows in values.split(max(1, ROWS_ELEMENTS // squares.numel())):  # which stay in cache
+        squares += rows.square().sum(0)
+    variances = squares.div_(len(values)).sub_(values.mean(0).square_())
+    return variances.sum(0, dtype=torch.float64 if has_float64(values.device) else None)
 
 
 class NotBySample(ValueError):
@@ -188,6 +203,10 @@ class Samples:
     def counted(self, mask: str, rows: slice) -> Tensor:
         """(B, L) bool, the text positions that belong to a representation, on the CPU."""
         return self.text[rows]
+
+    def lengths(self, mask: str) -> Tensor:
+        """(n,), the tokens of each text."""
+        return self.tensors[TEXT].sum(1)
 
 
 def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: bool) -> Tensor:
@@ -265,6 +284,7 @@ class Capture:
     ):
         self.plan, self.layers, self.inputs, self.device = plan, layers, inputs, device
         self.left_out: dict[str, str] = {}
+        self.masks = {segment.layer.name: segment.layer.mask for segment in plan.segments}
         self.n = 0
         self.states = {  # in batches
             name: list(values.to(device).split(inputs.batch_size))
@@ -292,6 +312,24 @@ class Capture:
                     yield from self.distances.finished(self.n)
                 alive = live_states(chain, index + 1)
                 self.states = {k: v for k, v in self.states.items() if k in alive}
+
+    def beside(self, name: str, distances: Tensor) -> dict[str, float]:
+        """What makes the ID of a layer doubtful: fields of its `LayerID`. Once for each layer.
+
+        Args:
+            name: a layer that iterating has yielded.
+            distances: (n, n), its distances.
+        """
+        variances, found = self.distances.variances.pop(name), {}
+        if variances.sum() > 0:
+            found["largest_channel"] = (variances.max() / variances.sum()).item()
+        lengths = self.inputs.lengths(self.masks[name])
+        if lengths is not None:
+            lengths, pairs = lengths.to(distances.device), self.n * (self.n - 1)
+            nearest = distances.clone().fill_diagonal_(math.inf).argmin(1)
+            found["same_length"] = (lengths[nearest] == lengths).double().mean().item()
+            found["by_chance"] = ((lengths == lengths[:, None]).sum().item() - self.n) / pairs
+        return found
 
     @torch.no_grad()
     def _forward(self, shape: StageShape, flops: int, whole: bool) -> None:

@@ -2,13 +2,20 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dimension.twonn import BLOCK_COUNTS, ENOUGH_POINTS, block_analysis, draw_permutations
+from dimension.twonn import (
+    BLOCK_COUNTS,
+    ENOUGH_POINTS,
+    ESTIMATORS,
+    block_analyses,
+    draw_permutations,
+)
 from utils import UserError, atomic_write, write_json
 
 PROFILE = "profile.json"
@@ -16,6 +23,7 @@ DISTANCES = "distances"
 # A layer with a larger share of duplicates is remarked on. COCO has five captions an image, so that
 # the layers that see the image have some 30 duplicates among 2000 samples of its 566,747.
 MANY_DUPLICATES = 0.1
+TOO_MUCH = 0.5  # of what makes an ID doubtful, for a remark
 
 
 class TooFewPoints(UserError):
@@ -35,6 +43,11 @@ class LayerID:
         duplicates: samples dropped because another has the same representation.
         features: elements in the representation of a sample.
         kind: "vision", "language" or "other" if the layer's name does not show it.
+        estimates: estimator to intrinsic dimension, which is `id` for the profile's own.
+        same_length: share of the samples whose nearest neighbour has a text of the same length, in
+            tokens; None without texts.
+        by_chance: that share if neighbours were random.
+        largest_channel: share of the variance that the channel with the most has.
     """
 
     id: float
@@ -44,29 +57,40 @@ class LayerID:
     duplicates: int
     features: int
     kind: str | None = None
+    estimates: dict[str, float] = field(default_factory=dict)
+    same_length: float | None = None
+    by_chance: float | None = None
+    largest_channel: float | None = None
 
 
 @dataclass(frozen=True)
 class Estimation:
-    """How distances become IDs: the fraction of `estimate_id`, and the seed of the blocks."""
+    """How distances become IDs: estimator and fraction of `estimate_id`; the seed of the blocks."""
 
     fraction: float = 1.0
     seed: int = 0
+    estimator: str = "twonn"
 
     def __post_init__(self):
-        """Raises UserError if the fraction is out of range."""
+        """Raises UserError if an argument is out of range."""
+        if self.estimator not in ESTIMATORS:
+            raise UserError(f"estimator {self.estimator!r} is none of {', '.join(ESTIMATORS)}")
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction {self.fraction} is not in (0, 1]")
+        if self.fraction < 1 and self.estimator != "twonn":
+            raise UserError(f"fraction {self.fraction}: {self.estimator} takes all points, give 1")
 
     @property
     def settings(self) -> dict:
         """What a profile records."""
-        return {"fraction": self.fraction, "enough_points": ENOUGH_POINTS}
+        chosen = {"estimator": self.estimator, "fraction": self.fraction}
+        return chosen | {"enough_points": ENOUGH_POINTS}
 
     def measure(self, name: str, features: int, distances: Tensor) -> LayerID:
         """`measure_layer`, with the same blocks for all layers."""
         permutations = block_permutations(len(distances), self.seed)
-        return measure_layer(name, features, distances, self.fraction, permutations)
+        chosen = self.fraction, permutations, self.estimator
+        return measure_layer(name, features, distances, *chosen)
 
 
 def block_permutations(n: int, seed: int) -> Tensor:
@@ -75,7 +99,12 @@ def block_permutations(n: int, seed: int) -> Tensor:
 
 
 def measure_layer(
-    name: str, features: int, distances: Tensor, fraction: float, permutations: Tensor
+    name: str,
+    features: int,
+    distances: Tensor,
+    fraction: float,
+    permutations: Tensor,
+    estimator: str = "twonn",
 ) -> LayerID:
     """Block analysis of a layer, over the levels whose blocks have `ENOUGH_POINTS` points.
 
@@ -87,11 +116,13 @@ def measure_layer(
         distances: (n, n).
         fraction: share of the points, as in `estimate_id`.
         permutations: (20, n).
+        estimator: whose ID is the layer's; those of the others are recorded beside it.
 
     Raises:
         TooFewPoints: too few different samples for any estimate.
     """
-    analysis = block_analysis(distances, fraction, permutations, fewest=ENOUGH_POINTS)
+    found = block_analyses(distances, permutations, ENOUGH_POINTS, fraction, ESTIMATORS)
+    analysis = found[estimator]
     if math.isnan(analysis.id):
         different = "different " if analysis.duplicates else ""
         raise TooFewPoints(
@@ -101,7 +132,9 @@ def measure_layer(
         )
     error = None if math.isnan(analysis.error) else analysis.error
     means = [None if math.isnan(mean) else mean for mean in analysis.mean.tolist()]
-    return LayerID(analysis.id, error, means, analysis.points, analysis.duplicates, features)
+    ids = {key: other.id for key, other in found.items() if not math.isnan(other.id)}
+    counts = analysis.points, analysis.duplicates
+    return LayerID(analysis.id, error, means, *counts, features, estimates=ids)
 
 
 @dataclass
@@ -188,15 +221,40 @@ def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
             f" so the IDs average over {used} of {most} levels{bars}; "
             f"-n {most * ENOUGH_POINTS} is enough for all levels, and 2000 are usual"
         )
-    many = [name for name, x in layers.items() if x.duplicates > MANY_DUPLICATES * n]
-    if many:
-        worst = max(many, key=lambda name: layers[name].duplicates)
-        remarks.append(
-            f"in {len(many)} of {len(layers)} layers many samples have the same representation as "
-            f"another (most in {worst}: {layers[worst].duplicates} of {n}) and are left "
-            "out, so these IDs are unreliable; see whether the training annotation lists images or "
-            "captions twice"
-        )
+
+    def remark(value: Callable[[LayerID], float | None], limit: float, words: str) -> None:
+        """Names the layers whose value is above a limit, and the value where it is largest."""
+        found = {name: value(layer) or 0.0 for name, layer in layers.items()}
+        if many := [name for name, share in found.items() if share > limit]:
+            worst = max(many, key=found.__getitem__)
+            most = f"most in {worst}: {found[worst]:.0%}"
+            counts = f"in {len(many)} of {len(layers)} layers"
+            remarks.append(f"{counts} {words.format(most=most)}: {', '.join(many)}")
+
+    remark(
+        lambda x: x.duplicates / n,
+        MANY_DUPLICATES,
+        "many samples have the same representation as another ({most}) and are left out, so "
+        "these IDs are unreliable; see whether images or captions are listed twice",
+    )
+    remark(
+        lambda x: x.same_length and (x.same_length - x.by_chance) / (1 - x.by_chance or 1),
+        TOO_MUCH,
+        "neighbours have texts of the same length far more often than by chance ({most} of "
+        "the way from chance to always), so these IDs tell how long texts are; measure with texts "
+        "of one length (--one_length)",
+    )
+    remark(
+        lambda x: x.largest_channel,
+        TOO_MUCH,
+        "a single channel has most of the variance ({most}), so these IDs are of that channel"
+        "; see whether texts of one length (--one_length) change them, or weight by other IDs here",
+    )
+    remark(
+        lambda x: x.error and x.error / x.id,
+        TOO_MUCH,
+        "the error bar is near the ID ({most} of it); take more samples",
+    )
     return remarks
 
 

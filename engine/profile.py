@@ -3,6 +3,7 @@
 import argparse
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from dimension.profile import (
     partial_profiles,
     save_distances,
 )
+from dimension.twonn import FEWEST_POINTS
 from engine.digests import content_hash, data_digests, model_hash
 from engine.processes import (
     Process,
@@ -52,6 +54,8 @@ MODEL_AND_DATA_KEYS = (
     "task vit clip image_size tokenizer image_root ann_root prompt max_words max_tokens"
 ).split()
 HUB_BATCH_SIZE = 8
+OF_OUTPUTS = "kind same_length by_chance largest_channel".split()  # what -s leaves as it was
+USUAL_SAMPLES = 2000
 PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
 
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
     folder = Path(args.Path)
     require_writable(folder)
     if args.skip:
-        profile = estimate_again(folder, Estimation(args.fraction, args.seed))
+        profile = estimate_again(folder, Estimation(args.fraction, args.seed, args.estimator))
     else:
         process = init_distributed(chosen_device(args.cpu, args.gpu), timeout_s=PATIENCE_S)
         keep_freed_memory(process.device)
@@ -103,12 +107,17 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
     weights = args.pruned or config["pretrained"]
     if not weights:
         raise UserError("nothing to measure: give --pretrained or --pruned")
-    task, n = TASKS[config["task"]], args.nsamples
+    task, n = TASKS[config["task"]], args.nsamples or USUAL_SAMPLES
     dataset = task.build_datasets(config, args.seed)[0]
     dataset.skip_bad_images = args.skip_bad_images
     dataset.check()
-    indices, bad = choose_samples(dataset, n, args.seed)
-    model = task.build_model(config)
+    model, order, length = task.build_model(config), range(len(dataset)), None
+    if args.one_length is not None:
+        texts = [dataset.text(index) for index in order]
+        parts = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
+        lengths = [x for part in parts for x in model.tokenize(part)[1].sum(1).tolist()]
+        order, length = of_one_length(lengths, args.one_length, n)
+    indices, bad = choose_samples(dataset, n, args.seed, order)
     with main_process_first():  # which downloads, where it is an address
         fetch(weights)
     report = load_trained(model, weights)
@@ -128,6 +137,7 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
     shapes = trace_stages(model.stages(), layers, samples, process.device)
     settings = {
         "bad_images": bad,
+        "one_length": length,
         "keep_padding": args.keep_padding,
         "batch_size": batch_size,
         "config": {key: config[key] for key in MODEL_AND_DATA_KEYS if key in config},
@@ -153,15 +163,27 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
         hub = open_hub_model(args.hf)
     batch_size = args.batch_size or HUB_BATCH_SIZE
     inputs = HubInputs(hub, pictures, lines, batch_size)
-    n = min(args.nsamples, inputs.samples())
+    order, length, remarks = inputs.up_to(args.max_tokens), None, []
+    if cut := inputs.samples() - len(order):
+        remarks.append(f"{cut} samples have longer texts than --max_tokens {args.max_tokens}")
+    if args.one_length is not None:
+        n = args.nsamples or FEWEST_POINTS
+        lengths = [inputs.lengths[index] for index in order]
+        same, length = of_one_length(lengths, args.one_length, n)
+        order = [order[place] for place in same]
+    n = min(args.nsamples or USUAL_SAMPLES, len(order))
     generator = torch.Generator().manual_seed(args.seed)
-    inputs.take(sorted(torch.randperm(inputs.samples(), generator=generator)[:n].tolist()))
+    inputs.take(sorted(order[i] for i in torch.randperm(len(order), generator=generator)[:n]))
+    if process.is_main:
+        print("\n".join([*remarks, *inputs.padding()]), flush=True)
     model = hub.model.to(process.device)
     settings = {
         "model": type(model).__name__,
         "hf": args.hf,
         "images": args.images,
         "texts": args.texts,
+        "max_tokens": args.max_tokens,
+        "one_length": length,
         "batch_size": batch_size,
         "checkpoint_sha256": model_hash(model),
         "contents": {
@@ -174,10 +196,10 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     modules = {name: module for name, module in modules.items() if name not in hub.untrained}
     share = Share(args, process, settings, n)
     with any_model.prepared(model, process.device):
-        shape, left_out, remarks = any_model.trace_forward(model, modules, batches)
+        shape, left_out, sentences = any_model.trace_forward(model, modules, batches)
         measured, dropped = share.measure([shape], modules, batches)
     left_out |= dropped | dict.fromkeys(hub.untrained, "the checkpoint lacks its weights")
-    remarks += any_model.left_out_remarks(left_out)
+    remarks += sentences + any_model.left_out_remarks(left_out)
     names = dict.fromkeys(layer.name for layer in shape.layers if layer.name in measured)
     any_model.require_layers(names, remarks)
     kinds = layer_kinds(model, list(names))
@@ -206,14 +228,34 @@ class Images(Sequence):
         return self.dataset.open(paths[self.which])
 
 
-def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int], int]:
+def of_one_length(lengths: list[int], length: int, n: int) -> tuple[list[int], int]:
+    """Indices of the texts of a length, or with 0 of the commonest; and the length.
+
+    Raises:
+        UserError: they are fewer than n.
+    """
+    counts = Counter(lengths)
+    length = length or max(counts, key=lambda x: (counts[x], -x))
+    if counts[length] < n:
+        common = ", ".join(f"{count} have {x}" for x, count in counts.most_common(3))
+        raise UserError(
+            f"--one_length: {counts[length]} texts have {length} tokens, and {n} samples are asked "
+            f"for; give a smaller -n, or another length ({common})"
+        )
+    return [index for index, other in enumerate(lengths) if other == length], length
+
+
+def choose_samples(
+    dataset: ImageDataset, n: int, seed: int, among: Sequence[int] | None = None
+) -> tuple[list[int], int]:
     """Indices of n random samples, and how many were passed over for them.
 
     With `dataset.skip_bad_images` all images are read first: a sample with an unreadable one gives
-    way to the next of the random order.
+    way to the next of the random order. `among` are the indices to choose from (all).
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
+    among = range(len(dataset)) if among is None else among
+    order = [among[place] for place in torch.randperm(len(among), generator=generator)]
     chosen = order[:n]
     seen = len(chosen)
     if dataset.skip_bad_images:
@@ -240,7 +282,7 @@ class Share:
 
     def __init__(self, args: argparse.Namespace, process: Process, settings: dict, n: int):
         self.args, self.process, self.n = args, process, n
-        self.estimation = Estimation(args.fraction, args.seed)
+        self.estimation = Estimation(args.fraction, args.seed, args.estimator)
         self.settings = {"nsamples": n, "seed": args.seed, "device": process.device.type}
         self.settings |= {"dtype": "float32", "save_distances": args.save_distances}
         self.settings |= self.estimation.settings | settings
@@ -275,6 +317,7 @@ class Share:
         for name, features, distances in capture:
             try:
                 measured = self.estimation.measure(name, features, distances)
+                measured = replace(measured, **capture.beside(name, distances))
             except TooFewPoints as error:
                 if not foreign:
                     raise
@@ -312,7 +355,7 @@ def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:
     layers = {}
     for name, layer in before.layers.items():
         measured = estimation.measure(name, layer.features, load_distances(folder, name))
-        layers[name] = replace(measured, kind=layer.kind)
+        layers[name] = replace(measured, **{key: getattr(layer, key) for key in OF_OUTPUTS})
     settings = before.settings | estimation.settings | {"block_seed": estimation.seed}
     remarks = make_remarks(settings["nsamples"], layers, settings.get("bad_images", 0))
     return replace(before, settings=settings, layers=layers, remarks=remarks)

@@ -201,6 +201,26 @@ class HubInputs:
         """Number of samples."""
         return len(self.texts if self.images is None else self.images)
 
+    def up_to(self, tokens: int | None) -> list[int]:
+        """Indices of the samples whose texts have at most as many tokens; None: all."""
+        chosen = [i for i, length in enumerate(self.lengths) if length <= (tokens or length)]
+        if tokens and not chosen:
+            raise UserError(f"--max_tokens {tokens}: the shortest text has {min(self.lengths)}")
+        return chosen or list(range(self.samples()))
+
+    def padding(self) -> list[str]:
+        """A sentence on the padding, if there is any."""
+        longest, total = max(self.lengths, default=0), sum(self.lengths)
+        pads = longest * len(self.lengths) - total
+        if not pads:
+            return []
+        share = pads / (self.padded * len(self.lengths))
+        return [
+            f"texts have {total / len(self.lengths):.0f} tokens on average and {longest} at most, "
+            f"to which all are padded: padding takes {share:.0%} of the work on texts "
+            "(--max_tokens N leaves longer ones out)"
+        ]
+
     def take(self, chosen: list[int]) -> None:
         """Keeps these samples, in this order, and runs the model on one with the longest text."""
         if self.images is not None:

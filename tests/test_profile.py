@@ -114,7 +114,7 @@ def test_remarks():
     many = {"a": layer_with(41), "b": layer_with(0), "c": layer_with(60)}
     (remark,) = make_remarks(400, many)
     assert remark.startswith("in 2 of 3 layers many samples")
-    assert "most in c: 60 of 400" in remark
+    assert "most in c: 15%" in remark
 
 
 def test_profiles_of_the_present_version_load(profile, tmp_path):

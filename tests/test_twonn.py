@@ -284,10 +284,7 @@ def test_ties_are_dropped():
     assert found.duplicates == 0
 
 
-@pytest.mark.parametrize("neighbours", [3, 128])
-def test_blocks_equal_full_sorts(monkeypatch, neighbours):
-    """With few neighbours on the list, most points have to look at their whole block."""
-    monkeypatch.setattr(twonn, "NEIGHBOURS", neighbours)
+def test_blocks_equal_full_sorts():
     distances = pairwise_distances(torch.randn(300, 8))
     permutations = twonn.draw_permutations(300)
     found = block_analysis(distances, permutations=permutations)
