@@ -224,6 +224,8 @@ def estimate_id(distances: Tensor, fraction: float = 1.0, estimator: str = "twon
             The paper's profiles have 1, Ansuini et al. use 0.9.
         estimator: a key of `ESTIMATORS`.
     """
+    if len(distances) < FEWEST_POINTS:
+        return math.nan
     every = torch.arange(len(distances), device=distances.device)[None]
     return ESTIMATORS[estimator](_nearest_in_blocks(distances, every), fraction).item()
 
@@ -330,11 +332,11 @@ def gride(nearest: Tensor, fraction: float = 1.0) -> Tensor:
     sum(1 / d + (k - 1) x / (1 - mu^-d) - (2k - 1) x), x = log mu. It is convex and falls in d. From
     1 / (k mean(x)), where it is not negative, Newton's steps come to its root without overshooting.
 
-    Arguments and result as of `two_nn`, without a fraction; points have r_2k > r_k > 0.
+    Arguments and result as of `two_nn`, without a fraction; points have r_1 > 0 and r_2k > r_k.
     """
     k = min(GRIDE_NEIGHBOURS, nearest.shape[-1] // 2)
     near, far = nearest[..., k - 1], nearest[..., 2 * k - 1]
-    usable = (near > 0) & (far > near)
+    usable = (nearest[..., 0] > 0) & (far > near)
     x = torch.where(usable, far / near, math.e).log()  # (..., m)
     count = usable.sum(-1)
     d = count / (k * (x * usable).sum(-1))
