@@ -72,9 +72,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hf", type=path, metavar="NAME_OR_FOLDER", help="a model of Hugging Face's")
     add("--images", type=path, metavar="FOLDER", help="with --hf: pictures, in the order of names")
     add("--texts", type=path, metavar="FILE", help="with --hf: a line of text for each picture")
+    add("--decoder_texts", type=path, metavar="FILE", help="with --hf: a decoder's text for each")
     add("--max_tokens", type=COUNT, metavar="N", help="with --hf: no samples with longer texts")
     args = parser.parse_args(argv)
-    for flag in ("images", "texts", "max_tokens") if args.hf is None else OURS_ONLY:
+    for flag in (
+        ("images", "texts", "decoder_texts", "max_tokens") if args.hf is None else OURS_ONLY
+    ):
         if getattr(args, flag):
             how = "goes with --hf" if args.hf is None else "does not go with --hf"
             parser.error(f"argument --{flag} {how}")

@@ -392,6 +392,10 @@ def trace_forward(
             "first dimension, or batches of one sample"
         ) from error
     masks, remarks = _masks(outputs, few, run)
+    if fused := [name for name, module in model.named_modules() if _is_fused(module)]:
+        remarks.append(
+            f"not looked at: {', '.join(fused)}: one tensor holds several layers' weights"
+        )
     calls: dict[str, list[LayerShape]] = {}
     for (name, number), output in outputs.items():
         calls[name] = calls.pop(name, [])  # in the order of the last calls
@@ -403,6 +407,14 @@ def trace_forward(
     require_layers(shapes, left_out_remarks(left_out))
     stage = Stage("the model", partial(run_batch, model), ("batch",), "")
     return StageShape(stage, shapes, (0,), max(1, flops // samples)), left_out, remarks
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module has matrices of several layers, such as experts, in a tensor of its own."""
+    usual = isinstance(module, nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList)
+    return not usual and any(
+        x.dim() == 3 and min(x.shape) > 1 for x in module.parameters(recurse=False)
+    )
 
 
 def _rows_of_no_samples(outputs: dict[Call, _Output], batch, run: Run) -> dict[str, str]:

@@ -158,11 +158,11 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
         if not Path(args.images).is_dir():
             raise UserError(f"--images: there is no folder {args.images}")
         pictures = find_pictures([Path(args.images)])
-    lines = None if args.texts is None else read_texts(args.texts)
+    lines, decoder_lines = (read_texts(x) if x else None for x in (args.texts, args.decoder_texts))
     with main_process_first():
         hub = open_hub_model(args.hf)
     batch_size = args.batch_size or HUB_BATCH_SIZE
-    inputs = HubInputs(hub, pictures, lines, batch_size)
+    inputs = HubInputs(hub, pictures, lines, batch_size, decoder_lines)
     order, length, remarks = inputs.up_to(args.max_tokens), None, []
     if cut := inputs.samples() - len(order):
         remarks.append(f"{cut} samples have longer texts than --max_tokens {args.max_tokens}")
@@ -188,7 +188,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
         "checkpoint_sha256": model_hash(model),
         "contents": {
             "names of the pictures": content_hash([path.name for path in inputs.images or []]),
-            "texts": content_hash(inputs.texts),
+            "texts": content_hash([inputs.texts, inputs.decoder_texts]),
         },
     }
     batches = any_model.Batches(model, inputs, n, args.seed)
@@ -196,7 +196,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     modules = {name: module for name, module in modules.items() if name not in hub.untrained}
     share = Share(args, process, settings, n)
     with any_model.prepared(model, process.device):
-        shape, left_out, sentences = any_model.trace_forward(model, modules, batches)
+        shape, left_out, sentences = any_model.trace_forward(inputs.runs, modules, batches)
         measured, dropped = share.measure([shape], modules, batches)
     left_out |= dropped | dict.fromkeys(hub.untrained, "the checkpoint lacks its weights")
     remarks += sentences + any_model.left_out_remarks(left_out)

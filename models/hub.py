@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 import compat  # noqa: F401
 
 import torch
+import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
@@ -57,19 +58,24 @@ def open_hub_model(name: str) -> HubModel:
     """Opens a local folder, or a model of the hub, downloaded if it is not in the cache."""
     if not Path(name).is_dir():
         _require_reachable(name)
-    with _loading(name), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the same weights where the checkpoint has none
-        model, report = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-    missing = sorted(report["missing_keys"])
+    with _loading(name):
+        named = AutoConfig.from_pretrained(name).architectures or ()
+    classes = [AutoModel, *(getattr(transformers, kind, AutoModel) for kind in named)]
+    for kind in classes:  # the base model, or where its weights are not there, the config's class
+        with _loading(name), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same weights where there are none
+            loaded = {"dtype": torch.float32, "output_loading_info": True}
+            model, report = kind.from_pretrained(name, **loaded)
+        missing = sorted(report["missing_keys"])
+        needed = [key for key in missing if "pooler" not in key]
+        if not needed:
+            break
     untrained = sorted({key.rpartition(".")[0] for key in missing})
     hub = HubModel(name, model.eval(), None, untrained)
     if not hub.takes("pixel_values") and not hub.takes("input_ids"):
         raise UserError(f"--hf {name} takes neither images nor texts, but {model.main_input_name}")
     with _loading(name):
         processor = AutoProcessor.from_pretrained(name)
-    needed = [key for key in missing if "pooler" not in key]
     if needed:
         raise UserError(
             f"--hf {name}: {len(needed)} weights are missing, for instance {needed[0]}; the folder "
@@ -135,12 +141,20 @@ class HubInputs:
 
     All texts are padded at their end and to one length, so that equal places of two texts are
     compared and nothing depends on the batch.
+
+    Attributes:
+        runs: what runs on a batch: the model, or the encoder of one whose decoder has no texts.
     """
 
     def __init__(
-        self, hub: HubModel, images: list[Path] | None, texts: list[str] | None, batch_size: int
+        self,
+        hub: HubModel,
+        images: list[Path] | None,
+        texts: list[str] | None,
+        batch_size: int,
+        decoder_texts: list[str] | None = None,
     ):
-        self.hub, self.processor = hub, hub.processor
+        self.hub, self.processor, self.runs = hub, hub.processor, hub.model
         both = hub.processor, getattr(hub.processor, "image_processor", None)
         has_images = any(isinstance(part, BaseImageProcessor) for part in both)
         self.tokenizer = getattr(hub.processor, "tokenizer", hub.processor)
@@ -161,7 +175,14 @@ class HubInputs:
                 f"--texts has {len(texts)} lines, --images {len(images)} pictures: give a text for "
                 "each picture, in the order of the pictures' names"
             )
+        decodes = getattr(hub.model.config, "is_encoder_decoder", False)
+        if decoder_texts is not None and not (decodes and len(decoder_texts) == len(texts or [])):
+            raise UserError("--decoder_texts are for a decoder, a line for each line of --texts")
+        if decodes and decoder_texts is None:
+            self.runs = hub.model.get_encoder()
         self.images, self.texts, self.batch_size = images, texts, batch_size
+        self.decoder_texts = decoder_texts
+        self.decoder: dict[str, torch.Tensor] = {}  # its inputs (n, L), by name
         self.lengths: list[int] = []  # of the texts, in tokens
         self.padded = None  # length to which the processor pads them
         if texts is not None:
@@ -228,11 +249,17 @@ class HubInputs:
         if self.texts is not None:
             self.texts = [self.texts[i] for i in chosen]
             self.lengths = [self.lengths[i] for i in chosen]
+        if self.decoder_texts is not None:
+            texts = [self.decoder_texts[i] for i in chosen]
+            tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+            start = self.hub.model.config.decoder_start_token_id  # before each, as in training
+            for name, first in (("input_ids", start), ("attention_mask", 1)):
+                self.decoder[f"decoder_{name}"] = F.pad(tokens[name], (1, 0), value=first)
         longest, made = max(self.lengths, default=0), {}
         try:
             made = self.batch([self.lengths.index(longest) if self.lengths else 0])
             with torch.no_grad():
-                self.hub.model(**made)
+                self.runs(**made)
         except BadImageError:
             raise
         except Exception as error:  # of whatever kind a model or processor finds
@@ -265,7 +292,8 @@ class HubInputs:
                 inputs |= {"padding": "max_length", "max_length": most}
             if not self.prompts:
                 inputs["truncation"] = True
-        return dict(self.processor(**inputs, return_tensors="pt"))
+        made = dict(self.processor(**inputs, return_tensors="pt"))
+        return made | {name: values[rows] for name, values in self.decoder.items()}
 
 
 def layer_kinds(model: nn.Module, names: list[str]) -> dict[str, str]:
