@@ -43,14 +43,14 @@ def measure(
 ) -> IDProfile:
     """Measures the intrinsic dimension of what a model's layers represent.
 
-    Two samples, alone and in another batch, show what the layers do; then the model runs over all
-    samples as often as the memory budget asks, and prints this plan. It runs in eval mode and
-    without gradients; its modes are restored.
+    Two samples, alone and in another batch, show what the layers do. Then the model runs over all
+    samples as often as the memory budget asks, by a plan that is printed, in eval mode and without
+    gradients; its modes are restored.
 
     A layer is measured if its output has one row a sample, or k neighbouring rows for each, which
     do not depend on the other samples, and the same number of values in all batches. A remark names
-    every other layer, with the reason. A sample's representation is its output, flattened; of
-    several outputs the first tensor. All calls of a layer are one representation.
+    every other layer, with the reason. A sample's representation is the first tensor of the output,
+    flattened; all calls of a layer are one representation.
 
     Args:
         model: any model, on its device.
@@ -105,9 +105,8 @@ def measure(
 
 def left_out_remarks(left_out: dict[str, str]) -> list[str]:
     """Sentences on the layers that are not measured, one for each reason."""
-    names: dict[str, list[str]] = {}
-    for name, why in left_out.items():
-        names.setdefault(why, []).append(name)
+    reasons = dict.fromkeys(left_out.values())
+    names = {why: [name for name, other in left_out.items() if other == why] for why in reasons}
     return [f"left out: {', '.join(those)}: {why}" for why, those in names.items()]
 
 
@@ -192,12 +191,13 @@ class Batches:
         first = next(iter(batches), None)
         if first is None:
             raise UserError("batches: there are none to measure with")
+        first = arguments(first)
         self.batch_size = count_samples(first)
         places = [x.device for x in chain(model.parameters(), model.buffers()) if not x.is_meta]
         self.device = [*places, *(x.device for x in _tensors(first))][0]
         self.first = _to(first, self.device)
         if isinstance(batches, list | tuple):
-            n = min(n, sum(count_samples(batch) for batch in batches))
+            n = min(n, sum(count_samples(arguments(batch)) for batch in batches))
         elif hasattr(batches, "__len__"):
             n = min(n, len(batches) * self.batch_size)
         if n < FEWEST_POINTS:
@@ -206,7 +206,7 @@ class Batches:
 
     def loader(self, name: str, device: torch.device) -> Iterator:
         """One pass; the model's random numbers depend on the batch's number alone."""
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(map(arguments, self.batches)):
             samples, mark = count_samples(batch), _mark(batch)
             if samples > self.batch_size:
                 raise UserError(
@@ -240,21 +240,28 @@ class Batches:
         return None if found is None else torch.tensor(found[: self.n])
 
 
-def text_masks(batch) -> dict[str, Tensor]:
+def arguments(batch) -> dict:
+    """A batch's values by the names of the model's arguments, or by their places from 0."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return dict(enumerate(batch if isinstance(batch, tuple | list) else [batch]))
+
+
+def text_masks(batch: dict) -> dict[str, Tensor]:
     """The masks (B, L) of a batch's texts, by name."""
-    named = batch if isinstance(batch, Mapping) else {}
-    found = {name: named[name] for name in MASKS if isinstance(named.get(name), Tensor)}
+    found = {name: batch[name] for name in MASKS if isinstance(batch.get(name), Tensor)}
     return {name: mask for name, mask in found.items() if mask.dim() == 2}
 
 
-def count_samples(batch) -> int:
+def count_samples(batch: dict) -> int:
     """B, the length of a batch's first tensor."""
     tensors = [value for value in _tensors(batch) if value.dim()]
     lengths = list(dict.fromkeys(map(len, tensors)))
     if not lengths or not lengths[0]:
+        kinds = ", ".join(type(value).__name__ for value in batch.values())
         raise UserError(
-            f"batches: {type(batch).__name__} is no batch; give tensors, or tuples or mappings "
-            "that hold some, with samples in the first dimension"
+            f"batches: {kinds} is no batch; give tensors, or tuples or mappings that hold some, "
+            "with samples in the first dimension"
         )
     if any(value.layout != torch.strided for value in tensors):
         raise UserError("batches: a tensor is sparse; give dense ones (to_dense())")
@@ -267,34 +274,21 @@ def count_samples(batch) -> int:
     return lengths[0]
 
 
-def run_batch(model: nn.Module, batch) -> None:
-    """Runs a model on a batch: a tensor, a tuple or list of arguments, or a mapping of them."""
-    if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*_values(batch))
+def run_batch(model: nn.Module, batch: dict) -> None:
+    """Runs a model on a batch."""
+    places = [value for key, value in batch.items() if isinstance(key, int)]
+    model(*places, **{key: value for key, value in batch.items() if not isinstance(key, int)})
 
 
-def _values(batch) -> list:
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    return list(batch) if isinstance(batch, tuple | list) else [batch]
+def _tensors(batch: dict) -> list[Tensor]:
+    return [value for value in batch.values() if isinstance(value, Tensor)]
 
 
-def _tensors(batch) -> list[Tensor]:
-    return [value for value in _values(batch) if isinstance(value, Tensor)]
+def _to(batch: dict, device: torch.device) -> dict:
+    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
 
 
-def _changed(batch, change: Callable):
-    values = list(map(change, _values(batch)))
-    return dict(zip(batch, values, strict=True)) if isinstance(batch, Mapping) else values
-
-
-def _to(batch, device: torch.device):
-    return _changed(batch, lambda x: x.to(device) if isinstance(x, Tensor) else x)
-
-
-def _take(batch, samples: list[int]):
+def _take(batch: dict, samples: list[int]) -> dict:
     """Some samples of a batch, in this order, from tensors and lists with a row for each."""
     count = count_samples(batch)
 
@@ -304,15 +298,16 @@ def _take(batch, samples: list[int]):
         listed = isinstance(value, list | tuple) and len(value) == count
         return [value[i] for i in samples] if listed else value
 
-    return _changed(batch, rows)
+    return {key: rows(value) for key, value in batch.items()}
 
 
-def _mark(batch) -> int:
+def _mark(batch: dict) -> int:
     """A checksum of the batch's tensors."""
     mark = 0
     for value in _tensors(batch):
-        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        mark = zlib.crc32(data, mark)
+        mark = zlib.crc32(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), mark
+        )
     return mark
 
 
@@ -321,9 +316,8 @@ class _Output(NamedTuple):
 
     Attributes:
         flops: floating-point operations of all samples from the start of the forward.
-        size: tokens and width of a sample's representation; None where there is none.
+        size: tokens and width of a sample's representation; None where `problem` says why.
         prints: (B, at most PRINT_SIZE) elements of the representations.
-        problem: why there are no representations; "" where there are.
     """
 
     flops: int
@@ -361,14 +355,13 @@ def trace_forward(
         samples = count_samples(batch)
 
         def note(name: str, module, args, output) -> None:
-            flops = counter.get_total_flops()
+            flops, key = counter.get_total_flops(), (name, calls[name])
             try:
                 values = by_sample(output, samples)
                 prints = values.flatten(1)[:, :: -(-values[0].numel() // PRINT_SIZE)].clone()
-                noted = _Output(flops, tuple(values.shape[1:]), prints)
+                found[key] = _Output(flops, tuple(values.shape[1:]), prints)
             except NotBySample as error:
-                noted = _Output(flops, None, None, str(error))
-            found[name, calls[name]] = noted
+                found[key] = _Output(flops, None, None, str(error))
             calls[name] += 1
 
         reseed(inputs.device, inputs.seed, draws)
@@ -461,12 +454,12 @@ def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, st
     return found, remarks
 
 
-def _shorter(batch: Mapping, mask: str, labels: bool) -> dict:
+def _shorter(batch: dict, mask: str, labels: bool) -> dict:
     """The batch without the last column of a mask and of what belongs to its tokens.
 
     These are the arguments of whole numbers, such as ids or boxes, that begin with the mask's (B,
-    L), because floating-point ones may belong to as many regions of an image; and embedded tokens.
-    The arguments of a decoder belong to the decoder's mask, labels where `labels` says so.
+    L), because floating-point ones may belong to regions of an image; and embedded tokens. A
+    decoder's arguments belong to its mask, labels where `labels` says so.
     """
 
     def of_tokens(name: str, value) -> bool:
