@@ -276,8 +276,7 @@ def run_cells(study: Study, cells: list[Cell], args: argparse.Namespace) -> None
 
 def machine(result: dict) -> str:
     """What computed a result; one without "threads" is from one thread, or from a GPU."""
-    threads = result.get("threads", 1)
-    several = f", {threads} threads" * (threads > 1)
+    several = f", {result['threads']} threads" if result.get("threads", 1) > 1 else ""
     return f"{result['processor']}, torch {result['torch']}{several}"
 
 
@@ -286,10 +285,7 @@ def groups(study: Study) -> dict[str, Group]:
     cells = [cell for cell in study.results if cell.method != DENSE]
     found = sorted({(c.task, c.method != "PLATON", c.method, -c.remaining) for c in cells})
     groups = [(task, method, (-left,)) for task, _, method, left in found]
-    return {
-        f"{task}, {method}, {pruned(left)} pruned": (task, method, left)
-        for task, method, left in groups
-    }
+    return {f"{group[0]}, {group[1]}, {pruned(group[2])} pruned": group for group in groups}
 
 
 def pruned(fractions: tuple[float, ...]) -> str:
@@ -379,46 +375,46 @@ def score_rows(study: Study, group: Group) -> list[dict]:
 
 def report(study: Study, path: Path) -> Path:
     """Writes the page and its figures beside the study's file; text above the mark stays."""
-    page, figures = path.with_suffix(".md"), {}
+    page, found, results = path.with_suffix(".md"), groups(study), study.results
     text = page.read_text() if page.exists() else "# What weighting by ID does\n\n"
-    for plot, sentence in FIGURES.items() if groups(study) else ():
-        picture = page.with_name(f"{path.stem}_{plot.__name__.removeprefix('plot_')}.png")
-        with settings({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
-            plot(study).savefig(picture, format="png", dpi=150)
-        figures[picture.name] = sentence
-    with atomic_write(page) as file:
-        file.write(text.partition(MARK)[0] + page_text(study, figures))
-    return page
-
-
-def page_text(study: Study, figures: dict[str, str]) -> str:
-    """The page from the mark on; `figures` are sentences by file."""
-    results, found = study.results, groups(study)
     hours = sum(result["seconds"] for result in results.values()) / 3600
     where = Counter(map(machine, results.values())).items()
     on = "; ".join(f"{name} ({n} cells)" for name, n in where) or "no machine"
     done = f"{len(results)} of {len(study.cells)} planned cells are done"
-    verdicts, scores, differences = [], [], []
+    verdicts, figures, scores, differences = [], [], [], []
     for task, method in dict.fromkeys(group[:2] for group in found.values()):
         known = {cell.remaining for cell in study.cells if cell[:2] == (task, method)}
         fractions = tuple(fraction for fraction in study.pooled if fraction in known)
         head = {"task": task, "method": method, "sparsity": pruned(fractions)}
         verdicts += [head | row for row in comparisons(study, (task, method, fractions))]
+    for plot in (plot_scores, plot_differences, plot_sparsity) if found else ():
+        sentence = " ".join(plot.__doc__.split())
+        picture = page.with_name(f"{path.stem}_{plot.__name__.removeprefix('plot_')}.png")
+        with settings({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
+            plot(study).savefig(picture, format="png", dpi=150)
+        figures.append(f"![{sentence}]({picture.name})\n\n{sentence}")
     for title, group in found.items():
-        start = study.results.get(Cell(group[0], DENSE, 1.0, NONE, 0))
+        start = results.get(Cell(group[0], DENSE, 1.0, NONE, 0))
         dense = [f"{score} {start[score]:.4f}" for score in SCORES[group[0]] if start]
         scores.append(title + f" (the dense start: {', '.join(dense)})" * bool(start))
         scores.append(markdown(score_rows(study, group)))
         differences += [title, markdown(comparisons(study, group))]
     parts = [MARK, f"{done}, in {hours:.1f} hours of one process, on {on}."]
-    parts += ["## Verdicts", *study.notes.values(), markdown(verdicts), "## Figures"]
-    parts += [f"![{sentence}]({file})\n\n{sentence}" for file, sentence in figures.items()]
+    parts += ["## Verdicts", *study.notes.values(), markdown(verdicts), "## Figures", *figures]
     parts += ["## Scores", *scores, "## Paired differences", *differences]
-    return "\n\n".join(part for part in parts if part.strip("| \n")) + "\n"  # but empty tables
+    with atomic_write(page) as file:  # without empty tables
+        file.write(
+            text.partition(MARK)[0] + "\n\n".join(x for x in parts if x.strip("| \n")) + "\n"
+        )
+    return page
 
 
 def plot_scores(study: Study):
-    """Each score against sparsity, a line a weighting."""
+    """Scores against sparsity: means over the seeds that all weightings have.
+
+    Bands and bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which
+    pairs share: differences are in the next figure.
+    """
     methods = list(dict.fromkeys(group[:2] for group in groups(study).values()))
     figure = new_figure(figsize=(4.5 * len(methods), 6.5), layout="constrained")
     axes = figure.subplots(2, len(methods), squeeze=False)
@@ -444,7 +440,10 @@ def plot_scores(study: Study):
 
 
 def plot_differences(study: Study):
-    """Paired differences of the loss to each baseline."""
+    """Paired differences of the validation loss; left of zero the weighting is better.
+
+    A dot a seed, the mean, and its 95 % bootstrap interval.
+    """
     found = groups(study)
     figure = new_figure(figsize=(9, 2.2 * len(found)), layout="constrained")
     axes = figure.subplots(len(found), 2, sharey="row", squeeze=False)
@@ -467,7 +466,7 @@ def plot_differences(study: Study):
 
 
 def plot_sparsity(study: Study):
-    """Shares of vision and language layers that are pruned."""
+    """Share pruned in vision and language layers: means over seeds."""
     found = groups(study)
     rows, columns = -(-len(found) // 4), min(len(found), 4)
     figure = new_figure(figsize=(3.2 * columns, 3.4 * rows + 0.4), layout="constrained")
@@ -481,23 +480,6 @@ def plot_sparsity(study: Study):
         panel.set_xticks(range(len(shares)), shares, rotation=60, ha="right")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
-
-
-FIGURES = {
-    plot_scores: (
-        "Scores against sparsity: means over the seeds that all weightings have; the bands and "
-        "bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which "
-        "pairs share: differences are in the next figure."
-    ),
-    plot_differences: (
-        "Paired differences of the validation loss (left of zero: better than the baseline): a "
-        "dot a seed, the mean, and its 95 % bootstrap interval."
-    ),
-    plot_sparsity: (
-        "Where sparsity went: means over seeds of the share pruned in vision layers (circles) and "
-        "language layers (squares); the dashed line is the share pruned overall."
-    ),
-}
 
 
 def main(args: argparse.Namespace) -> None:
