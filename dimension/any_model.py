@@ -133,12 +133,12 @@ def choose_layers(
     if not chosen:
         raise UserError("model: it has no linear layer; name some of its modules (layers)")
 
-    def stand_in(name: str) -> nn.Module:
-        parent = modules.get(name.rpartition(".")[0])
-        attention = isinstance(parent, nn.MultiheadAttention) and name.endswith("out_proj")
-        return parent if attention else modules[name]
-
-    return {name: stand_in(name) for name in chosen}
+    stand_ins = {  # never called themselves
+        f"{name}.out_proj": module
+        for name, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    return {name: stand_ins.get(name, modules[name]) for name in chosen}
 
 
 @contextmanager
@@ -186,7 +186,7 @@ class Batches:
         if isinstance(batches, Iterator):
             raise UserError("batches: a generator is read only once; give a list or a DataLoader")
         self.batches, self.seed, self.tensors = batches, seed, {}
-        self.marks: list[int] = []  # checksums of the first pass's batches
+        self.marks: list[list[int]] = []  # checksums of the first pass's batches
         self.texts: dict[str, list[int]] = {}  # tokens of each text, by the name of its mask
         first = next(iter(batches), None)
         if first is None:
@@ -301,14 +301,10 @@ def _take(batch: dict, samples: list[int]) -> dict:
     return {key: rows(value) for key, value in batch.items()}
 
 
-def _mark(batch: dict) -> int:
-    """A checksum of the batch's tensors."""
-    mark = 0
-    for value in _tensors(batch):
-        mark = zlib.crc32(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), mark
-        )
-    return mark
+def _mark(batch: dict) -> list[int]:
+    """Checksums of the batch's tensors."""
+    found = (value.detach().cpu().contiguous().view(-1) for value in _tensors(batch))
+    return [zlib.crc32(value.view(torch.uint8).numpy()) for value in found]
 
 
 class _Output(NamedTuple):
@@ -386,9 +382,7 @@ def trace_forward(
         ) from error
     masks, remarks = _masks(outputs, few, run)
     if fused := [name for name, module in model.named_modules() if _is_fused(module)]:
-        remarks.append(
-            f"not looked at: {', '.join(fused)}: one tensor holds several layers' weights"
-        )
+        remarks.append(f"not looked at: {', '.join(fused)}: a tensor holds several layers' weights")
     calls: dict[str, list[LayerShape]] = {}
     for (name, number), output in outputs.items():
         calls[name] = calls.pop(name, [])  # in the order of the last calls
@@ -404,10 +398,9 @@ def trace_forward(
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether a module has matrices of several layers, such as experts, in a tensor of its own."""
-    usual = isinstance(module, nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList)
-    return not usual and any(
-        x.dim() == 3 and min(x.shape) > 1 for x in module.parameters(recurse=False)
-    )
+    usual = nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
+    own = [] if isinstance(module, usual) else module.parameters(recurse=False)
+    return any(x.dim() == 3 and min(x.shape) > 1 for x in own)
 
 
 def _rows_of_no_samples(outputs: dict[Call, _Output], batch, run: Run) -> dict[str, str]:
@@ -420,11 +413,11 @@ def _rows_of_no_samples(outputs: dict[Call, _Output], batch, run: Run) -> dict[s
     doubtful = {k: x for k, x in outputs.items() if x.size and not x.same_sample(others.get(k), 0)}
     if doubtful:
         redrawn, beside = run(_take(batch, [0, 1]), draws=-1), run(_take(batch, [1, 1]))
-        doubtful = {
-            key: output
-            for key, output in doubtful.items()
-            if output.same_sample(redrawn.get(key), 1) or not output.same_sample(beside.get(key), 1)
-        }
+    doubtful = [
+        key
+        for key, output in doubtful.items()
+        if output.same_sample(redrawn.get(key), 1) or not output.same_sample(beside.get(key), 1)
+    ]
     why = "its rows are not the samples: in another batch, a sample's row differs"
     return {name: f"{why}; give batches of one sample" for name, _ in doubtful}
 
@@ -448,7 +441,7 @@ def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, st
                 "every layer as long as the texts"
             )
         for key in [key for key, x in outputs.items() if x.size and x.size[0] == length]:
-            then = None if shorter is None or key not in shorter else shorter[key].size
+            then = shorter[key].size if shorter and key in shorter else None
             if shorter is None or (then and then[0] == length - 1):
                 found[key] = name
     return found, remarks

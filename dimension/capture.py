@@ -138,10 +138,7 @@ def by_sample(output, samples: int) -> Tensor:
     """A module's output as (B, L, width), all dimensions after the second in one.
 
     The first tensor of the output counts. If its first dimension has k rows for each of the
-    `samples`, such as windows or tokens, they become the second.
-
-    Raises:
-        NotBySample: the output has no such form; the message says why.
+    `samples`, such as windows or tokens, they become the second. NotBySample says what is wrong.
     """
     tensor = _first_tensor(output)
     if tensor is None or tensor.is_meta:
@@ -170,14 +167,10 @@ def _first_tensor(output) -> Tensor | None:
 
 @dataclass
 class Samples:
-    """The inputs of a captioner, an NLVR2 model or CLIP.
+    """The inputs of a captioner, an NLVR2 model or CLIP: n texts and the images of each.
 
-    Attributes:
-        tensors: input name to values (n, ...) in memory.
-        images: input name to a sequence of n images (3, S, S), which are read when needed.
-        text: (n, L) bool, the text positions that belong to a representation; others are zero.
-        batch_size: samples in a forward pass.
-        num_workers: processes that read images.
+    `tensors` (n, ...) are in memory; images (3, S, S) are read when needed, in `num_workers`
+    processes. `text` (n, L) bool are the positions that belong to a representation.
     """
 
     tensors: dict[str, Tensor]
@@ -214,10 +207,8 @@ def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: boo
 
     `keep_padding` counts a batch's padding up to its longest text, too, as the original code does.
     """
-    if not keep_padding:
-        return attention_mask.bool()
-    longest = [batch.any(0).expand_as(batch) for batch in attention_mask.bool().split(batch_size)]
-    return torch.cat(longest)
+    batches = attention_mask.bool().split(batch_size)
+    return torch.cat([x.any(0).expand_as(x) if keep_padding else x for x in batches])
 
 
 @torch.no_grad()
@@ -257,39 +248,25 @@ def trace_stages(
 
 
 class LastOutputKept(BaseException):
-    """Leaves a forward early: this pass keeps no output after the present one.
-
-    It is no `Exception`, so that no model takes it for a failure of its own.
-    """
+    """Leaves a forward early; no `Exception`, lest a model take it for a failure of its own."""
 
 
 class Capture:
     """Carries out a plan: iterating yields each layer once, with its distances.
 
     States, activations and matrices live on `device`, the model's. The model is in eval mode.
-
-    Attributes:
-        left_out: layer name to reason, for layers that in some batch are not called as often, or
-            give no rows of the same size, as in the batch that was traced.
-        n: number of samples, known after the first pass.
+    `left_out` has the reason by layer name, for layers that in some batch are not called as often,
+    or give no rows of the same size, as in the batch that was traced. `n`, the number of samples,
+    is known after the first pass.
     """
 
-    def __init__(
-        self,
-        plan: CapturePlan,
-        layers: dict[str, nn.Module],
-        inputs,
-        device: torch.device,
-        progress: bool = True,
-    ):
+    def __init__(self, plan: CapturePlan, layers: dict, inputs, device, progress: bool = True):
         self.plan, self.layers, self.inputs, self.device = plan, layers, inputs, device
         self.left_out: dict[str, str] = {}
         self.masks = {segment.layer.name: segment.layer.mask for segment in plan.segments}
         self.n = 0
-        self.states = {  # in batches
-            name: list(values.to(device).split(inputs.batch_size))
-            for name, values in inputs.tensors.items()
-        }
+        split = {k: x.to(device).split(inputs.batch_size) for k, x in inputs.tensors.items()}
+        self.states = {name: list(batches) for name, batches in split.items()}
         total = plan.n * sum(sum(stage.pass_flops()) for stage in plan.stages)
         total += plan.n * (plan.n + 1) * sum(segment.elements for segment in plan.segments)
         style = {"unit": "FLOP", "unit_scale": True, "smoothing": 0.05}
@@ -314,12 +291,7 @@ class Capture:
                 self.states = {k: v for k, v in self.states.items() if k in alive}
 
     def beside(self, name: str, distances: Tensor) -> dict[str, float]:
-        """What makes the ID of a layer doubtful: fields of its `LayerID`. Once for each layer.
-
-        Args:
-            name: a layer that iterating has yielded.
-            distances: (n, n), its distances.
-        """
+        """What makes a layer's ID doubtful, as fields of `LayerID`; after it was yielded, once."""
         variances, found = self.distances.variances.pop(name), {}
         if variances.sum() > 0:
             found["largest_channel"] = (variances.max() / variances.sum()).item()
@@ -346,8 +318,7 @@ class Capture:
                 self.states[name] if name in self.states else self.inputs.loader(name, self.device)
                 for name in stage.reads
             ]
-            batches = zip(*sources, strict=True)
-            for self.number, batch in enumerate(batches):
+            for self.number, batch in enumerate(zip(*sources, strict=True)):
                 self.samples, self.calls = self.inputs.count(batch), Counter()
                 stop = min(self.rows.stop + self.samples, self.plan.n)
                 self.rows = slice(self.rows.stop, stop)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -36,17 +36,15 @@ class LayerID:
 
     Attributes:
         id: intrinsic dimension.
-        error: standard deviation over 20 blocks, or over as many as had enough points; None if not
-            even two had.
+        error: standard deviation over 20 blocks, or as many as had enough points; None below two.
         block_means: mean dimension at 1, 2, ..., 20 blocks; None where blocks are too small.
         points: samples used.
         duplicates: samples dropped because another has the same representation.
         features: elements in the representation of a sample.
         kind: "vision", "language" or "other" if the layer's name does not show it.
-        estimates: estimator to intrinsic dimension, which is `id` for the profile's own.
-        same_length: share of the samples whose nearest neighbour has a text of the same length, in
-            tokens; None without texts.
-        by_chance: that share if neighbours were random.
+        estimates: intrinsic dimension by estimator; `id` is that of the profile's own.
+        same_length: share of the samples whose nearest neighbour has a text as long, in tokens.
+        by_chance: that share if neighbours were random; both are None without texts.
         largest_channel: share of the variance that the channel with the most has.
     """
 
@@ -109,17 +107,8 @@ def measure_layer(
     """Block analysis of a layer, over the levels whose blocks have `ENOUGH_POINTS` points.
 
     The original averages over all levels; with 400 samples or more the numbers are the same.
-
-    Args:
-        name: layer's name, for messages.
-        features: elements in the representation of a sample.
-        distances: (n, n).
-        fraction: share of the points, as in `estimate_id`.
-        permutations: (20, n).
-        estimator: whose ID is the layer's; those of the others are recorded beside it.
-
-    Raises:
-        TooFewPoints: too few different samples for any estimate.
+    Arguments as of `block_analysis`; `features` are the elements in a sample's representation. The
+    other estimators' IDs are recorded, too. TooFewPoints is raised where there is no estimate.
     """
     found = block_analyses(distances, permutations, ENOUGH_POINTS, fraction, ESTIMATORS)
     analysis = found[estimator]
@@ -222,39 +211,41 @@ def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
             f"-n {most * ENOUGH_POINTS} is enough for all levels, and 2000 are usual"
         )
 
-    def remark(value: Callable[[LayerID], float | None], limit: float, words: str) -> None:
-        """Names the layers whose value is above a limit, and the value where it is largest."""
-        found = {name: value(layer) or 0.0 for name, layer in layers.items()}
+    doubtful = (  # what it is, from where on it is remarked, and the remark
+        (
+            lambda x: x.duplicates / n,
+            MANY_DUPLICATES,
+            "many samples have the same representation as another ({}) and are left out, so these "
+            "IDs are unreliable; see whether images or captions are listed twice",
+        ),
+        (
+            lambda x: (x.same_length - x.by_chance) / (1 - x.by_chance or 1),
+            TOO_MUCH,
+            "neighbours have texts of the same length far more often than by chance ({} of the way "
+            "from chance to always), so these IDs tell how long texts are; measure with texts of "
+            "one length (--one_length)",
+        ),
+        (
+            lambda x: x.largest_channel,
+            TOO_MUCH,
+            "a single channel has most of the variance ({}), so these IDs are of that channel; see "
+            "whether texts of one length (--one_length) change them",
+        ),
+        (
+            lambda x: x.error / x.id,
+            TOO_MUCH,
+            "the error bar is near the ID ({}); take more samples",
+        ),
+    )
+    for value, limit, words in doubtful:
+        found = {}
+        for name, layer in layers.items():
+            with suppress(TypeError, ZeroDivisionError):  # what is None, and an ID of 0
+                found[name] = value(layer) or 0.0
         if many := [name for name, share in found.items() if share > limit]:
             worst = max(many, key=found.__getitem__)
-            most = f"most in {worst}: {found[worst]:.0%}"
-            counts = f"in {len(many)} of {len(layers)} layers"
-            remarks.append(f"{counts} {words.format(most=most)}: {', '.join(many)}")
-
-    remark(
-        lambda x: x.duplicates / n,
-        MANY_DUPLICATES,
-        "many samples have the same representation as another ({most}) and are left out, so "
-        "these IDs are unreliable; see whether images or captions are listed twice",
-    )
-    remark(
-        lambda x: x.same_length and (x.same_length - x.by_chance) / (1 - x.by_chance or 1),
-        TOO_MUCH,
-        "neighbours have texts of the same length far more often than by chance ({most} of "
-        "the way from chance to always), so these IDs tell how long texts are; measure with texts "
-        "of one length (--one_length)",
-    )
-    remark(
-        lambda x: x.largest_channel,
-        TOO_MUCH,
-        "a single channel has most of the variance ({most}), so these IDs are of that channel"
-        "; see whether texts of one length (--one_length) change them, or weight by other IDs here",
-    )
-    remark(
-        lambda x: x.error and x.error / x.id,
-        TOO_MUCH,
-        "the error bar is near the ID ({most} of it); take more samples",
-    )
+            words = words.format(f"most in {worst}: {found[worst]:.0%}")
+            remarks.append(f"in {len(many)} of {len(layers)} layers {words}: {', '.join(many)}")
     return remarks
 
 

@@ -28,8 +28,8 @@ DIRECT_FEATURES = 64  # up to here differences cost no more than a matrix produc
 PRODUCT_FEATURES = 8192  # summed in float32 before float64 takes over; narrower points: float64
 RECOMPUTED_FEATURES = 1024  # of all close pairs of a point at a time
 CHUNK_ELEMENTS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
-CENTRING_POINTS = 16  # their mean is near enough to that of all points, and quicker to take
 STRIP_ON_CPU, STRIP_ON_GPU = 192, 1024  # most columns of a product, which starts at the diagonal
+CENTRING_POINTS = 16  # their mean is near enough to that of all points, and quicker to take
 CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
 
 
@@ -47,19 +47,13 @@ def roots_(squared: Tensor) -> Tensor:
 
 
 def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
-    """Squares of `pairwise_distances`; the squares over several sets of features add up.
+    """Squares of `pairwise_distances`, on the CPU where the device of the points has no float64.
 
-    They are |x|^2 + |y|^2 - 2xy of centred points, with products in float32 over `PRODUCT_FEATURES`
-    features and their sums in float64. Pairs much closer than their norms are subtracted directly.
-    Pairs above the diagonal are copies, because a product may sum the two in different orders.
-
-    Args:
-        points: (n, D), of any floating type.
-        centred: whether the mean of the points is subtracted already. No shift changes a distance,
-            but products lose digits to what all points have in common.
-
-    Returns:
-        (n, n) float64, on the device of the points, or on the CPU if that device has no float64.
+    They add up over several sets of features. They are |x|^2 + |y|^2 - 2xy of centred points, with
+    products in float32 over `PRODUCT_FEATURES` features and sums in float64. Pairs much closer than
+    their norms are subtracted directly. Pairs above the diagonal are copies, because a product may
+    sum the two in different orders. If the points are `centred` already, no mean is subtracted;
+    products lose digits to what all points have in common.
     """
     if not has_float64(points.device):
         points = points.cpu()
@@ -69,9 +63,13 @@ def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
         result = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square_()
         return _mirror_(_require_finite(result))
     result = torch.zeros(n, n, dtype=torch.float64, device=points.device)
+    dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
+    size = PRODUCT_FEATURES * max(1, CHUNK_ELEMENTS // (n * PRODUCT_FEATURES))
     with full_float32():
-        for chunk in _chunks(points, centred):
-            add_products_(result, chunk)
+        for features in points.split(size, dim=1):
+            if not centred:
+                features = features - features[:: max(1, n // CENTRING_POINTS)].mean(0)
+            add_products_(result, features.to(dtype))
     norms = _require_finite(result.diagonal().clone())  # squared
     _recompute_(result, points, _products_to_distances_(result, norms))
     return result
@@ -90,21 +88,6 @@ def _require_finite(values: Tensor) -> Tensor:
     if not values.isfinite().all():
         raise UserError("values are NaN, infinite, or too large for their squares in float32")
     return values
-
-
-def _chunks(points: Tensor, centred: bool) -> Iterator[Tensor]:
-    """Centred chunks of the features; in float64 if there are few."""
-    n, width = points.shape
-    dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
-    size = PRODUCT_FEATURES * max(1, CHUNK_ELEMENTS // (n * PRODUCT_FEATURES))
-    chunks = points.split(size, dim=1)
-    if centred:
-        yield from (features.to(dtype) for features in chunks)
-        return
-    buffer = torch.empty(n, min(size, width), dtype=dtype, device=points.device)
-    for features in chunks:
-        centre = features[:: max(1, n // CENTRING_POINTS)].mean(0)
-        yield torch.sub(features, centre, out=buffer[:, : features.shape[1]])
 
 
 @contextmanager
@@ -130,10 +113,9 @@ def add_products_(gram: Tensor, chunk: Tensor) -> None:
 
 
 def strips(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of strips that cover the lower half of a symmetric matrix (n, n).
+    """Strips, neighbouring columns from the diagonal down: a symmetric matrix's lower half.
 
-    A strip is a few neighbouring columns, in the rows from the diagonal down. At least two strips
-    keep half a matrix from being computed as a whole one.
+    At least two keep half a matrix from being computed as a whole one.
     """
     n = len(matrix)
     width = min(STRIP_ON_CPU if matrix.device.type == "cpu" else STRIP_ON_GPU, -(-n // 2))
@@ -188,12 +170,8 @@ class BlockAnalysis(NamedTuple):
 
     A level is the analysis at one number of blocks. A block without three usable points is left
     out; a level without any block left is NaN. If all points are equal, the dimension is 0.
-
-    Attributes:
-        mean: (20,) float64, mean dimension of the b blocks.
-        std: (20,) float64, population standard deviation over the blocks.
-        points: Points used when there is one block.
-        duplicates: Points dropped there because their nearest neighbour is a duplicate.
+    `mean` and the population standard deviation `std` over the blocks are (20,) float64. In one
+    block, `points` have two neighbours at different distances; `duplicates` repeat another point.
     """
 
     mean: Tensor
@@ -216,13 +194,10 @@ class BlockAnalysis(NamedTuple):
 
 
 def estimate_id(distances: Tensor, fraction: float = 1.0, estimator: str = "twonn") -> float:
-    """The dimension of all points, NaN if fewer than three are usable.
+    """The dimension of all points by a key of `ESTIMATORS`; NaN if fewer than three are usable.
 
-    Args:
-        distances: (n, n).
-        fraction: share of the usable points, in (0, 1], for TwoNN: the smallest ratios are fitted.
-            The paper's profiles have 1, Ansuini et al. use 0.9.
-        estimator: a key of `ESTIMATORS`.
+    TwoNN fits a fraction, in (0, 1], of the usable points of distances (n, n): the smallest ratios.
+    The paper's profiles have 1, Ansuini et al. use 0.9.
     """
     if len(distances) < FEWEST_POINTS:
         return math.nan
@@ -251,9 +226,9 @@ def block_analysis(
         permutations: (20, n); the first b * (n // b) entries of row b - 1 are cut into b blocks.
             Drawn at random if not given.
         generator: CPU generator for that draw.
+        estimator: as in `estimate_id`.
         fewest: points of a block; levels with smaller blocks are left out, but never all points
             together. The default is the original's rule: whatever can be fitted.
-        estimator: as in `estimate_id`.
     """
     if permutations is None:
         permutations = draw_permutations(len(distances), generator)
@@ -261,16 +236,12 @@ def block_analysis(
 
 
 def block_analyses(
-    distances: Tensor,
-    permutations: Tensor,
-    fewest: int,
-    fraction: float,
-    estimators: Iterable[str],
+    distances: Tensor, permutations: Tensor, fewest: int, fraction: float, estimators: Iterable[str]
 ) -> dict[str, BlockAnalysis]:
     """`block_analysis` by several estimators, which share the search for neighbours."""
     n, r = len(distances), distances.new_zeros(0, 2)
-    found = {name: torch.full((2, len(BLOCK_COUNTS)), math.nan) for name in estimators}
-    found = {name: levels.double() for name, levels in found.items()}
+    empty = torch.full((2, len(BLOCK_COUNTS)), math.nan, dtype=torch.float64)
+    found = {name: empty.clone() for name in estimators}
     for level, count in enumerate(BLOCK_COUNTS):
         size = n // count
         if size < (fewest if level else FEWEST_POINTS):
@@ -291,28 +262,23 @@ def block_analyses(
 
 
 def _nearest_in_blocks(distances: Tensor, blocks: Tensor) -> Tensor:
-    """Distances (b, m, at most 20), ascending, to a point's nearest others inside its block.
-
-    Args:
-        distances: (n, n).
-        blocks: (b, m), indices of the points.
-    """
+    """Distances (b, m, at most 20) of points, (b, m) indices, to the nearest in their block."""
     inside = distances[blocks[:, :, None], blocks[:, None, :]]
     inside.diagonal(dim1=1, dim2=2).fill_(math.inf)
     return inside.topk(min(MOST_NEIGHBOURS, blocks.shape[1] - 1), largest=False).values
 
 
 def two_nn(nearest: Tensor, fraction: float = 1.0) -> Tensor:
-    """TwoNN: the slope of -log(1 - F) against log(r2 / r1) through the origin.
+    """TwoNN: the slope of -log(1 - F) against log(r2 / r1) through the origin, but for two ratios.
 
-    Source: Facco et al., Scientific Reports 7:12140, 2017. The last two ratios are dropped.
+    Source: Facco et al., Scientific Reports 7:12140, 2017.
 
     Args:
         nearest: (..., m, k), distances of m points to their k nearest neighbours, ascending.
-        fraction: as in `estimate_id`.
+        fraction: as in `estimate_id`; other estimators take all points.
 
     Returns:
-        (...), NaN with fewer than three points that have r2 > r1 > 0.
+        (...), NaN with fewer than three usable points: those with r2 > r1 > 0.
     """
     r1, r2 = nearest[..., 0], nearest[..., 1]
     usable = (r1 > 0) & (r2 > r1)
@@ -331,8 +297,7 @@ def gride(nearest: Tensor, fraction: float = 1.0) -> Tensor:
     Source: Denti et al., Scientific Reports 12:20005, 2022, whose log-likelihood has the derivative
     sum(1 / d + (k - 1) x / (1 - mu^-d) - (2k - 1) x), x = log mu. It is convex and falls in d. From
     1 / (k mean(x)), where it is not negative, Newton's steps come to its root without overshooting.
-
-    Arguments and result as of `two_nn`, without a fraction; points have r_1 > 0 and r_2k > r_k.
+    Usable points have r_1 > 0 and r_2k > r_k.
     """
     k = min(GRIDE_NEIGHBOURS, nearest.shape[-1] // 2)
     near, far = nearest[..., k - 1], nearest[..., 2 * k - 1]
@@ -352,8 +317,7 @@ def mle(nearest: Tensor, fraction: float = 1.0) -> Tensor:
     """Maximum likelihood: 1 / d is the mean over points and j < k of log(r_k / r_j), k = 20 or all.
 
     Source: Levina & Bickel, NeurIPS 2004; the mean of the inverse as MacKay & Ghahramani, 2005.
-
-    Arguments and result as of `two_nn`, without a fraction; points have r_k > r_1 > 0.
+    Usable points have r_k > r_1 > 0.
     """
     usable = (nearest[..., 0] > 0) & (nearest[..., -1] > nearest[..., 0])
     logs = torch.where(usable[..., None], nearest, 1).log()

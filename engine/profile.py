@@ -64,7 +64,11 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
     folder = Path(args.Path)
-    require_writable(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to --Path {folder}: {error}; choose another") from error
     if args.skip:
         profile = estimate_again(folder, Estimation(args.fraction, args.seed, args.estimator))
     else:
@@ -81,15 +85,6 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
     print(f"wrote to {folder}: profile.json, {', '.join(figures)}")
     if not args.hf:
         print(f"prune with these IDs: --id_profile {folder}")
-
-
-def require_writable(folder: Path) -> None:
-    """Makes the folder of the results and tries to write to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write to --Path {folder}: {error}; choose another") from error
 
 
 def chosen_device(cpu: bool, gpu: int | None) -> str:
@@ -113,10 +108,10 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
     dataset.check()
     model, order, length = task.build_model(config), range(len(dataset)), None
     if args.one_length is not None:
-        texts = [dataset.text(index) for index in order]
-        parts = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
-        lengths = [x for part in parts for x in model.tokenize(part)[1].sum(1).tolist()]
-        order, length = of_one_length(lengths, args.one_length, n)
+        parts = [order[start : start + 1000] for start in order[::1000]]
+        texts = [[dataset.text(index) for index in part] for part in parts]
+        lengths = [x for part in texts for x in model.tokenize(part)[1].sum(1).tolist()]
+        order, length = of_one_length(dict(enumerate(lengths)), args.one_length, n)
     indices, bad = choose_samples(dataset, n, args.seed, order)
     with main_process_first():  # which downloads, where it is an address
         fetch(weights)
@@ -163,14 +158,16 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
         hub = open_hub_model(args.hf)
     batch_size = args.batch_size or HUB_BATCH_SIZE
     inputs = HubInputs(hub, pictures, lines, batch_size, decoder_lines)
-    order, length, remarks = inputs.up_to(args.max_tokens), None, []
-    if cut := inputs.samples() - len(order):
+    lengths, length, remarks = dict(enumerate(inputs.lengths)), None, []
+    if args.max_tokens:
+        lengths = {i: tokens for i, tokens in lengths.items() if tokens <= args.max_tokens}
+        cut = inputs.samples() - len(lengths)
         remarks.append(f"{cut} samples have longer texts than --max_tokens {args.max_tokens}")
+        if len(lengths) < FEWEST_POINTS:
+            raise UserError(f"--max_tokens {args.max_tokens} leaves {len(lengths)} samples")
+    order = list(lengths) if lines else range(inputs.samples())
     if args.one_length is not None:
-        n = args.nsamples or FEWEST_POINTS
-        lengths = [inputs.lengths[index] for index in order]
-        same, length = of_one_length(lengths, args.one_length, n)
-        order = [order[place] for place in same]
+        order, length = of_one_length(lengths, args.one_length, args.nsamples or FEWEST_POINTS)
     n = min(args.nsamples or USUAL_SAMPLES, len(order))
     generator = torch.Generator().manual_seed(args.seed)
     inputs.take(sorted(order[i] for i in torch.randperm(len(order), generator=generator)[:n]))
@@ -209,10 +206,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
 
 @dataclass
 class Images(Sequence):
-    """One image of each of some samples, transformed as for evaluation; the second with `which` 1.
-
-    A sequence of tensors (3, S, S), each read when asked for.
-    """
+    """The first or second (`which` 1) image (3, S, S) of some samples, each read when asked for."""
 
     dataset: ImageDataset
     indices: list[int]
@@ -228,13 +222,9 @@ class Images(Sequence):
         return self.dataset.open(paths[self.which])
 
 
-def of_one_length(lengths: list[int], length: int, n: int) -> tuple[list[int], int]:
-    """Indices of the texts of a length, or with 0 of the commonest; and the length.
-
-    Raises:
-        UserError: they are fewer than n.
-    """
-    counts = Counter(lengths)
+def of_one_length(lengths: dict[int, int], length: int, n: int) -> tuple[list[int], int]:
+    """The n or more indices of texts of a length, or with 0 of the commonest; and the length."""
+    counts = Counter(lengths.values())
     length = length or max(counts, key=lambda x: (counts[x], -x))
     if counts[length] < n:
         common = ", ".join(f"{count} have {x}" for x, count in counts.most_common(3))
@@ -242,7 +232,7 @@ def of_one_length(lengths: list[int], length: int, n: int) -> tuple[list[int], i
             f"--one_length: {counts[length]} texts have {length} tokens, and {n} samples are asked "
             f"for; give a smaller -n, or another length ({common})"
         )
-    return [index for index, other in enumerate(lengths) if other == length], length
+    return [index for index, other in lengths.items() if other == length], length
 
 
 def choose_samples(
@@ -256,8 +246,7 @@ def choose_samples(
     generator = torch.Generator().manual_seed(seed)
     among = range(len(dataset)) if among is None else among
     order = [among[place] for place in torch.randperm(len(among), generator=generator)]
-    chosen = order[:n]
-    seen = len(chosen)
+    chosen, seen = order[:n], len(order[:n])
     if dataset.skip_bad_images:
         chosen, seen = [], 0
         with ThreadPoolExecutor(available_cpus()) as pool:
@@ -298,11 +287,15 @@ class Share:
         """
         args, process, partial = self.args, self.process, self.partial
         foreign = isinstance(inputs, any_model.Batches)
-        names = {layer.name for shape in shapes for layer in shape.layers} - set(partial.found)
+        names = {x.name for shape in shapes for x in shape.layers} - partial.found.keys()
         share = share_layers(shapes, names, process.world_size)[process.rank]
-        plan = plan_capture(shapes, share, inputs, self.n, self._budget(), to_the_end=foreign)
+        free, budget = free_memory(process.device), default_budget(process.device)
+        if args.memory_gb is not None:
+            budget = int(args.memory_gb * 1e9)
+        plan = plan_capture(shapes, share, inputs, self.n, budget, to_the_end=foreign)
         if process.is_main:
             print(
+                f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process\n"
                 f"{self.n} samples, {len(layers)} layers, {len(partial.found)} of them done "
                 f"before, {len(share)} for this process of {process.world_size}\n{plan}",
                 flush=True,
@@ -327,19 +320,11 @@ class Share:
                 save_distances(args.Path, name, distances)
             partial.add(name, measured)
         found, left_out = {}, {}
-        for one in gather_from_processes((partial.found | partial.mine, capture.left_out)):
-            found, left_out = found | one[0], left_out | one[1]
+        for layers, reasons in gather_from_processes(
+            (partial.found | partial.mine, capture.left_out)
+        ):
+            found, left_out = found | layers, left_out | reasons
         return {name: layer for name, layer in found.items() if name not in left_out}, left_out
-
-    def _budget(self) -> int:
-        """Bytes for activations, states and matrices."""
-        device = self.process.device
-        if self.args.memory_gb is not None:
-            return int(self.args.memory_gb * 1e9)
-        free, budget = free_memory(device), default_budget(device)
-        if self.process.is_main:
-            print(f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process")
-        return budget
 
 
 def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:
@@ -358,6 +343,7 @@ def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:
         layers[name] = replace(measured, **{key: getattr(layer, key) for key in OF_OUTPUTS})
     settings = before.settings | estimation.settings | {"block_seed": estimation.seed}
     remarks = make_remarks(settings["nsamples"], layers, settings.get("bad_images", 0))
+    remarks += [x for x in before.remarks if x.startswith(("left out", "not looked at"))]
     return replace(before, settings=settings, layers=layers, remarks=remarks)
 
 

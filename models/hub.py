@@ -1,6 +1,7 @@
 """Models of Hugging Face: opening one, its inputs, and which of its layers see what."""
 
 import inspect
+import re
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,8 +16,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -35,13 +34,9 @@ PARTS = {  # of a config, by what they see; other parts see both or something el
 
 
 class HubModel(NamedTuple):
-    """A model with what prepares its inputs.
+    """A model, in float32 and eval mode on the CPU, with Hugging Face's processor of its inputs.
 
-    Attributes:
-        name: its name on the hub, or its folder.
-        model: the model in float32 and eval mode, on the CPU.
-        processor: Hugging Face's processor of images, texts, or both.
-        untrained: layers whose weights the checkpoint lacks: poolers, that other models do without.
+    `untrained` are layers whose weights the checkpoint lacks: poolers, which others do without.
     """
 
     name: str
@@ -97,10 +92,8 @@ def _loading(name: str) -> Iterator[None]:
 
 def _require_reachable(name: str) -> None:
     """Tries once, and not for long, whether a model is in the hub's cache or the hub answers."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UserError(f"--hf {name}: there is no such folder") from None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"--hf {name}: there is no such folder")
     with suppress(OSError, ValueError):
         AutoConfig.from_pretrained(name, local_files_only=True)
         return
@@ -140,10 +133,8 @@ class HubInputs:
     """Batches of pictures, texts or pairs of them, as the model's processor makes them.
 
     All texts are padded at their end and to one length, so that equal places of two texts are
-    compared and nothing depends on the batch.
-
-    Attributes:
-        runs: what runs on a batch: the model, or the encoder of one whose decoder has no texts.
+    compared and nothing depends on the batch. `runs` takes a batch: it is the model, or the encoder
+    of one whose decoder has no texts.
     """
 
     def __init__(
@@ -222,24 +213,16 @@ class HubInputs:
         """Number of samples."""
         return len(self.texts if self.images is None else self.images)
 
-    def up_to(self, tokens: int | None) -> list[int]:
-        """Indices of the samples whose texts have at most as many tokens; None: all."""
-        chosen = [i for i, length in enumerate(self.lengths) if length <= (tokens or length)]
-        if tokens and not chosen:
-            raise UserError(f"--max_tokens {tokens}: the shortest text has {min(self.lengths)}")
-        return chosen or list(range(self.samples()))
-
     def padding(self) -> list[str]:
         """A sentence on the padding, if there is any."""
         longest, total = max(self.lengths, default=0), sum(self.lengths)
-        pads = longest * len(self.lengths) - total
-        if not pads:
+        n = len(self.lengths)
+        if total == longest * n:
             return []
-        share = pads / (self.padded * len(self.lengths))
+        share = (longest * n - total) / (self.padded * n)
         return [
-            f"texts have {total / len(self.lengths):.0f} tokens on average and {longest} at most, "
-            f"to which all are padded: padding takes {share:.0%} of the work on texts "
-            "(--max_tokens N leaves longer ones out)"
+            f"texts have {total / n:.0f} tokens on average and are padded to {longest}: padding "
+            f"takes {share:.0%} of the work on texts (--max_tokens N leaves longer ones out)"
         ]
 
     def take(self, chosen: list[int]) -> None:
@@ -277,8 +260,9 @@ class HubInputs:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """The batches, in order."""
-        for start in range(0, self.samples(), self.batch_size):
-            yield self.batch(list(range(start, min(start + self.batch_size, self.samples()))))
+        rows = list(range(self.samples()))
+        for start in rows[:: self.batch_size]:
+            yield self.batch(rows[start : start + self.batch_size])
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """What the processor makes of some samples."""

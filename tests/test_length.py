@@ -162,7 +162,7 @@ def test_longer_texts_are_left_out_and_padding_is_told_before(bert, tmp_path, ca
     assert profile.settings["nsamples"] == 55
     assert "5 samples have longer texts than --max_tokens 6" in profile.remarks
     assert f"padding takes {1 - 300 / 330:.0%} of the work" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--max_tokens 4: the shortest text has 5"):
+    with pytest.raises(UserError, match="--max_tokens 4 leaves 0 samples"):
         run(tmp_path / "none", *bert, "--max_tokens", "4")
 
 
