@@ -127,7 +127,9 @@ def _channel_variances(values: Tensor) -> Tensor:
     for rows in values.split(max(1, ROWS_ELEMENTS // squares.numel())):  # which stay in cache
         squares += rows.square().sum(0)
     variances = squares.div_(len(values)).sub_(values.mean(0).square_())
-    return variances.sum(0, dtype=torch.float64 if has_float64(values.device) else None)
+    return (variances if has_float64(values.device) else variances.cpu()).sum(
+        0, dtype=torch.float64
+    )
 
 
 class NotBySample(ValueError):
