@@ -228,8 +228,8 @@ def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
         (
             lambda x: x.largest_channel,
             TOO_MUCH,
-            "a single channel has most of the variance ({}), so these IDs are of that channel; see "
-            "whether texts of one length (--one_length) change them",
+            "a single channel has most of the variance ({}), so distances are mostly its own; see "
+            "whether texts of one length (--one_length) give other IDs",
         ),
         (
             lambda x: x.error / x.id,
