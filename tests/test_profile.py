@@ -91,7 +91,7 @@ def test_remarks():
     assert remarks(400, 40, 0, bad=3)[0].startswith("3 samples were passed over")
     (remark,) = remarks(400, 41, 0, 60)
     assert remark.startswith("in 2 of 3 layers many samples")
-    assert "most in c: 60 of 400" in remark
+    assert "most in c: 15%" in remark
 
 
 # --- figures
