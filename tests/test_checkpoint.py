@@ -10,19 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from models import (
-    build_captioner,
-    build_clip,
-    build_nlvr,
-    compressed,
-    load_checkpoint,
-    modality,
-    prunable_layers,
-    weight_files,
-)
+from models import build_captioner, build_clip, build_nlvr, load_checkpoint, prunable_layers
 from models.checkpoint import hugging_face_name, load_trained
+from models.compressed import write as write_compressed
+from models.layers import modality
 from models.weight_files import INDEX, fetch, open_weights
 from tests.conftest import read_golden
 from tests.test_clip import CONFIG
@@ -68,18 +62,12 @@ def old_torch(weights, path):
 
 
 def hugging_face(weights, folder):
-    """Two shards and their index, as transformers writes them; of tied weights only one."""
+    """Two shards and their index; of tied weights only one."""
     tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
     kept = {n: v for n, v in weights.items() if n.removeprefix("text_decoder.") not in tied}
     kept = {hugging_face_name(name): value.contiguous() for name, value in kept.items()}
-    names, weight_map = sorted(kept), {}
     folder.mkdir()
-    for i, part in enumerate((names[::2], names[1::2])):
-        file = f"model-{i + 1:05}-of-00002.safetensors"
-        save_file({name: kept[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index))
+    save_torch_state_dict(kept, folder, max_shard_size=sum(v.nbytes for v in kept.values()) - 1)
 
 
 def a_run(weights, folder):
@@ -89,7 +77,7 @@ def a_run(weights, folder):
 
 
 def ours_compressed(weights, path):
-    compressed.write(path, weights.items())
+    write_compressed(path, weights.items())
 
 
 FORMATS = [official, papers_pruned, lightnings, old_torch, hugging_face, a_run]
@@ -113,7 +101,7 @@ def test_every_format_loads(model, weights, tmp_path, write):
 @pytest.mark.parametrize("part", [1, 1000, 1 << 25])
 def test_files_that_are_mapped_in_parts(monkeypatch, tmp_path, part):
     """Tensors that lie across the borders of parts, empty ones, scalars, and all types."""
-    monkeypatch.setattr(weight_files, "_PART", part)
+    monkeypatch.setattr("models.weight_files._PART", part)
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
     written = {f"{d}": torch.randint(0, 9, (3, 5000 + i)).to(d) for i, d in enumerate(dtypes)}
     written |= {"none": torch.ones(0, 4), "scalar": torch.tensor(2.5)}
@@ -247,22 +235,16 @@ def under_the_other_name(weights, path):
     torch.save({}, path / "a.safetensors")
 
 
-def shards(spoil):
-    """A folder of Hugging Face's and what was done to it."""
+def shards(file, content=""):
+    """A folder of Hugging Face's in which a file is lost, or has other content."""
 
     def write(weights, path):
         hugging_face(weights, path)
-        spoil(path)
+        (path / file).unlink()
+        if content:
+            (path / file).write_text(content)
 
     return write
-
-
-def drop(name):
-    return shards(lambda folder: (folder / name).unlink())
-
-
-def index(**content):
-    return shards(lambda folder: (folder / INDEX).write_text(json.dumps(content)))
 
 
 def folder_of(*names):
@@ -274,6 +256,7 @@ def folder_of(*names):
     return write
 
 
+OTHER = '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 MISTAKES = [
     # weights that do not fit
@@ -305,10 +288,10 @@ MISTAKES = [
     ({0: torch.ones(1)}, "no mapping of names to tensors, but has 0:"),
     ({}, "no mapping of names to tensors, but has nothing:"),
     # folders that do not say what belongs together
-    (drop(SHARDS[1]), r"model-00002\S+ is missing, though .* names it"),
-    (drop(INDEX), r"several files .* \(model-00001\S+, model-00002\S+ and no .*index\.json"),
-    (index(weight_map={"a": SHARDS[0]}), r"model-00001-of-00002\.safetensors has no tensor a,"),
-    (index(weights=[]), "json is no index of safetensors"),
+    (shards(SHARDS[1]), r"model-00002\S+ is missing, though .* names it"),
+    (shards(INDEX), r"several files .* \(model-00001\S+, model-00002\S+ and no .*index\.json"),
+    (shards(INDEX, OTHER), r"model-00001-of-00002\.safetensors has no tensor a,"),
+    (shards(INDEX, "{}"), "json is no index of safetensors"),
     (folder_of("m.safetensors", "m.fp16.safetensors"), "several files.*the file itself"),
     (folder_of("pytorch_model.bin"), r"_model\.bin, but .* only safetensors.*save_pretrained"),
     (folder_of("model_base.pth"), r"give one of its files itself: model_base\.pth"),
@@ -339,37 +322,34 @@ OFFICIAL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/mod
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
+    """The folder of downloads, which hold their address."""
+
+    def download(url, path):
+        path.parent.mkdir(parents=True)
+        path.write_text(url)
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("models.weight_files.download", download)
     return tmp_path / "hub" / "checkpoints"
 
 
-def test_addresses_are_downloaded_once(monkeypatch, hub):
-    fetched = []
-
-    def download(url, path):
-        fetched.append(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(url)
-
-    monkeypatch.setattr(weight_files, "download", download)
+def test_addresses_are_downloaded_once(hub):
     # two files of one name
     urls = [f"https://{host}.invalid/resolve/main/model.safetensors?x=1" for host in "ab"]
-    for _ in range(2):
-        for url in (OFFICIAL, *urls):
-            assert fetch(url).read_text() == url
-    assert fetched == [OFFICIAL, *urls]
+    for url in (OFFICIAL, *urls) * 2:  # a second download would find its folder
+        assert fetch(url).read_text() == url
     assert (hub / "base.pth").exists()  # where BLIP's own code looks for it
 
 
-def test_what_cannot_be_fetched_is_named(monkeypatch, hub):
-    def download(url, path):
-        raise UserError("cannot write base.pth")
-
-    monkeypatch.setattr(weight_files, "download", download)
-    message = r"\(cannot write base.pth\).*hub/checkpoints/base\.pth \(set TORCH_HOME.*--pretrained"
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (OFFICIAL, r"download .*hub/checkpoints/base\.pth \(set TORCH_HOME.*--pretrained"),
+        ("nowhere.pth", "no checkpoint nowhere.pth"),
+        ("Salesforce/blip-base", "blip-base: give a file.*https://huggingface.co/NAME/"),
+    ],
+)
+def test_what_cannot_be_fetched_is_named(hub, source, message):
+    hub.mkdir(parents=True)  # the download fails
     with pytest.raises(UserError, match=message):
-        fetch(OFFICIAL)
-    with pytest.raises(UserError, match="no checkpoint .*nowhere.pth"):
-        fetch("nowhere.pth")
-    with pytest.raises(UserError, match="blip-base: give a file.*https://huggingface.co/NAME/"):
-        fetch("Salesforce/blip-base")
+        fetch(source)
