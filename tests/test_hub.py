@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine import profile as profiling
 from models import hub
 from tests.runs import compute_id, ids
 from utils import UserError
@@ -172,25 +171,17 @@ def test_measures(kind, measure, folders, capsys):
 
 
 @pytest.mark.parametrize("kind", ["bert", "llava"])
-def test_batch_size_changes_nothing(kind, measure, monkeypatch):
-    """In float64, where the batch does not move the roundings that are kept."""
-    opened = profiling.open_hub_model
-
-    def doubled(module, args, inputs):
-        return args, {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
-
-    def in_float64(name):
-        found = opened(name)
-        found.model.register_forward_pre_hook(doubled, with_kwargs=True)
-        return found._replace(model=found.model.double())
-
-    monkeypatch.setattr(profiling, "open_hub_model", in_float64)
-    # the first batch of four has not the longest text
-    few, all_ = (measure(kind, INPUTS[kind], "--batch_size", x, to=str(x)) for x in (4, N))
-    assert {n: x.features for n, x in few.layers.items()} == {
-        n: x.features for n, x in all_.layers.items()
-    }
-    assert ids(few) == pytest.approx(ids(all_), rel=1e-6)  # as test_measure.PROMISED
+def test_all_texts_are_padded_at_their_end_to_one_length(kind, folders, data):
+    """So that nothing depends on the size of a batch; the first four have not the longest text."""
+    opened, made = hub.open_hub_model(str(folders / kind)), []
+    pictures = sorted((data / "pictures").iterdir()) if kind == "llava" else None
+    for size in (4, N):
+        inputs = hub.HubInputs(opened, pictures, hub.read_texts(data / "texts"), size)
+        inputs.take([*range(N)])
+        batches = list(inputs)
+        made.append({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+    torch.testing.assert_close(*made, rtol=0, atol=0)
+    assert (made[0]["attention_mask"].diff() <= 0).all()
 
 
 def test_a_run_is_known_by_its_texts_and_by_weights_that_the_checkpoint_lacks(
