@@ -1,6 +1,5 @@
 """Configs: what the shipped ones hold, and what is wrong with others."""
 
-import argparse
 import contextlib
 from pathlib import Path
 
@@ -33,16 +32,11 @@ def test_configs_hold_the_papers_values_and_overrides_replace_them():
     assert (config["batch_size"], config["eval_batch_size"]) == (10, 64)
 
 
-def test_places_are_read_as_in_a_shell(tmp_path, monkeypatch):
+def test_places_are_read_as_in_a_shell(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("DATA", "/data")
-    text = Path(COCO).read_text()
-    text = text.replace("image_root: datasets", "image_root: ~")
-    text = text.replace("ann_root: annotation", "ann_root: $DATA/annotation", 1)
-    (tmp_path / "c.yaml").write_text(text)
-    config = load_config(tmp_path / "c.yaml", {"pretrained": "~/x.pth"})
-    assert config["image_root"] == "/home/me/coco" and config["pretrained"] == "/home/me/x.pth"
-    assert config["ann_root"] == "/data/annotation"
+    config = load_config(COCO, {"image_root": "~/coco", "ann_root": "$DATA/annotation"})
+    assert (config["image_root"], config["ann_root"]) == ("/home/me/coco", "/data/annotation")
 
 
 def test_relative_places_are_sought_beside_the_config_first(tmp_path, monkeypatch):
@@ -75,8 +69,9 @@ def test_relative_places_are_sought_beside_the_config_first(tmp_path, monkeypatc
     assert load_config(own)["tokenizer"] == "clip"  # a name, whatever lies beside
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("encoding", "line_end"), [("utf-8", "\r\n"), ("utf-8-sig", "\n"), ("utf-16", "\r\n")]
+)
 def test_configs_as_other_systems_write_them(encoding, line_end, tmp_path):
     text = Path(COCO).read_text().replace("\n", line_end)
     (tmp_path / "c.yaml").write_bytes(text.encode(encoding))
@@ -129,12 +124,6 @@ def test_values_at_the_ends_of_their_ranges():
     config = load_config(COCO, ends)
     assert {key: config[key] for key in ends} == ends
     assert isinstance(config["init_lr"], float)  # whole numbers are numbers
-
-
-@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "-1"])
-def test_a_number_without_an_upper_end_is_finite(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a number of at least 0"):
-        Number(float, 0)(text)
 
 
 # --- any value of any key ------------------------------------------------------------------------

@@ -8,11 +8,10 @@ import torch
 from engine.tasks import TASKS
 from models import build_captioner, build_clip
 from reports import costs
+from tests.runs import TINY_CLIP
 
 BASE = {"vit": "base", "image_size": 384, "med_config": "configs/med_config.json"}
-SIZES = "embed_dim patch_size vision_width vision_layers vision_heads context_length vocab_size"
-SIZES += " text_width text_heads text_layers"
-SMALL_CLIP = dict(zip(SIZES.split(), (16, 8, 32, 2, 2, 12, 40, 32, 2, 2), strict=True))
+SMALL_CLIP = {**TINY_CLIP, "patch_size": 8, "context_length": 12, "vocab_size": 40}
 
 
 def saved(model, task: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine import reporter
 from engine.processes import Process
-from engine.reporter import LOG_FILE, Reporter
+from engine.reporter import Reporter
 from engine.state import Progress, StepPlan
 
 
@@ -54,13 +54,6 @@ def test_a_resumed_run_takes_the_place_of_the_steps_that_it_takes_again(run):
     losses = EventAccumulator(str(run.folder / "tensorboard")).Reload().Scalars("train/loss")
     assert [event.step for event in losses] == list(range(1, 16))
     assert [event.value for event in losses] == [1.0] * 10 + [11.0] * 5
-
-
-@pytest.mark.parametrize(("step", "stays"), [(0, False), (1, True)])
-def test_a_run_that_starts_again_begins_its_log_anew(run, step, stays):
-    (run.folder / LOG_FILE).write_text("{}\n")
-    report(run, step, step)
-    assert (run.folder / LOG_FILE).exists() == stays
 
 
 def test_only_the_main_process_writes(run):
