@@ -293,6 +293,13 @@ def test_checkpoints_of_earlier_versions_are_compared_by_what_they_hold(plain, t
 # --- the loop's ends -----------------------------------------------------------------------------
 
 
+def test_a_sparsity_that_was_missed_is_noted_in_the_last_line(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(state.Pruner, "note", lambda self: "asked for more")
+    with pytest.warns(UserWarning, match="asked for more"):
+        train(flags, "--model_dir", "run")
+    assert [line.get("note") for line in log_of(tmp_path / "run")] == [None, "asked for more"]
+
+
 def test_nan_scores_are_explained_by_the_loss(flags, monkeypatch):
     forward = Captioner.forward
     monkeypatch.setattr(Captioner, "forward", lambda *args: forward(*args) * math.nan)
