@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sequential", action="store_true", help="inputs from pruned layers; a pass for each")
     skip = {"action": "extend", "nargs": "+", "default": [], "metavar": "PATTERN"}
     add("--skip", **skip, help='layers to leave out, such as "*.0.*"')
-    add("-n", "--n", type=FROM_ZERO, default=128, help="calibration samples")
+    add("-n", "--n", type=COUNT, default=128, help="calibration samples")
     add("--batch_size", type=COUNT, default=8, help="samples in a forward pass")
     add("--seed", type=FROM_ZERO, default=0, help="seed of the choice of samples")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")

@@ -282,7 +282,7 @@ class HubInputs:
         if self.images is not None:
             inputs["images"] = [open_image(self.images[i], on_white=True) for i in rows]
         if self.texts is not None:
-            most = self.padded or max(self.lengths)
+            most = self.padded or max(self.lengths[i] for i in rows)
             inputs |= {"text": [self.texts[i] for i in rows], "padding": True}
             if self.padded or not self.prompts:
                 inputs |= {"padding": "max_length", "max_length": most}

@@ -70,10 +70,7 @@ def _why_refused(module: nn.Module | None) -> str | None:
 
 
 def check_profile(
-    profile: dict[str, float],
-    layers: Iterable[str],
-    left_out: Iterable[str] = (),
-    remedy: str = "the same config",
+    profile: dict[str, float], layers: Iterable[str], left_out: Iterable[str] = ()
 ) -> None:
     """Checks that a profile, by layer name, is of these layers; it may have those left out, too."""
     problems = {
@@ -85,7 +82,7 @@ def check_profile(
     if found:
         raise UserError(
             f"the ID profile does not fit the model ({found}). Measure one with ComputeID.py and "
-            f"{remedy}"
+            "the same config, or leave out what it lacks"
         )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from math import sqrt
+from math import ceil, sqrt
+from statistics import fmean
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,8 +58,7 @@ def prune_(
         skip: patterns of names to leave out, such as "*.lm_head".
         nm: (2, 4) keeps two of four neighbours along the input, in place of a sparsity.
         sequential: prune in forward order, each layer by inputs that the pruned layers before it
-            give, as the published code does by blocks; costs a pass a layer. Else all norms come
-            from one pass through the dense model.
+            give, as the published code does by blocks; a pass a layer. Else one pass in all.
         held_out: batches on which the errors of the layers' outputs are measured.
         run: what a pass does with a batch; None calls the model with it.
 
@@ -76,7 +75,7 @@ def prune_(
     _check(sparsity, method, nm, allocation, sequential)
     chosen, left_out = find_layers(model, layers, skip)
     if allocation is not None:
-        check_profile(allocation, chosen, left_out, "the same model, or skip what it lacks")
+        check_profile(allocation, chosen, left_out)
 
     def zeros_by_layer() -> dict[str, int]:
         shapes = {name: matrix(layer).shape for name, layer in chosen.items()}
@@ -103,10 +102,10 @@ def prune_(
             scores = precise(matrix(layer)).abs() * norms.get(name, 1.0)
             compared = nm[1] if nm else scores.shape[1] if method == "Wanda" else scores.numel()
             found = lowest(scores.reshape(-1, compared), zeros[name])
-            removed[name] = np.packbits(found.cpu().numpy())
-        errors |= output_errors(model, group, removed, held_out, run)
+            removed[name] = found.view(scores.shape)
+        errors |= output_errors(model, removed, held_out, run)
         for name, layer in group.items():
-            matrix(layer).masked_fill_(unpacked(removed[name], matrix(layer)), 0)
+            matrix(layer).masked_fill_(removed[name], 0)
     done = {name: int((layer.weight == 0).sum()) for name, layer in chosen.items()}
     share = sum(done.values()) / sum(layer.weight.numel() for layer in chosen.values())
     return {"layers": done, "sparsity": share, "errors": errors, "left_out": left_out}
@@ -175,12 +174,6 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     return found
 
 
-def unpacked(bits: np.ndarray, weight: Tensor) -> Tensor:
-    """The mask of a weight from its bits, 8 in a byte, in row-major order."""
-    mask = torch.from_numpy(np.unpackbits(bits, count=weight.numel()).view(bool))
-    return mask.view(weight.shape).to(weight.device)
-
-
 def allocate(
     shapes: dict[str, tuple[int, int]],
     sparsity: float,
@@ -204,20 +197,12 @@ def allocate(
         groups = {n: (o, i) if method == "Wanda" else (1, o * i) for n, (o, i) in shapes.items()}
         return {name: rows * int(columns * sparsity) for name, (rows, columns) in groups.items()}
     sizes = {name: outputs * inputs for name, (outputs, inputs) in shapes.items()}
-    total = sum(sizes.values())
-    kept = total - int(total * sparsity)
-
-    def shares(c: float) -> dict[str, float]:
-        return {name: min(1.0, c * profile[name]) for name in sizes}
-
-    low, high = 0.0, 1 / min(profile[name] for name in sizes)  # there everything remains
-    for _ in range(200):
-        c = (low + high) / 2
-        enough = sum(share * sizes[name] for name, share in shares(c).items()) >= kept
-        low, high = (low, c) if enough else (c, high)
-    remain = {name: int(share * sizes[name]) for name, share in shares(low).items()}
-    for name in sorted(sizes, key=lambda n: shares(high)[n] * sizes[n] - remain[n], reverse=True):
-        remain[name] += int(sum(remain.values()) < kept and remain[name] < sizes[name])
+    kept = sum(sizes.values()) - int(sum(sizes.values()) * sparsity)
+    demand, remain = {name: profile[name] * size for name, size in sizes.items()}, {}
+    for name in sorted(sizes, key=profile.__getitem__, reverse=True):  # the first to be full first
+        share = kept / sum(demand[other] for other in sizes if other not in remain)  # c
+        remain[name] = min(sizes[name], ceil(share * demand[name]))
+        kept -= remain[name]
     if empty := [name for name, count in remain.items() if count < 1]:
         raise UserError(
             f"allocation: nothing of {empty[0]} would remain; take a lower sparsity or a profile "
@@ -228,11 +213,8 @@ def allocate(
 
 def modality_means(profile: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
     """A profile where each layer has the mean of its modality; `kinds` is by layer name."""
-    members: dict[str, list[float]] = {}
-    for name, value in profile.items():
-        members.setdefault(kinds[name], []).append(value)
-    means = {kind: sum(values) / len(values) for kind, values in members.items()}
-    return {name: means[kinds[name]] for name in profile}
+    members = {kind: [w for n, w in profile.items() if kinds[n] == kind] for kind in kinds.values()}
+    return {name: fmean(members[kinds[name]]) for name in profile}
 
 
 def inverse(profile: Mapping[str, float]) -> dict[str, float]:
@@ -260,24 +242,22 @@ def input_norms(
 
 
 def output_errors(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    removed: dict[str, np.ndarray],
-    batches: Iterable,
-    run: Callable,
+    model: nn.Module, removed: dict[str, Tensor], batches: Iterable, run: Callable
 ) -> dict[str, float]:
-    """Relative error of each layer's output without the removed weights, whose bits are given."""
-    sums: dict[str, list[float]] = {}
+    """Relative error of each layer's output without the weights (outputs, inputs) to remove."""
+    layers = {name: model.get_submodule(name) for name in removed}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in removed}
 
     def add(name: str, x: Tensor) -> None:
         layer = layers[name]
-        lost = matrix(layer).masked_fill(~unpacked(removed[name], matrix(layer)), 0)
+        lost = nn.functional.linear(x, matrix(layer).masked_fill(~removed[name], 0))
         outputs = nn.functional.linear(x, matrix(layer), layer.bias)
-        for place, values in enumerate((nn.functional.linear(x, lost), outputs)):
-            sums.setdefault(name, [0.0, 0.0])[place] += float(precise(values).square().sum())
+        sums[name] += torch.stack(
+            [precise(y).square().sum().double().cpu() for y in (lost, outputs)]
+        )
 
     each_input(model, layers, batches, run, add)
-    return {name: sqrt(error / all_) if all_ else 0.0 for name, (error, all_) in sums.items()}
+    return {n: sqrt(lost / all_) for n, (lost, all_) in sums.items() if all_}
 
 
 def each_input(

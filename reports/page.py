@@ -114,15 +114,13 @@ def _errors(runs: Runs) -> list[tuple[str, str]]:
     """A figure for each model pruned at once."""
     figures = []
     for name, run in runs.items():
-        errors = {layer: x["error"] for layer, x in run.at_once.items() if "error" in x}
-        kinds = {layer: run.at_once[layer]["kind"] for layer in errors}
-        if errors:
-            means = {
-                kind: fmean(error for layer, error in errors.items() if kinds[layer] == kind)
-                for kind in dict.fromkeys(kinds.values())
-            }
-            report = {"overall": fmean(errors.values()), "by_modality": means, "kinds": kinds}
-            figure = plot_sparsity({name: report | {"by_layer": errors}}, 0, "relative error")
+        shown = {layer: x for layer, x in run.at_once.items() if x["error"]}
+        kinds, errors = ({n: x[key] for n, x in shown.items()} for key in ("kind", "error"))
+        means = {k: fmean(errors[n] for n in errors if kinds[n] == k) for k in kinds.values()}
+        if shown:
+            report = {"by_layer": errors, "by_modality": means, "kinds": kinds}
+            report["overall"] = fmean(errors.values())
+            figure = plot_sparsity({name: report}, 0, "relative error")
             figures.append((image(figure), f"relative error of each layer's output, {name}"))
     return figures
 

@@ -1,3 +1,5 @@
+import copy
+
 import compat  # noqa: F401
 
 import pytest
@@ -140,6 +142,20 @@ def test_out_proj_is_scored_by_the_context():
     assert torch.equal(model.attn.out_proj.weight != 0, expected)
 
 
+def test_errors_of_held_out_outputs_are_their_definition():
+    model, held_out = Attended().double(), torch.randn(2, 5, 8).double()
+    dense, seen, errors = copy.deepcopy(model), {}, {}
+    dense.fc.register_forward_hook(lambda _, x, y: seen.update(fc=(x[0], y)))
+    report = prune_(model, [torch.randn(3, 5, 8).double()], 0.6, held_out=held_out.split(1))
+    y = dense.attn(held_out, held_out, held_out)[0]
+    dense(held_out)
+    errors["attn.out_proj"] = (model.attn(held_out, held_out, held_out)[0] - y).norm() / y.norm()
+    x, y = seen["fc"]
+    errors["fc"] = (model.fc(x) - y).norm() / y.norm()
+    assert report["errors"] == pytest.approx({n: e.item() for n, e in errors.items()}, rel=1e-9)
+    assert prune_(dense, None, 0.6, "Magnitude")["errors"] == {}
+
+
 def test_sequential_sees_what_the_pruned_layers_before_give():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).double()
@@ -224,6 +240,8 @@ def test_heads_and_tied_weights_are_left_out_and_said():
             dict(sparsity=0.9, method="Magnitude", allocation={"0": 1, "1": 1e-9}),
             "nothing of 1 would remain",
         ),
+        (dict(sparsity=0.5, allocation={"0": 1, "1": torch.inf}), "not positive: 1"),
+        (dict(sparsity=0.5, method="Magnitude", sequential=True), "Magnitude looks at no inputs"),
         (dict(nm=(4, 2)), "0 < n < m; got 4:2"),
         (dict(nm=(2, 4), sparsity=0.7), "same share of every layer zero, 0.5"),
         (dict(nm=(2, 5)), "inputs of 0 are no multiple of 5"),

@@ -15,6 +15,7 @@ SCRIPTS = {
     "train_clip_flickr30k.py": ("retrieval", ""),
     "ComputeID.py": ("caption", ""),
     "export.py": ("caption", "--pruned run --report"),
+    "prune.py": ("caption", "--sparsity 0.5 --out new"),
     "study.py": ("caption", "--id_profile ids.json"),
     "caption.py": ("caption", "tests/some.jpg"),
 }
@@ -25,6 +26,7 @@ MISTAKES = {
     "train_nlvr.py --config configs/nlvr_demo.yaml --useID": "names no id_profile",
     "export.py --config configs/nlvr_demo.yaml --pruned run": "nothing to do",
     "caption.py tests/some.jpg --pruned run": "--pruned goes with --config",
+    "prune.py --hf x --sparsity 0.5 --nm 2:4 --out new": "give --sparsity, or --nm",
     "reports.tables tests golden": "golden holds no run",
     "reports.report tests": "tests holds no run",
 }
