@@ -68,6 +68,12 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         raise
 
 
+def listed(items: list, most: int = 5) -> str:
+    """The first of some items, for a message; of files, their names."""
+    names = [item.name if isinstance(item, Path) else str(item) for item in items[:most]]
+    return ", ".join(names) + (", ..." if len(items) > most else "")
+
+
 def user_path(text: str) -> Path:
     """A path, for argparse; shells leave the `~` of `--flag=~/x` to us."""
     return Path(os.path.expanduser(text))

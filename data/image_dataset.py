@@ -10,10 +10,10 @@ from torch.utils.data import Dataset
 
 from data.captions import prompted
 from data.images import BadImageError, instead_of, missing_files, open_image
-from data.records import listed, read_all
+from data.records import read_all
 from data.samplers import derived_seed
 from data.transforms import build_transform
-from utils import UserError
+from utils import UserError, listed
 
 
 def build_sets(
