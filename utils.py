@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import select
+import shutil
 import sys
 import traceback
 import urllib.request
@@ -65,6 +66,19 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         cause = error if isinstance(error, OSError) else error.__context__  # of torch.save's error
         if isinstance(cause, OSError) and cause.errno in _FILE_ERRORS:
             raise UserError(f"cannot write {path}: {cause.strerror}") from error
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder under another name, which appears under its own when whole, or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished)
         raise
 
 

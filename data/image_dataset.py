@@ -86,11 +86,7 @@ class ImageDataset(Dataset):
         return self.fetch(index)[0]
 
     def fetch(self, index: int | tuple[int, int]) -> tuple[tuple, int]:
-        """An item, or with `skip_bad_images` the next one that can be read; and the number skipped.
-
-        Raises:
-            BadImageError: an image cannot be read and is not to be skipped.
-        """
+        """An item, or with `skip_bad_images` the next that can be read; and the number skipped."""
         first, epoch = index if isinstance(index, tuple) else (index, 0)
         for skipped in range(len(self)):
             place = (first + skipped) % len(self)

@@ -140,10 +140,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[dict]:
-    """Reads a list of records: dictionaries of the layout's fields, with the values to use.
-
-    `content` is that of the file, if it has been read, and changes in place.
-    """
+    """The records of a file, or of its `content`, in place: a layout's fields, as values to use."""
     content = read_json(path) if content is None else content
     foreign = _foreign(content)
     if not isinstance(content, list) or not content:

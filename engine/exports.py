@@ -1,10 +1,7 @@
 """What `export.py` does: files for other programs, and the report of what a model costs."""
 
 import argparse
-import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +12,7 @@ from models import compressed
 from models.checkpoint import load_trained, stored_tensors
 from models.huggingface import write_folder
 from reports import costs
-from utils import UserError
+from utils import UserError, atomic_folder
 
 
 def export(args: argparse.Namespace, config: dict) -> None:
@@ -28,7 +25,8 @@ def export(args: argparse.Namespace, config: dict) -> None:
             if args.to == "compressed":
                 compressed.write(args.out, weights)
             else:
-                write_huggingface(model, config, args.out, weights)
+                with atomic_folder(args.out) as folder:
+                    write_folder(model, config, folder, dict(weights))
                 reader += f", or BlipForConditionalGeneration.from_pretrained('{args.out}')"
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -48,20 +46,6 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
         if not converted.isfinite().all():
             raise UserError(f"--dtype: {name} has values beyond float16's range; take bfloat16")
         yield name, converted
-
-
-def write_huggingface(
-    model: nn.Module, config: dict, out: Path, weights: Iterator[tuple[str, Tensor]]
-) -> None:
-    """Writes the folder, under another name until it is whole."""
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        write_folder(model, config, unfinished, dict(weights))
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
 
 
 def show(found: dict) -> None:

@@ -128,12 +128,8 @@ def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that a file of weights holds: parameters, tied ones under the first name.
-
-    Buffers (CLIP's momentum copy and queues) belong to a training run, not to its result.
-    """
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
+    """Names and tensors of a file of weights: parameters, tied ones once, but no run's buffers."""
+    return ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 def blip_name(name: str) -> str:
