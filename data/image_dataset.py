@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -110,12 +110,9 @@ class ImageDataset(Dataset):
 
     def is_readable(self, index: int) -> bool:
         """Whether all images of an item can be read."""
-        try:
-            for path in self.image_paths(index):
-                open_image(path)
-        except BadImageError:
-            return False
-        return True
+        with suppress(BadImageError):
+            return all(open_image(path) for path in self.image_paths(index))
+        return False
 
     def check(self) -> None:
         """Looks for all image files in the listings of their folders."""

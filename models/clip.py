@@ -173,12 +173,8 @@ class ClipRetrieval(CLIP):
         self.slow = [_unit_features(self.momentum_copy, image, ids) for image, ids, _ in parts]
         self.seen = []
         images, texts = gather(torch.cat(self.slow)).unbind(1)
-        latest = (
-            (texts.T, self.text_queue),
-            (images.T, self.image_queue),
-            (image_ids, self.id_queue),
-        )
-        self.keys = tuple(torch.cat(keys, dim=-1) for keys in latest)
+        texts, images = (texts.T, self.text_queue), (images.T, self.image_queue)
+        self.keys = tuple(torch.cat(x, dim=-1) for x in (texts, images, (image_ids, self.id_queue)))
 
     def forward(self, image: Tensor, ids: Tensor, image_ids: Tensor) -> Tensor:
         """ALBEF's contrastive loss, a mean over B pairs; the last part of a step fills the queues.
@@ -237,7 +233,7 @@ class ClipRetrieval(CLIP):
         self.seen, self.keys = [], ()
 
     def adapt_weights(self, weights: Weights) -> tuple[Weights, set[str]]:
-        """Transposes Hugging Face's projections and joins its q, k, v; leaves out training state."""
+        """Transposes Hugging Face's projections and joins its q, k, v; drops training state."""
         own = {name for name, _ in self.named_buffers()}  # which a resumed run restores by itself
         weights = {name: value for name, value in weights.items() if name not in own}
         for tower, openai in (("visual", "visual.proj"), ("text", "text_projection")):

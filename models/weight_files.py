@@ -22,8 +22,7 @@ _BLIP_MODELS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP
 RUN_WEIGHTS = "pruned.safetensors"  # in the folder of a run
 INDEX = "model.safetensors.index.json"  # Hugging Face's: {"weight_map": {tensor: file}}
 _PART = 32 << 20  # bytes of a file that are mapped together
-_UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError)
-_UNREADABLE += (pickle.UnpicklingError,)
+_DAMAGED = (SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError)
 _GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")  # in torch's sentence on pickled code
 
 
@@ -66,7 +65,7 @@ def open_weights(path: Path) -> dict[str, Tensor | Packed]:
         with open(path, "rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"  # behind the length of a header in JSON
         return _open_safetensors(path) if is_safetensors else _open_pickle(path)
-    except _UNREADABLE as error:
+    except (OSError, RuntimeError, EOFError, *_DAMAGED) as error:
         raise UserError(
             f"cannot read weights from {path}: {_why_unreadable(path, error)}"
         ) from error
