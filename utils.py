@@ -70,7 +70,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """The folder to fill, which appears under its name whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -104,6 +104,12 @@ def script_parser(docstring: str, prog: str | None = None) -> argparse.ArgumentP
 def user_path(text: str) -> str:
     """A flag's path, address or empty text; shells leave the `~` of `--flag=~/x` to us."""
     return os.path.expanduser(text)
+
+
+def listed(items: list, most: int = 5) -> str:
+    """The first of some items, for a message; of files, their names."""
+    names = [item.name if isinstance(item, Path) else str(item) for item in items[:most]]
+    return ", ".join(names) + (", ..." if len(items) > most else "")
 
 
 def mistaken_for(path: str | Path) -> str:

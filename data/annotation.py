@@ -12,12 +12,9 @@ PUBLISHED_AT = "https://storage.googleapis.com/sfr-vision-language-research/data
 
 
 def annotation_files(*wanted: tuple[str | Path, str]) -> list[Path]:
-    """Finds annotation files; the main process downloads those that are missing.
+    """Finds files, by folder and name; the main process downloads those that are missing.
 
     Every process of a run must call it.
-
-    Args:
-        wanted: folder and name of each file; a download creates its folder.
     """
     paths = [Path(root) / name for root, name in wanted]
     reason = [_download_missing(paths) if is_main() else ""]
@@ -35,9 +32,7 @@ def annotation_files(*wanted: tuple[str | Path, str]) -> list[Path]:
 
 def _download_missing(paths: list[Path]) -> str:
     """Downloads until one fails; returns why it failed, or an empty string."""
-    for path in paths:
-        if path.is_file():
-            continue
+    for path in (path for path in paths if not path.is_file()):
         try:
             download(f"{PUBLISHED_AT}/{path.name}", path)
             with open(path, "rb") as file:

@@ -10,12 +10,11 @@ from data.image_dataset import ImageDataset, build_sets
 from data.records import (
     CAPTION_EVALUATION,
     CAPTION_TRAINING,
-    listed,
     read_all,
     read_records,
     read_references,
 )
-from utils import UserError
+from utils import UserError, listed
 
 
 class CaptionTrainDataset(ImageDataset):

@@ -11,10 +11,7 @@ from data.records import RETRIEVAL_EVALUATION, RETRIEVAL_TRAINING, read_records
 
 
 class FlickrTrainDataset(ImageDataset):
-    """Items `(image (3, S, S), normalised caption, integer image id)`.
-
-    The integers count the records' image ids from 0 in the order in which they first appear.
-    """
+    """Items `(image (3, S, S), normalised caption, number of its image id, from 0)`."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -58,7 +55,7 @@ class TextDataset(list):
         super().__init__((text, index) for index, text in enumerate(texts))
 
     def fetch(self, index: int) -> tuple[tuple[str, int], int]:
-        """The item, and that none was passed over for it, as `ImageDataset.fetch`."""
+        """The item, and the number skipped for it, as `ImageDataset.fetch`."""
         return self[index], 0
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -10,10 +10,10 @@ from torch.utils.data import Dataset
 
 from data.captions import prompted
 from data.images import BadImageError, instead_of, missing_files, open_image
-from data.records import listed, read_all
+from data.records import read_all
 from data.samplers import derived_seed
 from data.transforms import build_transform
-from utils import UserError
+from utils import UserError, listed
 
 
 def build_sets(
@@ -86,11 +86,7 @@ class ImageDataset(Dataset):
         return self.fetch(index)[0]
 
     def fetch(self, index: int | tuple[int, int]) -> tuple[tuple, int]:
-        """An item, or with `skip_bad_images` the next one that can be read; and the number skipped.
-
-        Raises:
-            BadImageError: an image cannot be read and is not to be skipped.
-        """
+        """An item, or with `skip_bad_images` the next that can be read; and the number skipped."""
         first, epoch = index if isinstance(index, tuple) else (index, 0)
         for skipped in range(len(self)):
             place = (first + skipped) % len(self)
@@ -114,12 +110,9 @@ class ImageDataset(Dataset):
 
     def is_readable(self, index: int) -> bool:
         """Whether all images of an item can be read."""
-        try:
-            for path in self.image_paths(index):
-                open_image(path)
-        except BadImageError:
-            return False
-        return True
+        with suppress(BadImageError):
+            return all(open_image(path) for path in self.image_paths(index))
+        return False
 
     def check(self) -> None:
         """Looks for all image files in the listings of their folders."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from utils import UserError, mistaken_for
 
-SHOWN = 5  # records, images or ids in a message, at most
+SHOWN = 5  # records in a message, at most
 LABELS = {"false": 0, "true": 1, "0": 0, "1": 1}
 HALF = re.compile(r"[\ud800-\udfff]")  # of a surrogate pair: valid JSON, but no character
 NUMBER_AT_END = re.compile(r"(?<!\d)0*(\d{1,18})(?:\.[a-z]\w*)?\s*$", re.ASCII | re.IGNORECASE)
@@ -140,10 +140,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[dict]:
-    """Reads a list of records: dictionaries of the layout's fields, with the values to use.
-
-    `content` is that of the file, if it has been read, and changes in place.
-    """
+    """The records of a file, or of its `content`, in place: a layout's fields, as values to use."""
     content = read_json(path) if content is None else content
     foreign = _foreign(content)
     if not isinstance(content, list) or not content:
@@ -211,8 +208,3 @@ def read_all(*readers: Callable[[], Any]) -> list:
     if mistakes:
         raise UserError("\n".join(mistakes))
     return results
-
-
-def listed(items: list) -> str:
-    """The first of some items, for a message."""
-    return ", ".join(map(str, items[:SHOWN])) + (", ..." if len(items) > SHOWN else "")

@@ -36,11 +36,8 @@ def random_operation() -> Callable:
 
 
 def operations() -> dict[str, Callable]:
-    """The ten operations of RandAugment (Cubuk et al., 2020) that BLIP takes, by name.
-
-    At this level the factor of brightness and sharpness is 1, as in BLIP, and changes nothing.
-    """
-    factor = 0.1 + 1.8 * LEVEL
+    """The ten operations of RandAugment (Cubuk et al., 2020) that BLIP takes, by name."""
+    factor = 0.1 + 1.8 * LEVEL  # 1, as in BLIP: brightness and sharpness change nothing
     shear, shift, angle = 0.3 * LEVEL, round(10 * LEVEL), 30 * LEVEL  # slope, pixels, degrees
     slope = torch.rad2deg(torch.atan(torch.tensor(shear))).item()
     return {

@@ -12,7 +12,7 @@ from engine.tasks import TASKS
 from models import compressed, huggingface, onnx
 from models.checkpoint import load_trained, stored_tensors
 from reports import costs
-from utils import UserError, whole_folder
+from utils import UserError, atomic_folder
 
 
 def export(args: argparse.Namespace, config: dict) -> None:
@@ -26,7 +26,7 @@ def export(args: argparse.Namespace, config: dict) -> None:
             if args.to == "compressed":
                 compressed.write(out, weights)
             else:
-                with whole_folder(out) as folder:
+                with atomic_folder(out) as folder:
                     if args.to == "onnx":
                         print(onnx.write_folder(model, config, folder))
                         reader = "onnxruntime, as docs/onnx.md shows"

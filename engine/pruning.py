@@ -26,7 +26,7 @@ from models.weight_files import fetch, open_weights, weight_files
 from pruners import oneshot
 from pruners.sparsity import sparsity_report
 from reports.runs import PRUNED_FILE, PRUNING_FILE
-from utils import UserError, whole_folder, write_json
+from utils import UserError, atomic_folder, write_json
 
 HELD_OUT = 8  # calibration samples for each sample that is held out
 SETTINGS = "argv method sparsity nm allocation sequential seed".split()
@@ -86,7 +86,7 @@ def prune(args: argparse.Namespace, config: dict | None) -> None:
         "flags": {"output_dir": str(args.out.parent), "model_dir": args.out.name}
         | {"id_profile": profile},
     }
-    with whole_folder(args.out) as folder:
+    with atomic_folder(args.out) as folder:
         if args.hf:
             write_folder(model, subject.places, folder)
         else:

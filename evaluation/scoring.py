@@ -18,11 +18,11 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from data.records import RESULTS, listed, read_records, read_references
+from data.records import RESULTS, read_records, read_references
 from evaluation import java
 from evaluation.ptb import ptb_tokenize
 from reports.runs import write_scores
-from utils import UserError, write_json
+from utils import UserError, listed, write_json
 
 # what Stanford's tokenizer, METEOR or Python takes for the end of a line
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))

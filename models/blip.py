@@ -18,13 +18,9 @@ class Blip(nn.Module):
     def __init__(self, config, first_token, max_tokens=None, prompt="", drop_path_rate=0.0):
         """Makes random weights. Raises a UserError if a value cannot be.
 
-        Args:
-            config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `max_tokens`,
-                `vit_grad_ckpt` and `vit_ckpt_layer`.
-            first_token: takes the place of [CLS].
-            max_tokens: where the config has none; by default all positions.
-            prompt: begins every text.
-            drop_path_rate: where `vit` gives none.
+        `config` has `vit`, `image_size`, `med_config`, `tokenizer`, perhaps `vit_grad_ckpt`,
+        `vit_ckpt_layer`, and `max_tokens` (default: the argument, or all positions). `first_token`
+        replaces [CLS].
         """
         super().__init__()
         self.tokenizer = load_tokenizer(config["tokenizer"])

@@ -35,10 +35,7 @@ class Captioner(Blip):
         return self.visual_encoder(image)
 
     def prepare(self, image: Tensor, captions: list[str]) -> tuple[tuple[Tensor, ...], int]:
-        """The tensors of `forward`, and the number of predicted tokens: those after the prompt.
-
-        The tensors are the image, and input ids, attention mask and labels, each (B, L).
-        """
+        """`forward`'s image, ids, mask and labels (B, L); the number of tokens after prompts."""
         input_ids, attention_mask = self.tokenize(captions)
         labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
         labels[:, : self.prompt_length] = IGNORED_LABEL

@@ -18,9 +18,10 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from models.compressed import Packed
 from models.layers import is_sparse
-from models.weight_files import Packed, fetch, open_weights
-from utils import UserError
+from models.weight_files import fetch, open_weights
+from utils import UserError, listed
 
 Weights = dict[str, Tensor | Packed]
 POSITION_EMBEDDINGS = ("visual_encoder.pos_embed", "visual.positional_embedding")  # BLIP's, CLIP's
@@ -55,13 +56,12 @@ class LoadReport:
 
     def __str__(self) -> str:
         """A line for the log; names where they are few."""
-        parts = [f"{self.path}: {len(self.loaded)} loaded"]
+        line = f"{self.path}: {len(self.loaded)} loaded"
         lists = {"ignored": self.ignored, "resampled": self.resampled}
         for label, names in (lists | {"newly initialised": self.initialised}).items():
             if names:
-                listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-                parts.append(f"{len(names)} {label} ({listed})")
-        return "; ".join(parts + [f"prefix {prefix!r} removed" for prefix in self.prefixes])
+                line += f"; {len(names)} {label} ({listed(names)})"
+        return line + "".join(f"; prefix {prefix!r} removed" for prefix in self.prefixes)
 
 
 @torch.no_grad()
@@ -76,8 +76,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
             name of a parameter into its own. Optional are `adapt_weights(weights)`, which returns
             them as the model takes them and the names that may be missing, and `weights_loaded()`,
             which is called at the end.
-        path_or_url: a file, a folder with safetensors, or an address, see `fetch`. No process waits
-            for another here.
+        path_or_url: a file, a folder with safetensors, or an address, see `fetch`.
 
     Raises:
         UserError: the file cannot be read, a tensor is quantised or packed, a shape differs, or a
@@ -88,7 +87,7 @@ def load_checkpoint(model: nn.Module, path_or_url: str) -> LoadReport:
         raise ValueError("the model is sparse already: load weights before `sparsify_`")
     report = LoadReport(str(path_or_url))
     weights = _renamed(open_weights(fetch(path_or_url)), model.official_name, report)
-    may_be_missing: set[str] = set()
+    may_be_missing = set()
     if hasattr(model, "adapt_weights"):
         weights, may_be_missing = model.adapt_weights(weights)
     targets = dict(model.named_parameters(remove_duplicate=False))
@@ -129,12 +128,8 @@ def load_trained(model: nn.Module, path_or_url: str) -> LoadReport:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that a file of weights holds: parameters, tied ones under the first name.
-
-    Buffers (CLIP's momentum copy and queues) belong to a training run, not to its result.
-    """
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
+    """Names and tensors of a file of weights: parameters, tied ones once, but no run's buffers."""
+    return ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 def blip_name(name: str) -> str:
@@ -177,10 +172,11 @@ def _check(
     report: LoadReport, weights: Weights, targets: Weights, may_be_missing: set[str], hint: str
 ) -> None:
     """Fills the report. Raises a UserError if a tensor does not fit or a parameter stays unset."""
-    report.ignored = [name for name in weights if name not in targets]
-    report.loaded = [name for name in weights if name in targets]
-    for name in report.loaded:
-        value = weights[name]
+    for name, value in weights.items():
+        if name not in targets:
+            report.ignored.append(name)
+            continue
+        report.loaded.append(name)
         stored = value.values if isinstance(value, Packed) else value
         if stored.dtype not in _DTYPES or stored.layout != torch.strided or stored.is_meta:
             kind = "of device meta" if stored.is_meta else f"{stored.dtype}, {stored.layout}"
@@ -189,17 +185,16 @@ def _check(
                 "or bfloat16: save them before they are quantised or packed"
             )
         shape, wanted = tuple(value.shape), tuple(targets[name].shape)
-        if shape != wanted:
-            if not _can_be_resampled(name, shape, wanted):
-                raise UserError(
-                    f"{report.path}: {name} has shape {shape}, the model's is {wanted}; {hint}"
-                )
+        if _can_be_resampled(name, shape, wanted):
             report.resampled.append(name)
+        elif shape != wanted:
+            raise UserError(
+                f"{report.path}: {name} has shape {shape}, the model's is {wanted}; {hint}"
+            )
     loaded = {targets[name].data_ptr() for name in report.loaded}  # tied ones stand there once
     unset = [name for name, target in targets.items() if target.data_ptr() not in loaded]
     report.initialised = [name for name in unset if name in may_be_missing]
-    names = [name for name in unset if name not in may_be_missing]
-    if names:
+    if names := [name for name in unset if name not in may_be_missing]:
         raise UserError(
             f"{report.path} leaves {len(names)} of the model's {len(targets)} parameters unset, "
             f"among them {names[:5]}; is it a checkpoint of this model, and {hint}"
@@ -208,7 +203,7 @@ def _check(
 
 def _can_be_resampled(name: str, shape: tuple, wanted: tuple) -> bool:
     """Whether these are position embeddings (..., 1 + g^2, D) that differ in the grid alone."""
-    if name not in POSITION_EMBEDDINGS or len(shape) < 2:
+    if name not in POSITION_EMBEDDINGS or len(shape) < 2 or shape == wanted:
         return False
     same_but_for_tokens = (*shape[:-2], *shape[-1:]) == (*wanted[:-2], *wanted[-1:])
     return same_but_for_tokens and round((shape[-2] - 1) ** 0.5) ** 2 == shape[-2] - 1

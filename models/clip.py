@@ -66,7 +66,6 @@ class WordPieces:
     """BERT's tokenizer in CLIP's manner: the end token has the highest id, padding is 0."""
 
     def __init__(self, name: str):
-        """See `load_tokenizer`."""
         self.tokenizer = load_tokenizer(name)
         self.vocab_size = len(self.tokenizer)
 
@@ -134,9 +133,7 @@ class ClipRetrieval(CLIP):
         """Number of texts that `max_tokens` cuts."""
         return int((self.tokenizer(texts, self.max_tokens + 1)[:, -1] != 0).sum())
 
-    def prepare(
-        self, image: Tensor, captions: list[str], image_ids: Tensor
-    ) -> tuple[tuple[Tensor, ...], int]:
+    def prepare(self, image, captions, image_ids) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         """The tensors of `forward`, and the number of pairs."""
         return (image, self.tokenize(captions)[0], image_ids), len(captions)
 
@@ -176,11 +173,8 @@ class ClipRetrieval(CLIP):
         self.slow = [_unit_features(self.momentum_copy, image, ids) for image, ids, _ in parts]
         self.seen = []
         images, texts = gather(torch.cat(self.slow)).unbind(1)
-        self.keys = (
-            torch.cat([texts.T, self.text_queue], dim=1),
-            torch.cat([images.T, self.image_queue], dim=1),
-            torch.cat([image_ids, self.id_queue]),
-        )
+        texts, images = (texts.T, self.text_queue), (images.T, self.image_queue)
+        self.keys = tuple(torch.cat(x, dim=-1) for x in (texts, images, (image_ids, self.id_queue)))
 
     def forward(self, image: Tensor, ids: Tensor, image_ids: Tensor) -> Tensor:
         """ALBEF's contrastive loss, a mean over B pairs; the last part of a step fills the queues.
@@ -239,14 +233,9 @@ class ClipRetrieval(CLIP):
         self.seen, self.keys = [], ()
 
     def adapt_weights(self, weights: Weights) -> tuple[Weights, set[str]]:
-        """Transposes Hugging Face's projections and joins its q, k, v. See `load_checkpoint`.
-
-        Training starts anew: a checkpoint's own momentum copy and queues are left out. (A resumed
-        run restores them by `load_state_dict`.)
-        """
-        weights = weights.copy()
-        for name, _ in self.named_buffers():
-            weights.pop(name, None)
+        """Transposes Hugging Face's projections and joins its q, k, v; drops training state."""
+        own = {name for name, _ in self.named_buffers()}  # which a resumed run restores by itself
+        weights = {name: value for name, value in weights.items() if name not in own}
         for tower, openai in (("visual", "visual.proj"), ("text", "text_projection")):
             if (theirs := f"{tower}_projection.weight") in weights:
                 weights[openai] = weights.pop(theirs).T
@@ -271,10 +260,8 @@ def choose_tokenizer(name: str | None, vocab_size: int) -> SimpleTokenizer | Wor
         return None
     tokenizer = SimpleTokenizer() if name in (None, OPENAI_TOKENIZER) else WordPieces(name)
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"clip: vocab_size {vocab_size} is below the {tokenizer.vocab_size} tokens of "
-            f"tokenizer {name!r}"
-        )
+        tokens = f"{tokenizer.vocab_size} tokens of tokenizer {name!r}"
+        raise UserError(f"clip: vocab_size {vocab_size} is below the {tokens}")
     return tokenizer
 
 

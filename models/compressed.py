@@ -43,11 +43,7 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def unpack(
     shape: tuple[int, ...], bitmask: Tensor, values: Tensor, target: Tensor | None = None
 ) -> Tensor:
-    """The tensor that `pack` took apart; `target` itself where it can be written directly.
-
-    Raises:
-        ValueError: bitmask and values do not fit each other.
-    """
+    """The tensor that `pack` took apart, in `target` where that fits. Parts must fit, too."""
     packed, n = bitmask.numpy(), math.prod(shape)
     if n % 8 and packed[-1] >> n % 8:
         raise ValueError(f"the bitmask has bits beyond the last of {n} elements")
@@ -96,7 +92,7 @@ class Packed(NamedTuple):
     values: Tensor
 
     def dense(self, target: Tensor | None = None) -> Tensor:
-        """The tensor, in `target` where that fits; a UserError if the file is damaged."""
+        """As `unpack`; the error names the file."""
         try:
             return unpack(self.shape, self.bitmask, self.values, target)
         except ValueError as error:

@@ -116,10 +116,7 @@ class BeamSearch:
 
 
 class CachedDecoder:
-    """The text decoder over a batch of images, fed a few tokens at a time.
-
-    It runs the layers itself: the library would copy the image's keys and values for each beam.
-    """
+    """The decoder, layer by layer: the library would copy an image's keys for each beam."""
 
     def __init__(self, decoder: nn.Module, image_embeds: Tensor, capacity: int):
         """Projects keys and values of image tokens (B, L, D); makes room for `capacity` tokens."""

@@ -22,10 +22,7 @@ _TIED = {  # names that transformers 4 wants in the file, and version 5 ties
 
 
 def write_folder(model: Captioner, config: dict, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Fills a folder for `BlipForConditionalGeneration` and `BlipProcessor`.
-
-    `weights` are the tensors of `stored_tensors(model)`, in one type.
-    """
+    """Fills a folder for transformers; `weights` are those of `stored_tensors`, in one type."""
     encoder, tokenizer = model.visual_encoder, model.tokenizer
     block = encoder.blocks[0]
     vision = {

@@ -40,10 +40,7 @@ class TwinCrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor], **_
     ) -> tuple[Tensor, None]:
-        """Text states (B, L, D) from such and two images (B, L_img, D_img); no attention map.
-
-        The library also passes a mask and a cache: images have no padding, encoders no cache.
-        """
+        """Text states (B, L, D) from such and two images (B, L_img, D_img), which need no mask."""
         image0, image1 = encoder_hidden_states
         output0 = self.output.dense0(self.self0(hidden_states, encoder_hidden_states=image0)[0])
         output1 = self.output.dense1(self.self1(hidden_states, encoder_hidden_states=image1)[0])
@@ -77,10 +74,7 @@ class NlvrClassifier(Blip):
     def prepare(
         self, image0: Tensor, image1: Tensor, sentences: list[str], targets: Tensor
     ) -> tuple[tuple[Tensor, ...], int]:
-        """The tensors of `forward`, and the number of statements.
-
-        The tensors are the images, the sentences' ids and attention mask (B, L), and the targets.
-        """
+        """`forward`'s images, ids and mask (B, L) and targets; the number of statements."""
         return (image0, image1, *self.tokenize(sentences), targets), len(sentences)
 
     def forward(self, image0: Tensor, image1: Tensor, *text) -> Tensor:
@@ -138,7 +132,7 @@ class NlvrClassifier(Blip):
         """Starts both twins from the cross-attention of a BLIP that sees one image.
 
         Its text transformer is `text_encoder` (BLIP base) or `text_decoder` (a captioner). What
-        only an NLVR2 model has may then be missing. See `load_checkpoint`.
+        only an NLVR2 model has may then be missing.
         """
         base = any(name.startswith("text_encoder.") for name in weights)
         adapted = {}

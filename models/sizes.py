@@ -4,10 +4,7 @@ from utils import UserError
 
 
 def choose_sizes(config: dict, key: str, known: dict, heads: dict, **optional: float) -> dict:
-    """The checked sizes that a config names or gives under a key; known["large"] has all of them.
-
-    Keyword arguments are the defaults of optional sizes; `heads` as in `check_sizes`.
-    """
+    """The sizes that a config names or gives under a key; `optional` has defaults of some."""
     sizes = config[key]
     if isinstance(sizes, str):
         if sizes not in known:
@@ -25,10 +22,7 @@ def choose_sizes(config: dict, key: str, known: dict, heads: dict, **optional: f
 
 
 def check_sizes(key: str, sizes: dict, heads: dict[str, str], fractions) -> None:
-    """Checks numbers, and that a width is a multiple of its number of heads.
-
-    `fractions` names the sizes in [0, 1); the others are whole numbers above 0.
-    """
+    """Checks numbers, those of `fractions` in [0, 1), and that `heads` divide widths."""
     for name, value in sizes.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in fractions and not (number and 0 <= value < 1):

@@ -84,10 +84,7 @@ def _cross_attention(layer: nn.Module, text: Tensor, *images: Tensor) -> Tensor:
 
 
 def resblock_stages(blocks: nn.Module, state: str, mask: Tensor | None = None) -> Iterator[Stage]:
-    """The stages of open_clip's blocks in eval mode, which replace `state` (B, L, D).
-
-    `mask` (L, L) is added to the attention's logits; None lets every token see all others.
-    """
+    """Stages of open_clip's blocks on `state` (B, L, D); `mask` (L, L) is added to the logits."""
     for index, block in enumerate(blocks):
         attention = block.ln_1, partial(_attention, block.attn, mask)
         yield from _block_stages(index, state, attention, (block.ln_2, block.mlp))

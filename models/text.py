@@ -35,10 +35,9 @@ _FIXED |= {"add_cross_attention", "pad_token_id"}
 
 
 def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTextConfig:
-    """The configuration of a text transformer that cross-attends to embeddings of a width.
+    """A text transformer's configuration from BERT's fields, in a mapping or a JSON file.
 
-    `med_config` is a mapping, or a JSON file, with BERT's field names; a field that is not there is
-    BERT base's.
+    A field that is not there is BERT base's. The text cross-attends to embeddings of a width.
     """
     fields = read_med_config(med_config)
     unknown = sorted(set(fields) - set(_BERT_BASE) - _FIXED)
@@ -66,11 +65,7 @@ def text_config(med_config: str | dict, encoder_width: int, tokenizer) -> BlipTe
 
 
 def load_tokenizer(name: str) -> BertTokenizer:
-    """BERT's WordPiece tokenizer, by folder or hub name, with BLIP's [DEC] (`bos_token`) and [ENC].
-
-    Raises:
-        UserError: the vocabulary cannot be read, or is not BERT's.
-    """
+    """BERT's WordPiece tokenizer, by folder or hub name, with BLIP's [DEC] and [ENC]."""
     file = vocabulary_file(name)
     try:
         # a byte order mark at the start would make another token of the first

@@ -41,10 +41,7 @@ class VisionEncoder(VisionTransformer):
 
 
 def build_vision_encoder(config: dict, drop_path_rate: float = 0.0) -> VisionEncoder:
-    """An image encoder with random weights; `vit` may name its own drop path rate.
-
-    With `vit_grad_ckpt` the last `vit_ckpt_layer` blocks (0: all) are recomputed.
-    """
+    """A random encoder; `vit_grad_ckpt` recomputes its last `vit_ckpt_layer` blocks (0: all)."""
     heads = {"embed_dim": "num_heads"}
     encoder = VisionEncoder(
         img_size=config["image_size"],

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from models import compressed
 from models.compressed import Packed
-from utils import UserError, download, mistaken_for
+from utils import UserError, download, listed, mistaken_for
 
 _BLIP_MODELS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/"
 RUN_WEIGHTS = "pruned.safetensors"  # in the folder of a run
 INDEX = "model.safetensors.index.json"  # Hugging Face's: {"weight_map": {tensor: file}}
 _PART = 32 << 20  # bytes of a file that are mapped together
-_UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError)
-_UNREADABLE += (pickle.UnpicklingError,)
+_DAMAGED = (SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError)
 _GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")  # in torch's sentence on pickled code
 
 
@@ -66,7 +65,7 @@ def open_weights(path: Path) -> dict[str, Tensor | Packed]:
         with open(path, "rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"  # behind the length of a header in JSON
         return _open_safetensors(path) if is_safetensors else _open_pickle(path)
-    except _UNREADABLE as error:
+    except (OSError, RuntimeError, EOFError, *_DAMAGED) as error:
         raise UserError(
             f"cannot read weights from {path}: {_why_unreadable(path, error)}"
         ) from error
@@ -82,23 +81,18 @@ def _file_of_folder(folder: Path) -> Path:
         return files[0]
     if files:
         raise UserError(
-            f"{folder} has several files of weights ({_few(files)}) and no {INDEX} that says what "
-            "belongs together: add it, or give one of them as the file itself"
+            f"{folder} has several files of weights ({listed(files)}) and no {INDEX} that says "
+            "what belongs together: add it, or give one of them as the file itself"
         )
     if pickles := sorted(folder.glob("*.bin")):
         raise UserError(
-            f"{folder} has {_few(pickles)}, but of a folder only safetensors are read. Convert it: "
-            'python -c "from transformers import BlipForConditionalGeneration as B; '
+            f"{folder} has {listed(pickles)}, but of a folder only safetensors are read. Convert "
+            'it: python -c "from transformers import BlipForConditionalGeneration as B; '
             f"B.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')\""
         )
     others = sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
-    hint = f"; give one of its files itself: {_few(others)}" if others else ""
+    hint = f"; give one of its files itself: {listed(others)}" if others else ""
     raise UserError(f"no *.safetensors in the folder {folder}{hint}")
-
-
-def _few(names: list) -> str:
-    names = [name.name if isinstance(name, Path) else str(name) for name in names]
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -154,7 +148,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights or not all(isinstance(name, str) for name in weights):
         raise UserError(
-            f"{path} is no mapping of names to tensors, but has {_few([*content]) or 'nothing'}: "
+            f"{path} is no mapping of names to tensors, but has {listed([*content]) or 'nothing'}: "
             "save such a mapping alone, or under the key 'model'"
         )
     return weights

@@ -1,7 +1,6 @@
 """Writes the embedded data: pictures, captions and statements in the published layouts."""
 
 import json
-import os
 import random
 import shutil
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from pathlib import Path
 from data.scenes.pictures import Scene, random_scene, render
 from data.scenes.statements import random_pairs
 from data.scenes.words import describe, vocabulary
-from utils import UserError, atomic_write, write_json
+from utils import UserError, atomic_folder, atomic_write, write_json
 
 VERSION = 3  # raise when the same arguments give other data
 FIRST_ID = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # no two images share a COCO id
@@ -93,13 +92,7 @@ def make(out: str | Path, settings: dict) -> bool:
             raise UserError(f"{out} exists and was not made by data.scenes: choose another --out")
         if json.loads(known.read_text()) == settings:
             return False
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        generate(settings, unfinished)
+    with atomic_folder(out) as folder:
+        generate(settings, folder)
         shutil.rmtree(out, ignore_errors=True)
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
     return True

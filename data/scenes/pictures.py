@@ -75,10 +75,8 @@ def gap(a: SceneObject, b: SceneObject, side: str) -> float:
 
 
 def margins(objects: list[SceneObject]) -> dict[tuple[int, str], float]:
-    """For every object and side, the pixels by which it lies on that side of all others.
-
-    Of two objects, only the left and the upper one is considered.
-    """
+    """For every object and side, the pixels by which it lies on that side of all others."""
+    # of two objects, only the left and the upper one is considered
     sides = ("left", "above") if len(objects) == 2 else tuple(OPPOSITE)
     return {
         (index, side): min(gap(item, other, side) for other in objects if other is not item)

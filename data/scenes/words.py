@@ -66,10 +66,7 @@ MENTION = re.compile(
 def describe(
     objects: list[Attributes], side: str | None, background: str, count: int, rng: random.Random
 ) -> list[str]:
-    """At most eight captions of different templates; each mentions every object.
-
-    The first object lies on that `side` of all others; a single one has none.
-    """
+    """Captions of different templates; the first object lies on that `side` of all others."""
     first, *rest = [f"a {' '.join(words)}" for words in objects]
     words = {"a": first, "b": " and ".join(rest), "ground": background}
     if side is None:
@@ -91,10 +88,7 @@ def parse_caption(text: str) -> list[Attributes]:
 
 
 def attributes_correct(caption: str, objects: list[Attributes]) -> bool:
-    """Whether a caption mentions objects, all with size and colour, and all are in the scene.
-
-    An object that is mentioned twice must be there twice.
-    """
+    """Whether a caption mentions objects, all with size and colour, and all are there as often."""
     mentions = Counter(parse_caption(caption))
     return bool(mentions) and not mentions - Counter(objects)
 
