@@ -13,11 +13,10 @@ a folder, on pictures and, where it takes texts, on a text for each.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from configs import COUNT, FROM_ZERO, Number, load_config
-from utils import launch, lazy_names
+from utils import launch, lazy_names, user_path
 
 DEFAULT_CONFIG = "configs/caption_coco.yaml"
 OURS_ONLY = "skip keep_padding skip_bad_images pretrained pruned".split()  # not with --hf
@@ -29,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, path = parser.add_argument, os.path.expanduser
+    add, path = parser.add_argument, user_path
     samples = Number(int, 3)  # an ID needs three points
     add(
         "-n",

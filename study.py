@@ -506,12 +506,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, path = parser.add_argument, os.path.expanduser
+    add, path = parser.add_argument, user_path
     add("--preset", choices=["embedded"], help="study of configs/studies")
     add("--config", type=path, help="YAML file of an experiment (captions, NLVR2), for a new study")
     add("--id_profile", type=path, help="IDs by layer, for a new study")
     add("--file", type=user_path, help="JSON of the study (preset: docs/study.json)")
-    add("--output_dir", type=user_path, default=Path("output/study"), help="folder of the cells")
+    add("--output_dir", type=user_path, default="output/study", help="folder of the cells")
     add("--cells", metavar="I/N", help="the I-th of N shares, without a report")
     add("--processes", type=COUNT, help="cells at a time (default: CPUs for the preset, else 1)")
     add("--device", help="auto, cpu, cuda, cuda:N, mps or xpu")
@@ -525,7 +525,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("flags after -- are a new study's: they go with --config")
     if bool(args.config) != bool(args.id_profile) or not (args.preset or args.config or args.file):
         parser.error("what to study? Give --preset, --config with --id_profile, or --file")
-    args.file = args.file or Path("docs" if args.preset else "output/study", "study.json")
+    args.file = Path(args.file or ("docs" if args.preset else "output/study") + "/study.json")
+    args.output_dir = Path(args.output_dir)
     args.processes = args.processes or (available_cpus() if args.preset else 1)
     return args
 

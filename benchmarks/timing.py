@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from reports.costs import processor
+from engine.processes import machine_of
 
 
 def seconds(
@@ -60,11 +60,5 @@ def peak_memory(device: str | torch.device, field: str = "VmHWM") -> int:
 
 def print_document(benchmark: str, device: str | torch.device = "cpu", **results) -> None:
     """Prints what was measured and where, one line of JSON, the last of a benchmark."""
-    on_cpu = torch.device(device).type == "cpu"
-    machine = {
-        "processor": processor() if on_cpu else torch.cuda.get_device_name(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    machine = machine_of(torch.device(device))
     print(json.dumps({"benchmark": benchmark, "machine": machine, **results}))

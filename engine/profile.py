@@ -146,18 +146,24 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
     return IDProfile(share.settings, found, make_remarks(n, found, bad))
 
 
-def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
-    """Measures the linear layers of any model of Hugging Face's."""
+def read_inputs(args: argparse.Namespace) -> tuple[list[Path] | None, list[str] | None]:
+    """The files of --images, and the lines of --texts; None for a flag that is not given."""
     pictures = None
     if args.images is not None:
         if not Path(args.images).is_dir():
             raise UserError(f"--images: there is no folder {args.images}")
         pictures = find_pictures([Path(args.images)])
-    lines, decoder_lines = (read_texts(x) if x else None for x in (args.texts, args.decoder_texts))
+    return pictures, None if args.texts is None else read_texts(args.texts)
+
+
+def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
+    """Measures the linear layers of any model of Hugging Face's."""
+    pictures, lines = read_inputs(args)
+    decoder_lines = read_texts(args.decoder_texts) if args.decoder_texts else None
     with main_process_first():
         hub = open_hub_model(args.hf)
     batch_size = args.batch_size or HUB_BATCH_SIZE
-    inputs = HubInputs(hub, pictures, lines, batch_size, decoder_lines)
+    inputs = HubInputs(hub, pictures, lines, batch_size, decoder_lines, alone=True)
     lengths, length, remarks = dict(enumerate(inputs.lengths)), None, []
     if args.max_tokens:
         lengths = {i: tokens for i, tokens in lengths.items() if tokens <= args.max_tokens}

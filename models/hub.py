@@ -15,7 +15,7 @@ import compat  # noqa: F401
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -31,10 +31,11 @@ PARTS = {  # of a config, by what they see; other parts see both or something el
     "image_config": "vision",
     "text_config": "language",
 }
+OTHER_FORMATS = (".bin", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".gguf")  # of weights
 
 
 class HubModel(NamedTuple):
-    """A model, in float32 and eval mode on the CPU, with Hugging Face's processor of its inputs.
+    """A model, in eval mode on the CPU, with Hugging Face's processor of its inputs.
 
     `untrained` are layers whose weights the checkpoint lacks: poolers, which others do without.
     """
@@ -49,8 +50,20 @@ class HubModel(NamedTuple):
         return argument in inspect.signature(self.model.forward).parameters
 
 
-def open_hub_model(name: str) -> HubModel:
-    """Opens a local folder, or a model of the hub, downloaded if it is not in the cache."""
+def local_folder(name: str) -> Path:
+    """A local folder, or that of a model of the hub, downloaded if it is not in the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    _require_reachable(name)
+    with _loading(name):
+        return Path(snapshot_download(name, ignore_patterns=[f"*{end}" for end in OTHER_FORMATS]))
+
+
+def open_hub_model(name: str, dtype: str | torch.dtype = torch.float32) -> HubModel:
+    """Opens a local folder, or a model of the hub, downloaded if it is not in the cache.
+
+    Its weights are of `dtype`; "auto" takes the type of the files.
+    """
     if not Path(name).is_dir():
         _require_reachable(name)
     with _loading(name):
@@ -59,8 +72,7 @@ def open_hub_model(name: str) -> HubModel:
     for kind in classes:  # the base model, or where its weights are not there, the config's class
         with _loading(name), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the same weights where there are none
-            loaded = {"dtype": torch.float32, "output_loading_info": True}
-            model, report = kind.from_pretrained(name, **loaded)
+            model, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
         missing = sorted(report["missing_keys"])
         needed = [key for key in missing if "pooler" not in key]
         if not needed:
@@ -133,8 +145,8 @@ class HubInputs:
     """Batches of pictures, texts or pairs of them, as the model's processor makes them.
 
     All texts are padded at their end and to one length, so that equal places of two texts are
-    compared and nothing depends on the batch. `runs` takes a batch: it is the model, or the encoder
-    of one whose decoder has no texts.
+    compared and nothing depends on the batch. `runs` takes a batch: it is the model, or `alone` the
+    encoder of one whose decoder has no texts.
     """
 
     def __init__(
@@ -144,6 +156,7 @@ class HubInputs:
         texts: list[str] | None,
         batch_size: int,
         decoder_texts: list[str] | None = None,
+        alone: bool = False,
     ):
         self.hub, self.processor, self.runs = hub, hub.processor, hub.model
         both = hub.processor, getattr(hub.processor, "image_processor", None)
@@ -169,7 +182,7 @@ class HubInputs:
         decodes = getattr(hub.model.config, "is_encoder_decoder", False)
         if decoder_texts is not None and not (decodes and len(decoder_texts) == len(texts or [])):
             raise UserError("--decoder_texts are for a decoder, a line for each line of --texts")
-        if decodes and decoder_texts is None:
+        if alone and decodes and decoder_texts is None:
             self.runs = hub.model.get_encoder()
         self.images, self.texts, self.batch_size = images, texts, batch_size
         self.decoder_texts = decoder_texts
@@ -277,7 +290,9 @@ class HubInputs:
             if not self.prompts:
                 inputs["truncation"] = True
         made = dict(self.processor(**inputs, return_tensors="pt"))
-        return made | {name: values[rows] for name, values in self.decoder.items()}
+        made |= {name: values[rows] for name, values in self.decoder.items()}
+        dtype = self.hub.model.dtype
+        return {name: x.to(dtype) if x.is_floating_point() else x for name, x in made.items()}
 
 
 def layer_kinds(model: nn.Module, names: list[str]) -> dict[str, str]:

@@ -63,6 +63,24 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def small_segments(monkeypatch):
+    """Captures keep segments of a token or a few, and the budget holds nothing but what is kept."""
+    from dimension import budget
+
+    monkeypatch.setattr(budget, "SEGMENT_ELEMENTS", 3000)
+    for name in ("WORKSPACE", "MATRICES", "BATCH_OUTPUTS"):
+        monkeypatch.setattr(budget, name, 0)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A folder of 48 training scenes and 6 in each held-out split, for reading."""
+    from tests.runs import make_scenes
+
+    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return GOLDEN

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 import train_caption
 from configs import load_config
@@ -24,18 +25,7 @@ from evaluation.nlvr import evaluate_statements
 from models import prunable_layers
 from pruners.sparsity import sparsity_report
 from reports.runs import write_scores
-from tests.runs import (
-    make_scenes,
-    on_two_processes,
-    write_clip_config,
-    write_config,
-    write_nlvr_config,
-)
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+from tests.runs import on_two_processes, write_clip_config, write_config, write_nlvr_config
 
 
 @pytest.fixture
@@ -51,13 +41,13 @@ def no_java(monkeypatch):
     monkeypatch.setenv("PATH", "")
 
 
+@torch.no_grad()
 def captioner(config):
     """A model whose captions differ from image to image."""
     torch.manual_seed(0)
     model = CAPTION.build_model(config).eval()
-    with torch.no_grad():
-        for weight in model.text_decoder.parameters():
-            weight.mul_(10)
+    for weight in model.text_decoder.parameters():
+        weight.mul_(10)
     return model
 
 
@@ -65,16 +55,11 @@ def captioner(config):
 def mean_loss(model, pairs):
     """Over all predicted tokens or statements of items as in training, one by one."""
     total, terms = 0.0, 0
-    for *inputs, last in (pairs[index] for index in range(len(pairs))):
-        last = last[None] if isinstance(last, torch.Tensor) else [last]
-        batch = [x[None] if isinstance(x, torch.Tensor) else [x] for x in inputs]
-        tensors, count = model.prepare(*batch, last)
+    for pair in (pairs[index] for index in range(len(pairs))):
+        tensors, count = model.prepare(*default_collate([pair]))
         total += float(model(*tensors)) * count
         terms += count
     return total / terms
-
-
-# --- captions ------------------------------------------------------------------------------------
 
 
 def test_the_loss_of_captions_is_the_mean_over_the_tokens_of_all_references(caption_config):
@@ -82,14 +67,15 @@ def test_the_loss_of_captions_is_the_mean_over_the_tokens_of_all_references(capt
     about 5, one by one and in batches, differ by a few times 6e-8 of themselves."""
     model, split = captioner(caption_config), build_caption_datasets(caption_config)[1]
     file = Path(caption_config["coco_gt_root"], "coco_karpathy_val_gt.json")
-    content = json.loads(file.read_text())
-    content["annotations"] = content["annotations"][:-3]  # the last image has two of five
-    file.write_text(json.dumps(content))
-    encoded, encode = [], model.encode_image
+    annotations = json.loads(file.read_text())["annotations"][:-3]  # the last image has two of five
+    file.write_text(json.dumps({"annotations": annotations}))
+    encoded, encode, asked = [], model.encode_image, []
     model.encode_image = lambda image: encoded.append(len(image)) or encode(image)
-    scores = evaluate_captions(model, split, "val", EvalOptions(caption_config))["scores"]
-    assert encoded == [4, 2]
-    del model.encode_image
+    model.caption = lambda encoded, **lengths: asked.append(lengths) or ["a"] * len(encoded)
+    lengths = {"num_beams": 2, "max_length": 9, "min_length": 6}
+    options = EvalOptions(caption_config | lengths)
+    scores = evaluate_captions(model, split, "val", options)["scores"]
+    assert encoded == [4, 2] and asked == [lengths] * 2
     references = read_references(file)
     records = [x | {"caption": y} for x in split.records for y in references[x["image_id"]]]
     texts = {key: caption_config[key] for key in ("prompt", "max_words")}
@@ -100,8 +86,7 @@ def test_the_loss_of_captions_is_the_mean_over_the_tokens_of_all_references(capt
 def caption_a_split(rank, config, folder):
     os.environ["PATH"] = ""  # no Java
     split = build_caption_datasets(config)[1]
-    options = EvalOptions(config, results=folder)
-    report = evaluate_captions(captioner(config), split, "val", options)
+    report = evaluate_captions(captioner(config), split, "val", EvalOptions(config, results=folder))
     assert ("CIDEr" in report["scores"]) == (rank == 0)
 
 
@@ -122,41 +107,27 @@ def test_two_processes_caption_and_score_as_one(caption_config, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_captions_are_decoded_as_the_config_says(caption_config):
-    model, asked = captioner(caption_config), []
-    model.caption = lambda encoded, **lengths: asked.append(lengths) or ["a"] * len(encoded)
-    config = caption_config | {"num_beams": 2, "max_length": 9, "min_length": 6}
-    evaluate_captions(model, build_caption_datasets(config)[1], "val", EvalOptions(config))
-    assert asked == [{"num_beams": 2, "max_length": 9, "min_length": 6}] * 2
-
-
-# --- statements ----------------------------------------------------------------------------------
-
-
+@torch.no_grad()
 def test_statements_are_judged_and_their_loss_is_that_of_training(scenes, tmp_path):
     config = load_config(write_nlvr_config(tmp_path / "n.yaml", scenes, eval_batch_size=3))
     model, split = NLVR.build_model(config).eval(), build_nlvr_datasets(config)[1]
     scores = evaluate_statements(model, split, "dev", EvalOptions(config))["scores"]
-    with torch.no_grad():
-        right = [
-            int(model.logits(left[None], right[None], [sentence]).argmax()) == int(label)
-            for left, right, sentence, label in (split[index] for index in range(len(split)))
-        ]
-    assert scores["accuracy"] == sum(right) / len(right)
+    left, right, sentences, labels = default_collate([split[index] for index in range(8)])
+    judged = model.logits(left, right, sentences).argmax(dim=1)
+    assert scores["accuracy"] == (judged == labels).float().mean()
     # float32: eight losses of about 0.7, in batches of three or one by one
     assert scores["loss"] == pytest.approx(mean_loss(model, split), rel=1e-6)
 
 
-# --- precision, and scripts ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("task", "write"),
+    [("caption", write_config), ("nlvr", write_nlvr_config), ("retrieval", write_clip_config)],
+)
 def test_evaluation_computes_in_the_precision_that_is_asked_for(
-    task, bf16, dtype, scenes, tmp_path
+    task, write, bf16, dtype, scenes, tmp_path
 ):
-    write = {"caption": write_config, "nlvr": write_nlvr_config, "retrieval": write_clip_config}
-    config, task = load_config(write[task](tmp_path / "p.yaml", scenes)), TASKS[task]
+    config, task = load_config(write(tmp_path / "p.yaml", scenes)), TASKS[task]
     model, split = task.build_model(config).eval(), task.build_datasets(config, 0)[1]
     precisions = set()
     for layer in prunable_layers(model).values():
@@ -166,73 +137,64 @@ def test_evaluation_computes_in_the_precision_that_is_asked_for(
 
 
 @pytest.fixture
-def evaluation(caption_config, tmp_path):
-    """A run of an evaluation with some more flags."""
+def begin(caption_config, tmp_path):
+    """Begins an evaluation with some more flags, whose splits are scored by another function."""
 
-    def begin(*flags, task=CAPTION):
+    def begin(flags, score):
         argv = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path), "--evaluate"]
-        experiment = read_experiment(train_caption.parse_args([*argv, *flags]), "caption")
-        return replace(start(experiment), task=task)
+        argv += flags.split()
+        run = start(read_experiment(train_caption.parse_args(argv), "caption"))
+        return replace(run, task=replace(CAPTION, evaluate=score))
 
     return begin
 
 
-@pytest.mark.parametrize("spice", [False, True])
-def test_scores_are_printed_and_written(evaluation, spice, tmp_path, capsys):
+def test_scores_are_printed_and_written(begin, tmp_path, capsys):
     """With METEOR, which a validation does without, and notes once for all splits."""
-    asked = []
+    asked, results = [], tmp_path / "c/results"
 
     def score(model, dataset, split, options):
         asked.append((split, options.meteor, options.spice, options.results))
         return {"scores": {"CIDEr": 0.5}, "notes": ["tokens: x", f"note: {dataset}"]}
 
-    run = evaluation(*["--spice"] * spice, task=replace(CAPTION, evaluate=score))
+    run = begin("--spice", score)
     model = CAPTION.build_model(run.config)
     evaluate(run, model, {"val": 1, "test": 1})
-    results = tmp_path / "c/results"
-    assert asked == [(split, True, spice, results) for split in ("val", "test")]
-    said = capsys.readouterr().out.splitlines()
+    assert asked == [(split, True, True, results) for split in ("val", "test")]
     scores = ['val: {"CIDEr": 0.5}', 'test: {"CIDEr": 0.5}']
-    assert said[-5:] == [*scores, "tokens: x", "note: 1", f"wrote {results}"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-5:] == [*scores, "tokens: x", "note: 1", f"wrote {results}"]
     sparsity = json.loads((tmp_path / "c/sparsity.json").read_text())
     assert sparsity == sparsity_report(prunable_layers(model))
-    written = json.loads((results / "scores.json").read_text())
-    assert written == {"val": {"CIDEr": 0.5}, "test": {"CIDEr": 0.5}}
 
 
-def test_sparse_evaluation_reports_the_zeros_before_it_leaves_them_out(evaluation, tmp_path):
-    seen = []
+def test_sparse_evaluation_reports_the_zeros_before_it_leaves_them_out(begin, tmp_path):
+    kinds = set()
 
     def score(model, dataset, split, options):
-        seen.extend(type(layer).__name__ for layer in model.modules())
+        kinds.update(type(layer).__name__ for layer in model.modules())
         return {"scores": {}}
 
-    run = evaluation("--sparse", task=replace(CAPTION, evaluate=score))
+    run = begin("--sparse", score)
     model = CAPTION.build_model(run.config)
-    for name, p in model.named_parameters():
-        if name.endswith("fc1.weight"):
-            p.data = torch.zeros(256, 256)  # large enough to gain
+    model.visual_encoder.blocks[0].mlp.fc1.weight.data = torch.zeros(256, 256)  # large enough
     evaluate(run, model, {"val": None})
     sparsity = json.loads((tmp_path / "c/sparsity.json").read_text())
     assert sparsity["by_layer"]["visual_encoder.blocks.0.mlp.fc1"] > 0.99
-    assert "SparseLinear" in seen
+    assert "SparseLinear" in kinds
 
 
 def test_scores_of_several_evaluations_are_joined_by_split(tmp_path):
-    for task, first, second, file, expected in [
-        (NLVR, {"accuracy": 0.5, "loss": 1.0}, {"accuracy": 1.0, "loss": 0.5}, "accuracy", 0.5),
-        (RETRIEVAL, {"r_mean": 9.0}, {"r_mean": 8.0}, "recalls", {"r_mean": 9.0}),
-    ]:
-        folder = tmp_path / task.name
-        write_scores(folder, "first", {"old": 0.0}, *task.results[:1])
-        write_scores(folder, "first", first, *task.results)
-        write_scores(folder, "second", second, *task.results)
-        scores = json.loads((folder / "scores.json").read_text())
-        assert scores == {"first": first, "second": second}
-        assert json.loads((folder / f"{file}.json").read_text())["first"] == expected
+    first, second = {"accuracy": 0.5, "loss": 1.0}, {"accuracy": 1.0, "loss": 0.5}
+    for split, scores in (("val", {"accuracy": 0.0}), ("val", first), ("test", second)):
+        write_scores(tmp_path, split, scores, *NLVR.results)
+    assert json.loads((tmp_path / "scores.json").read_text()) == {"val": first, "test": second}
+    assert json.loads((tmp_path / "accuracy.json").read_text()) == {"val": 0.5, "test": 1.0}
+    write_scores(tmp_path, "val", {"r_mean": 9.0}, *RETRIEVAL.results)
+    assert json.loads((tmp_path / "recalls.json").read_text()) == {"val": {"r_mean": 9.0}}
 
 
-def test_an_evaluation_takes_one_split_without_dropout(evaluation, monkeypatch, tmp_path):
+def test_an_evaluation_takes_one_split_without_dropout(begin, monkeypatch, tmp_path):
     """Models are built in training mode."""
     modes = []
 
@@ -240,12 +202,11 @@ def test_an_evaluation_takes_one_split_without_dropout(evaluation, monkeypatch, 
         modes.append((split, model.training))
         return {"scores": {"CIDEr": 0.5}}
 
-    run = evaluation("--split", "test", task=replace(CAPTION, evaluate=score))
+    run = begin(f"--split test --pruned {tmp_path}/w.pt", score)
     torch.save({"model": CAPTION.build_model(run.config).state_dict()}, tmp_path / "w.pt")
-    run.flags.pruned = str(tmp_path / "w.pt")
     monkeypatch.setattr(engine_main, "start", lambda experiment: run)
     run_task(run)
     assert modes == [("test", False)]
     record = json.loads((tmp_path / "c/evaluation.json").read_text())
-    assert record["argv"][-2:] == ["--split", "test"]
+    assert record["argv"][-1] == f"{tmp_path}/w.pt"
     assert not (tmp_path / "c/config.json").exists()  # that is of training

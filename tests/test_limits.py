@@ -39,36 +39,29 @@ def test_a_job_below_a_user_below_a_node(tmp_path):
     assert left_in_groups(tmp_path) == [700 * MB, 3000 * MB, 1000 * MB]
 
 
-def test_a_container_of_version_2_is_its_own_uppermost_group(tmp_path):
-    write(tmp_path / "proc/self", cgroup="0::/")
-    group_v2(tmp_path / "sys/fs/cgroup", 2048 * MB, 1024 * MB, cache=24 * MB)
-    assert left_in_groups(tmp_path) == [1048 * MB]
-
-
 @pytest.mark.parametrize("seen_as", ["docker/4fe1", ""])
 def test_a_container_of_version_1(tmp_path, seen_as):
     """The kernel names the host's path; the container may see its group there, or uppermost."""
     lines = "5:cpuset:/docker/4fe1\n4:memory:/docker/4fe1\n1:name=systemd:/x\n0::/"
     write(tmp_path / "proc/self", cgroup=lines)
-    for kind, limit, used in (("memory/" + seen_as, 512, 200), ("cpuset/docker/4fe1", 1, 0)):
-        names = {"limit_in_bytes": limit * MB, "usage_in_bytes": used * MB}
-        names["stat"] = f"inactive_file 3\ntotal_inactive_file {50 * MB}"
-        files = {f"memory__{name}": content for name, content in names.items()}
-        write(tmp_path / "sys/fs/cgroup" / kind, **files)
+    sizes = {"memory__limit_in_bytes": 512 * MB, "memory__usage_in_bytes": 200 * MB}
+    stat = f"inactive_file 3\ntotal_inactive_file {50 * MB}"
+    write(tmp_path / "sys/fs/cgroup/memory" / seen_as, memory__stat=stat, **sizes)
     assert left_in_groups(tmp_path) == [362 * MB]
 
 
-def test_no_groups(tmp_path):
+def test_a_container_of_version_2_is_its_own_uppermost_group(tmp_path):
     assert left_in_groups(tmp_path) == []  # as on a Mac
-    write(tmp_path / "proc/self", cgroup="0::/user.slice")
+    write(tmp_path / "proc/self", cgroup="0::/")
     assert left_in_groups(tmp_path) == []
+    group_v2(tmp_path / "sys/fs/cgroup", 2048 * MB, 1024 * MB, cache=24 * MB)
+    assert left_in_groups(tmp_path) == [1048 * MB]
 
 
 @pytest.mark.parametrize(
     ("groups", "processes_here", "expected"),
     [
         ([], "1", 800),
-        ([900, 500], "1", 500),
         ([900, 500], "2", 250),
         ([900], "", 800),
         ([-30], "2", 0),  # more is used than allowed, and is being given back

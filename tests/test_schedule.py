@@ -6,14 +6,8 @@ from utils import UserError
 
 def schedule(**changes) -> CubicSchedule:
     """100 steps: 20 initial, 50 cubic, 30 final."""
-    arguments = dict(
-        total_steps=100,
-        initial_threshold=1.0,
-        final_threshold=0.2,
-        initial_warmup=2,
-        final_warmup=3,
-        warmup_steps=10,
-    )
+    arguments = dict(total_steps=100, initial_threshold=1.0, final_threshold=0.2)
+    arguments |= dict(initial_warmup=2, final_warmup=3, warmup_steps=10)
     return CubicSchedule(**(arguments | changes))
 
 
@@ -31,12 +25,8 @@ def schedule(**changes) -> CubicSchedule:
 )
 def test_remaining_ratio(step, ratio):
     assert schedule().remaining_ratio(step) == pytest.approx(ratio, abs=1e-15)
-
-
-def test_ratio_starts_from_the_initial_threshold():
-    ramp = schedule(initial_threshold=0.6)
-    assert ramp.remaining_ratio(20) == 0.6
-    assert ramp.remaining_ratio(45) == pytest.approx(0.2 + 0.4 / 8)
+    lower = schedule(initial_threshold=0.6).remaining_ratio(step)
+    assert lower - 0.2 == pytest.approx((ratio - 0.2) / 2, abs=1e-15)
 
 
 def test_masks_every_delta_t_at_epoch_ends_and_always_at_last():
@@ -45,29 +35,20 @@ def test_masks_every_delta_t_at_epoch_ends_and_always_at_last():
     assert masked == [30, 32, 45, 60, 64, *range(71, 101)]
 
 
-def test_without_warmups_the_whole_run_is_the_ramp():
-    ramp = schedule(initial_warmup=0, final_warmup=0)
-    assert ramp.remaining_ratio(50) == pytest.approx(0.3)
-    assert [step for step in range(1, 101) if ramp.masks_at(step)] == list(range(10, 101, 10))
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"final_threshold": 0.0}, "fractions that remain.*final_threshold 0.0"),
         ({"final_threshold": 80.0}, "fractions that remain.*final_threshold 80.0"),
         ({"final_threshold": float("nan")}, "fractions that remain.*final_threshold nan"),
+        ({"final_threshold": 1.0, "initial_threshold": 0.5}, "fractions that remain"),
         ({"initial_threshold": 1.5}, "fractions that remain.*initial_threshold 1.5"),
         ({"initial_threshold": 0.1}, "final <= initial.*initial_threshold 0.1"),
         ({"delta_t": 0}, "delta_t must be at least 1, got 0"),
         ({"initial_warmup": -1}, "initial_warmup must be at least 0, got -1"),
         ({"final_warmup": -1}, "final_warmup must be at least 0, got -1"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
-        (
-            {"warmup_steps": 20},
-            r"longer than the run: \(2 initial \+ 3 final\) x 20 warm-up steps = 100, but the run "
-            "has 100 steps.*lower warmup_steps or take more steps",
-        ),
+        ({"warmup_steps": 20}, r"\(2 initial \+ 3 final\) x 20 .* = 100, .* 100 steps.*take more"),
         ({"first_scored": 101}, "all scores are zero until step 101.*lower delta_t"),
         ({"final_warmup": 0, "delta_t": 30}, "above final_threshold 0.2.*step 100.*delta_t 30"),
         ({"final_warmup": 0, "delta_t": 30, "steps_per_epoch": 40}, "above final_threshold 0.2"),
@@ -84,19 +65,13 @@ def test_bad_schedules_are_errors(changes, message):
         {"warmup_steps": 19},
         {"total_steps": 51},
         {"first_scored": 100},
-        {"final_warmup": 0},
+        {"final_warmup": 0, "initial_warmup": 0},
         {"final_warmup": 0, "delta_t": 30, "steps_per_epoch": 50},
         {"warmup_steps": 0},
+        {"final_threshold": 1.0, "total_steps": 2, "first_scored": 10},  # prunes nothing
     ],
 )
 def test_schedules_that_just_fit_end_at_the_final_threshold(changes):
     ramp = schedule(**changes)
-    assert ramp.masks_at(ramp.total_steps)
-    assert ramp.remaining_ratio(ramp.total_steps) == 0.2
-
-
-def test_a_schedule_that_prunes_nothing_fits_into_any_run():
-    ramp = schedule(final_threshold=1.0, total_steps=2, first_scored=10)
-    assert ramp.remaining_ratio(2) == 1.0
-    with pytest.raises(UserError, match="fractions that remain"):
-        schedule(final_threshold=1.0, initial_threshold=0.5)
+    assert ramp.remaining_ratio(ramp.total_steps) == ramp.final_threshold
+    assert ramp.masks_at(ramp.total_steps) or ramp.final_threshold == 1
