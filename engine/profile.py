@@ -163,7 +163,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     with main_process_first():
         hub = open_hub_model(args.hf)
     batch_size = args.batch_size or HUB_BATCH_SIZE
-    inputs = HubInputs(hub, pictures, lines, batch_size, decoder_lines)
+    inputs = HubInputs(hub, pictures, lines, batch_size, decoder_lines, alone=True)
     lengths, length, remarks = dict(enumerate(inputs.lengths)), None, []
     if args.max_tokens:
         lengths = {i: tokens for i, tokens in lengths.items() if tokens <= args.max_tokens}

@@ -145,8 +145,8 @@ class HubInputs:
     """Batches of pictures, texts or pairs of them, as the model's processor makes them.
 
     All texts are padded at their end and to one length, so that equal places of two texts are
-    compared and nothing depends on the batch. `runs` takes a batch: it is the model, or the encoder
-    of one whose decoder has no texts.
+    compared and nothing depends on the batch. `runs` takes a batch: it is the model, or `alone` the
+    encoder of one whose decoder has no texts.
     """
 
     def __init__(
@@ -156,6 +156,7 @@ class HubInputs:
         texts: list[str] | None,
         batch_size: int,
         decoder_texts: list[str] | None = None,
+        alone: bool = False,
     ):
         self.hub, self.processor, self.runs = hub, hub.processor, hub.model
         both = hub.processor, getattr(hub.processor, "image_processor", None)
@@ -181,7 +182,7 @@ class HubInputs:
         decodes = getattr(hub.model.config, "is_encoder_decoder", False)
         if decoder_texts is not None and not (decodes and len(decoder_texts) == len(texts or [])):
             raise UserError("--decoder_texts are for a decoder, a line for each line of --texts")
-        if decodes and decoder_texts is None:
+        if alone and decodes and decoder_texts is None:
             self.runs = hub.model.get_encoder()
         self.images, self.texts, self.batch_size = images, texts, batch_size
         self.decoder_texts = decoder_texts
