@@ -13,11 +13,10 @@ a folder, on pictures and, where it takes texts, on a text for each.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from configs import COUNT, FROM_ZERO, Number, load_config
-from utils import launch, lazy_names
+from utils import launch, lazy_names, user_path
 
 DEFAULT_CONFIG = "configs/caption_coco.yaml"
 OURS_ONLY = "skip keep_padding skip_bad_images pretrained pruned".split()  # not with --hf
@@ -29,9 +28,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, path = parser.add_argument, os.path.expanduser
+    add, path = parser.add_argument, user_path
     samples = Number(int, 3)  # an ID needs three points
-    add("-n", "--nsamples", type=samples, default=2000, help="samples of the training set (2000)")
+    add(
+        "-n",
+        "--nsamples",
+        type=samples,
+        help="samples of the training set (2000; with --hf at most)",
+    )
     add("--Path", type=path, help="folder of results (ID/Blip_coco, or ID/ and the model's name)")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="the CPU as device")
@@ -45,6 +49,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save_distances", action="store_true", help="keep distances for -s, 4 n^2 bytes a layer")
     fraction = Number(float, 0, 1)
     add("--fraction", type=fraction, default=1.0, help="share of the points that is fitted (1)")
+    estimators = {"choices": ["twonn", "gride", "mle"], "default": "twonn"}
+    add("--estimator", **estimators, help="TwoNN, Gride or maximum likelihood (twonn)")
+    one = {"nargs": "?", "type": COUNT, "const": 0, "metavar": "TOKENS"}
+    add(
+        "--one_length", **one, help="samples whose texts have as many tokens (the commonest number)"
+    )
     add("--keep_padding", action="store_true", help="a batch's padding counts, like the original's")
     add("--skip_bad_images", action="store_true", help="other samples for unreadable images")
     memory = (
@@ -61,13 +71,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hf", type=path, metavar="NAME_OR_FOLDER", help="a model of Hugging Face's")
     add("--images", type=path, metavar="FOLDER", help="with --hf: pictures, in the order of names")
     add("--texts", type=path, metavar="FILE", help="with --hf: a line of text for each picture")
+    add("--decoder_texts", type=path, metavar="FILE", help="with --hf: a decoder's text for each")
+    add("--max_tokens", type=COUNT, metavar="N", help="with --hf: no samples with longer texts")
     args = parser.parse_args(argv)
-    for flag in ("images", "texts") if args.hf is None else OURS_ONLY:
+    for flag in (
+        ("images", "texts", "decoder_texts", "max_tokens") if args.hf is None else OURS_ONLY
+    ):
         if getattr(args, flag):
             how = "goes with --hf" if args.hf is None else "does not go with --hf"
             parser.error(f"argument --{flag} {how}")
     if args.fraction == 0:
         parser.error("argument --fraction: no points are left to fit; 1 takes all")
+    if args.one_length is not None and args.skip:
+        parser.error("argument --one_length: -s has the samples of the run before")
+    if args.hf and args.texts is None and (args.one_length is not None or args.max_tokens):
+        parser.error("--one_length and --max_tokens choose by texts: --hf is without --texts")
     if args.Path is None:  # no profile replaces another model's
         name = Path(args.config).stem if args.hf is None else Path(args.hf).resolve().name
         args.Path = f"ID/{'Blip_coco' if name == Path(DEFAULT_CONFIG).stem else name}"

@@ -9,61 +9,53 @@ The default is the small embedded model, which knows scenes of coloured shapes o
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from configs import load_config
+from configs import ROOT, load_config
 from data.images import find_pictures, to_rgb
-from utils import UserError, launch, user_path
-
-ROOT = Path(__file__).parent
-EMBEDDED_FILES = {
-    "pretrained": str(ROOT / "pretrained" / "blip_tiny_caption.safetensors"),
-    "tokenizer": str(ROOT / "pretrained" / "tokenizer"),
-    "med_config": str(ROOT / "configs" / "med_config_tiny.json"),
-}
+from utils import UserError, launch, script_parser, user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, path = parser.add_argument, os.path.expanduser
+    parser = script_parser(__doc__)
+    add = parser.add_argument
     add("pictures", nargs="+", type=user_path, metavar="PICTURE", help="files, or folders of them")
-    add("--config", type=path, help="YAML file of the experiment (default: the embedded model)")
-    add("--pruned", type=path, help="weights, or a run's folder (default: the config's pretrained)")
+    add(
+        "--config", type=user_path, help="YAML file of the experiment (default: the embedded model)"
+    )
+    pruned = "weights, or a run's folder (default: the config's pretrained)"
+    add("--pruned", type=user_path, help=pruned)
     add("--sparse", action="store_true", help="products with the nonzeros alone, on the CPU")
-    add("--json", action="store_true", help="one JSON object a line")
+    add("--json", action="store_true", help="lines of JSON, one a picture")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Captions picture by picture; reports one that cannot be read, and goes on."""
-    pictures = find_pictures(args.pictures)
+    pictures = find_pictures(list(map(Path, args.pictures)))
     config = read_model_config(args)
-    there = [path for path in pictures if path.exists()]
-    for path in pictures:
-        if path not in there:
-            show(args, path, "error", "there is no such file")
+    unread = [path for path in pictures if not path.exists()]
+    for path in unread:
+        show(args, path, "error", "there is no such file")
+    there = [path for path in pictures if path not in unread]
     if there:
         from engine.captioning import load_captioner
 
         caption = load_captioner(config, args.sparse, tell)
-    unread = len(pictures) - len(there)
     for path in there:
         try:
             image = open_upright(path)
         except Exception as error:  # Pillow's readers raise what they meet in a damaged file
-            unread += 1
+            unread.append(path)
             show(args, path, "error", str(error) or type(error).__name__)
             continue
         show(args, path, "caption", caption(image))
     if unread:
-        raise UserError(f"{unread} of {len(pictures)} pictures could not be read")
+        raise UserError(f"{len(unread)} of {len(pictures)} pictures could not be read")
 
 
 def read_model_config(args: argparse.Namespace) -> dict:
@@ -72,13 +64,12 @@ def read_model_config(args: argparse.Namespace) -> dict:
         config = load_config(args.config, {"pretrained": args.pruned}, task="caption")
         if not config["pretrained"]:
             raise UserError(f"{args.config} names no pretrained weights: give --pruned")
-    elif args.pruned:
+        return config
+    if args.pruned:
         raise UserError("--pruned goes with --config, which describes the model")
-    else:
-        demo = str(ROOT / "configs" / "caption_demo.yaml")
-        config = load_config(demo, EMBEDDED_FILES, task="caption")
-        tell("with the small embedded model, which knows scenes of coloured shapes only")
-    return config
+    tell("with the small embedded model, which knows scenes of coloured shapes only")
+    shipped = {"tokenizer": str(ROOT / "pretrained/tokenizer")}
+    return load_config(ROOT / "configs/caption_demo.yaml", shipped, task="caption")
 
 
 def open_upright(path: Path) -> Image.Image:

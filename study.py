@@ -53,6 +53,7 @@ CELL_FLAGS += "id_profile useID check evaluate pruned split eval_samples".split(
 DENSE = "dense"  # the method of a cell that scores the starting weights
 NONE, ID, SHUFFLED = "none", "ID", "shuffled"
 WITHIN, MEAN, INVERSE = "shuffled within modality", "modality mean", "1/ID"
+ONE_LENGTH = "ID, one length"  # of the profile beside the IDs' whose name ends in _one_length
 UNSEEN = "no difference seen at this n"
 ARROWS = {"loss": "↓", "CIDEr": "↑", "accuracy": "↑"}  # which way is better
 MARK = "<!-- below: written by study.py -->"
@@ -187,7 +188,8 @@ def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float]:
             profile |= zip(names, values, strict=True)
         return profile
     try:
-        power = float({ID: 1, INVERSE: -1}.get(weighting) or weighting.removeprefix("ID^"))
+        powers = {ID: 1, ONE_LENGTH: 1, INVERSE: -1}
+        power = float(powers.get(weighting) or weighting.removeprefix("ID^"))
     except ValueError:
         raise UserError(f"there is no weighting {weighting!r}") from None
     return {name: value**power for name, value in ids.items()}
@@ -208,7 +210,9 @@ def commands(cell: Cell, setting: dict, args: argparse.Namespace) -> list[list[s
     training = [*start, f"--pruner_name={cell.method}", f"--final_threshold={cell.remaining}"]
     if cell.weighting != NONE:
         profile = folder / "weighting.json"
-        write_json(profile, weigh(cell.weighting, load_profile(setting["id_profile"]), cell.seed))
+        ids = Path(setting["id_profile"])
+        ids = ids.with_stem(f"{ids.stem}_one_length") if cell.weighting == ONE_LENGTH else ids
+        write_json(profile, weigh(cell.weighting, load_profile(ids), cell.seed))
         training.append(f"--id_profile={profile}")
     return [[*training, "--eval_epochs=0"], [*evaluation, f"--pruned={folder}"]]
 
@@ -340,7 +344,7 @@ def comparisons(study: Study, group: Group) -> list[dict]:
     """Rows of a table: all weightings against none and shuffled, and ID against its controls."""
     names, rows = weightings(study, group), []
     pairs = [(w, base) for base in (NONE, SHUFFLED) for w in names if w not in (NONE, base)]
-    pairs += [(ID, control) for control in (WITHIN, MEAN) if {ID, control} <= {*names}]
+    pairs += [(ID, control) for control in (WITHIN, MEAN, ONE_LENGTH) if {ID, control} <= {*names}]
     cells = {cell for cell in study.cells if cell[:2] == group[:2] and cell.remaining in group[2]}
     for pair, score in product(pairs, SCORES[group[0]]):
         if found := matched(study, group, score, pair):
@@ -502,12 +506,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, path = parser.add_argument, os.path.expanduser
+    add, path = parser.add_argument, user_path
     add("--preset", choices=["embedded"], help="study of configs/studies")
     add("--config", type=path, help="YAML file of an experiment (captions, NLVR2), for a new study")
     add("--id_profile", type=path, help="IDs by layer, for a new study")
     add("--file", type=user_path, help="JSON of the study (preset: docs/study.json)")
-    add("--output_dir", type=user_path, default=Path("output/study"), help="folder of the cells")
+    add("--output_dir", type=user_path, default="output/study", help="folder of the cells")
     add("--cells", metavar="I/N", help="the I-th of N shares, without a report")
     add("--processes", type=COUNT, help="cells at a time (default: CPUs for the preset, else 1)")
     add("--device", help="auto, cpu, cuda, cuda:N, mps or xpu")
@@ -521,7 +525,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("flags after -- are a new study's: they go with --config")
     if bool(args.config) != bool(args.id_profile) or not (args.preset or args.config or args.file):
         parser.error("what to study? Give --preset, --config with --id_profile, or --file")
-    args.file = args.file or Path("docs" if args.preset else "output/study", "study.json")
+    args.file = Path(args.file or ("docs" if args.preset else "output/study") + "/study.json")
+    args.output_dir = Path(args.output_dir)
     args.processes = args.processes or (available_cpus() if args.preset else 1)
     return args
 

@@ -9,33 +9,33 @@ Without torchrun on one CPU or GPU; --config configs/caption_demo.yaml takes emb
 """
 
 import argparse
+from pathlib import Path
 
 from configs import load_config
-from engine.experiment import read_experiment
+from engine.experiment import run_trainer
 from engine.flags import parse, trainer_parser
 from engine.tasks import later
 from utils import launch, user_path
 
-run_task = later("engine.main:run_task")
 score_again = later("evaluation.scoring:score_again")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
     parser, evaluation = trainer_parser("caption", __doc__)
-    evaluation.add_argument(
-        "--spice", action="store_true", help="SPICE, which downloads its models"
-    )
-    evaluation.add_argument("--score_only", type=user_path, help="file of captions to score again")
+    add = evaluation.add_argument
+    add("--spice", action="store_true", help="SPICE, too, which downloads its models")
+    add("--score_only", type=user_path, help="file of captions to score again, without a model")
     return parse(parser, argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes; with --evaluate or --score_only scores weights or captions."""
     if args.score_only:
-        score_again(args.score_only, load_config(args.config, task="caption"), args.spice)
+        config = load_config(args.config, task="caption")
+        score_again(Path(args.score_only), config, args.spice)
     else:
-        run_task(read_experiment(args, "caption"))
+        run_trainer(args, "caption")
 
 
 if __name__ == "__main__":

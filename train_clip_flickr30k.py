@@ -10,25 +10,19 @@ Without torchrun on one CPU or GPU; --config configs/retrieval_demo.yaml takes e
 
 import argparse
 
-from engine.experiment import read_experiment
+from engine.experiment import run_trainer
 from engine.flags import parse, trainer_parser
-from engine.tasks import later
 from utils import launch
-
-run_task = later("engine.main:run_task")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser, _ = trainer_parser("retrieval", __doc__)
-    for flag in ("--use_ceph", "--w_sp_attn", "--w_sp_mlp"):  # do nothing in the original either
-        parser.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
-    return parse(parser, argv)
+    return parse(trainer_parser("retrieval", __doc__)[0], argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the recalls of weights."""
-    run_task(read_experiment(args, "retrieval"))
+    run_trainer(args, "retrieval")
 
 
 if __name__ == "__main__":

@@ -10,23 +10,19 @@ Without torchrun on one CPU or GPU; --config configs/nlvr_demo.yaml takes embedd
 
 import argparse
 
-from engine.experiment import read_experiment
+from engine.experiment import run_trainer
 from engine.flags import parse, trainer_parser
-from engine.tasks import later
 from utils import launch
-
-run_task = later("engine.main:run_task")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser, _ = trainer_parser("nlvr", __doc__)
-    return parse(parser, argv)
+    return parse(trainer_parser("nlvr", __doc__)[0], argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Trains and prunes, or with --evaluate measures the accuracy of weights."""
-    run_task(read_experiment(args, "nlvr"))
+    run_trainer(args, "nlvr")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import select
+import shutil
 import sys
 import traceback
 import urllib.request
@@ -49,8 +50,8 @@ def lazy_names(places: dict[str, str]) -> Callable[[str], object]:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
-    """Opens a file that appears under its name whole, on disk, or not at all."""
-    path = Path(path)
+    """Opens a file that appears under its name whole, on disk, or not at all; links stay links."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +69,41 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
         raise
 
 
-def user_path(text: str) -> Path:
-    """A path, for argparse; shells leave the `~` of `--flag=~/x` to us."""
-    return Path(os.path.expanduser(text))
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The folder to fill, which appears under its name whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            remedy = "make room, or choose another --out"
+            raise UserError(f"cannot write {path} ({error}): {remedy}") from error
+        raise
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """A script's docstring as it is written, and the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        known = type(action.default) in (str, int, float) and action.default != argparse.SUPPRESS
+        return f"{action.help}{' (default: %(default)s)' * known}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.rpartition("_")[2].upper()
+
+
+def script_parser(docstring: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser of a script's flags, with the docstring in its help."""
+    return argparse.ArgumentParser(prog=prog, description=docstring, formatter_class=_Help)
+
+
+def user_path(text: str) -> str:
+    """A flag's path, address or empty text; shells leave the `~` of `--flag=~/x` to us."""
+    return os.path.expanduser(text)
 
 
 def mistaken_for(path: str | Path) -> str:

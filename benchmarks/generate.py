@@ -48,7 +48,7 @@ def library(decoder, image_embeds, prompt_ids, beams: int, length: int) -> torch
 
 def without_image_cache(decoder, image_embeds, prompt_ids, beams: int, length: int):
     """Our search over the library's forward pass, whose image cache is forgotten at each token."""
-    search = BeamSearch(prompt_ids, beams, length, **SPECIAL, length_normalization="total")
+    search = BeamSearch(prompt_ids, beams, length, **SPECIAL, rule="total")
     batch = len(prompt_ids)
     first = torch.arange(batch, device=prompt_ids.device)[:, None] * beams
     image_embeds = image_embeds.repeat_interleave(beams, 0)

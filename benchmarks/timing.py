@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from reports.costs import processor
+from engine.processes import machine_of
 
 
 def seconds(
@@ -58,13 +58,11 @@ def peak_memory(device: str | torch.device, field: str = "VmHWM") -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024
 
 
+def document(benchmark: str, device: str | torch.device = "cpu", **results) -> dict:
+    """What was measured and where."""
+    return {"benchmark": benchmark, "machine": machine_of(torch.device(device)), **results}
+
+
 def print_document(benchmark: str, device: str | torch.device = "cpu", **results) -> None:
-    """Prints what was measured and where, one line of JSON, the last of a benchmark."""
-    on_cpu = torch.device(device).type == "cpu"
-    machine = {
-        "processor": processor() if on_cpu else torch.cuda.get_device_name(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    print(json.dumps({"benchmark": benchmark, "machine": machine, **results}))
+    """Prints the document, one line of JSON, the last of a benchmark."""
+    print(json.dumps(document(benchmark, device, **results)))

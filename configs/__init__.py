@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from utils import UserError
 
+ROOT = Path(__file__).parents[1]  # the project
 REQUIRED = object()
 
 
@@ -136,6 +137,8 @@ ALIASES = {"batch_size_train": "batch_size", "batch_size_test": "eval_batch_size
 def load_config(path: str, overrides: dict | None = None, task: str | None = None) -> dict:
     """Reads an experiment from YAML 1.2 and checks keys, values and how they fit together.
 
+    Relative paths are sought beside the file, beside its folder, here, and in the project.
+
     Args:
         path: the file.
         overrides: values that replace the file's; None values are passed over.
@@ -147,7 +150,8 @@ def load_config(path: str, overrides: dict | None = None, task: str | None = Non
     raw = _read(path)
     if task is None:
         task = min(SCHEMAS, key=lambda name: sum(map(len, _problems(raw, SCHEMAS[name]))))
-    raw |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
+    raw |= overrides
     schema = SCHEMAS[task]
     unknown, missing = _problems(raw, schema)
     if unknown:
@@ -160,6 +164,8 @@ def load_config(path: str, overrides: dict | None = None, task: str | None = Non
             config[key] = getattr(rule, "check", rule)(raw[key]) if key in raw else default
         except ValueError as error:
             raise UserError(f"{path}: {key} is {raw[key]!r}, but {error}") from None
+        if key not in overrides and (key == "med_config" or rule is place and key in raw):
+            config[key] = _sought(config[key], Path(path).parent)
     config["eval_batch_size"] = config["eval_batch_size"] or config["batch_size"]
     if "med_config" in schema:
         _check_lengths(path, config)
@@ -181,6 +187,14 @@ def _read(path: str) -> dict:
         if alias in raw and key in raw:
             raise UserError(f"{path}: {alias} and {key} mean the same: keep one of them")
     return {ALIASES.get(key, key): value for key, value in raw.items()}
+
+
+def _sought(value, folder: Path):
+    """Where a path of a config in `folder` leads; sizes and names of tokenizers as they are."""
+    if not isinstance(value, str) or value in ("", "clip", "bert-base-uncased"):
+        return value
+    places = (folder / value, folder.parent / value, value, ROOT / value)
+    return next((str(place) for place in places if os.path.exists(place)), value)
 
 
 def _problems(raw: dict, schema: dict) -> tuple[list[str], list[str]]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from data.annotation import annotation_files
-from data.captions import normalize_caption
 from data.image_dataset import ImageDataset, build_sets
 from data.records import (
     CAPTION_EVALUATION,
@@ -21,24 +20,6 @@ from utils import UserError
 
 class CaptionTrainDataset(ImageDataset):
     """Items `(image (3, S, S), prompt + normalised caption)` of records with one caption each."""
-
-    def __init__(self, *images, prompt: str, max_words: int):
-        super().__init__(*images)
-        self.prompt, self.max_words = prompt, max_words
-
-    def load(self, index: int) -> tuple[torch.Tensor, str]:
-        """One item."""
-        return self.open(*self.image_paths(index)), self.text(index)
-
-    def text(self, index: int) -> str:
-        """The item's prompt and caption."""
-        return prompted(self.prompt, self.records[index]["caption"], self.max_words)
-
-
-def prompted(prompt: str, caption: str, max_words: int) -> str:
-    """The text whose tokens are predicted: prompt and normalised caption, parted by a space."""
-    space = " " * (prompt != "" and not prompt[-1].isspace())
-    return prompt + space + normalize_caption(caption, max_words)
 
 
 class CaptionEvalDataset(ImageDataset):
@@ -83,11 +64,10 @@ def build_caption_datasets(
         *((config["ann_root"], coco(split)) for split in ("train", "val", "test")),
         *((config["coco_gt_root"], coco(f"{split}_gt")) for split in ("val", "test")),
     )
-    records = read_all(
+    readers = (
         partial(read_records, files[0], CAPTION_TRAINING),
         partial(read_evaluation, files[1], files[3]),
         partial(read_evaluation, files[2], files[4]),
     )
-    words = {key: config[key] for key in ("prompt", "max_words")}
-    train = partial(CaptionTrainDataset, **words)
-    return build_sets(config, (train, CaptionEvalDataset, CaptionEvalDataset), records, seed)
+    train = partial(CaptionTrainDataset, prompt=config["prompt"])
+    return build_sets(config, (train, CaptionEvalDataset, CaptionEvalDataset), readers, seed)

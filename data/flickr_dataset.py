@@ -3,12 +3,11 @@
 from functools import partial
 
 import torch
-from torch.utils.data import Dataset
 
 from data.annotation import annotation_files
 from data.captions import normalize_caption
 from data.image_dataset import ImageDataset, build_sets
-from data.records import RETRIEVAL_EVALUATION, RETRIEVAL_TRAINING, read_all, read_records
+from data.records import RETRIEVAL_EVALUATION, RETRIEVAL_TRAINING, read_records
 
 
 class FlickrTrainDataset(ImageDataset):
@@ -17,19 +16,15 @@ class FlickrTrainDataset(ImageDataset):
     The integers count the records' image ids from 0 in the order in which they first appear.
     """
 
-    def __init__(self, *images, max_words: int):
-        super().__init__(*images)
-        self.max_words, numbers = max_words, {}
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        numbers: dict[str, int] = {}
         ids = (record["image_id"] for record in self.records)
         self.image_ids = [numbers.setdefault(image, len(numbers)) for image in ids]
 
     def load(self, index: int) -> tuple[torch.Tensor, str, int]:
         """One item."""
-        return self.open(*self.image_paths(index)), self.text(index), self.image_ids[index]
-
-    def text(self, index: int) -> str:
-        """The item's caption."""
-        return normalize_caption(self.records[index]["caption"], self.max_words)
+        return *super().load(index), self.image_ids[index]
 
 
 class FlickrEvalDataset(ImageDataset):
@@ -39,10 +34,10 @@ class FlickrEvalDataset(ImageDataset):
     each text's image.
     """
 
-    def __init__(self, *images, max_words: int):
-        super().__init__(*images)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         pairs = [(n, text) for n, row in enumerate(self.records) for text in row["caption"]]
-        self.texts = TextDataset([normalize_caption(text, max_words) for _, text in pairs])
+        self.texts = TextDataset([normalize_caption(text, self.max_words) for _, text in pairs])
         self.image_of_text = torch.tensor([n for n, _ in pairs])
 
     def load(self, index: int) -> tuple[torch.Tensor, int]:
@@ -53,22 +48,14 @@ class FlickrEvalDataset(ImageDataset):
         """Drops all images but the first ones, and their texts."""
         super().keep_first(samples)
         self.image_of_text = self.image_of_text[self.image_of_text < samples]
-        self.texts = TextDataset(self.texts.texts[: len(self.image_of_text)])
+        del self.texts[len(self.image_of_text) :]
 
 
-class TextDataset(Dataset):
+class TextDataset(list):
     """Items `(text, index)`."""
 
     def __init__(self, texts: list[str]):
-        self.texts = texts
-
-    def __len__(self) -> int:
-        """Number of texts."""
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> tuple[str, int]:
-        """One item."""
-        return self.texts[index], index
+        super().__init__((text, index) for index, text in enumerate(texts))
 
     def fetch(self, index: int) -> tuple[tuple[str, int], int]:
         """The item, and that none was passed over for it, as `ImageDataset.fetch`."""
@@ -82,8 +69,6 @@ def build_flickr_datasets(
     splits = ("train", "val", "test")
     files = annotation_files(*((config["ann_root"], f"flickr30k_{split}.json") for split in splits))
     layouts = (RETRIEVAL_TRAINING, RETRIEVAL_EVALUATION, RETRIEVAL_EVALUATION)
-    pairs = zip(files, layouts, strict=True)
-    records = read_all(*(partial(read_records, *pair) for pair in pairs))
+    readers = [partial(read_records, *pair) for pair in zip(files, layouts, strict=True)]
     classes = (FlickrTrainDataset, FlickrEvalDataset, FlickrEvalDataset)
-    classes = [partial(kind, max_words=config["max_words"]) for kind in classes]
-    return build_sets(config, classes, records, seed)
+    return build_sets(config, classes, readers, seed)

@@ -8,21 +8,24 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from data.captions import prompted
 from data.images import BadImageError, instead_of, missing_files, open_image
-from data.records import listed
+from data.records import listed, read_all
 from data.samplers import derived_seed
 from data.transforms import build_transform
 from utils import UserError
 
 
-def build_sets(config: dict, classes: Sequence[Callable], records: list, seed: int) -> tuple:
-    """The training set and two held-out sets of records, from their constructors."""
+def build_sets(
+    config: dict, classes: Sequence[Callable], readers: Sequence[Callable], seed: int
+) -> tuple:
+    """The training set and two held-out sets, from constructors and the records' readers."""
     augmented = build_transform(config["image_size"], config["augment"])
     plain = build_transform(config["image_size"], augment=False)
     transforms = (augmented, plain, plain)
     return tuple(
-        build(rows, config["image_root"], transform, seed)
-        for build, rows, transform in zip(classes, records, transforms, strict=True)
+        build(rows, config["image_root"], transform, seed, config["max_words"])
+        for build, rows, transform in zip(classes, read_all(*readers), transforms, strict=True)
     )
 
 
@@ -42,19 +45,25 @@ class ImageDataset(Dataset):
     depend on (seed, epoch, index) only, not on the process or the order of loading.
 
     Attributes:
+        text_key: key of a record's text, of which an item has `max_words` words behind `prompt`.
         skip_bad_images: whether another sample stands in for one whose image cannot be read.
     """
 
-    def __init__(
-        self, records: list[dict], image_root: str | Path, transform: Callable, seed: int = 0
-    ):
+    text_key = "caption"
+    skip_bad_images = False
+
+    def __init__(self, records, image_root, transform, seed=0, max_words=0, prompt=""):
         self.records, self.image_root = records, Path(image_root)
         self.transform, self.seed = transform, seed
-        self.skip_bad_images = False
+        self.max_words, self.prompt = max_words, prompt
+
+    def text(self, index: int) -> str:
+        """An item's prompt and normalised text, before random choices."""
+        return prompted(self.prompt, self.records[index][self.text_key], self.max_words)
 
     def load(self, index: int) -> tuple:
-        """One item; random choices are drawn from torch's global generator."""
-        raise NotImplementedError
+        """One item, image and text; random choices are drawn from torch's global generator."""
+        return self.open(*self.image_paths(index)), self.text(index)
 
     def image_names(self, index: int) -> list[str]:
         """The image files of an item, as the annotation names them."""

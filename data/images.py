@@ -4,8 +4,9 @@ import os
 import sys
 import unicodedata
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -62,43 +63,34 @@ def find_pictures(places: list[Path]) -> list[Path]:
     """
     known = Image.registered_extensions().items()  # which also fills OPEN
     known = {end for end, name in known if name in Image.OPEN and name not in UNREADABLE}
-    pictures, passed = [], Counter()
+    pictures, passed, others = [], Counter(), ""
     for place in places:
-        if not place.is_dir():
-            pictures.append(place)
-            continue
-        shown = sorted(file for file in place.iterdir() if not file.name.startswith("."))
-        found = [file for file in shown if file.suffix.lower() in known and file.is_file()]
-        others = {file for file in shown if file not in found}
-        passed.update("subfolder(s)" for file in others if file.is_dir())
-        endings = [file.suffix.lower() for file in others if not file.is_dir()]
-        passed.update(f"{ending} file(s)" for ending in endings if ending in PHOTOS)
+        found = [] if place.is_dir() else [place]
+        for file in sorted(place.glob("[!.]*")):
+            ending = file.suffix.lower()
+            if file.is_dir():
+                passed["subfolder(s)"] += 1
+            elif ending in known and file.is_file():
+                found.append(file)
+            elif ending in PHOTOS:
+                passed[f"{ending} file(s)"] += 1
+        counts = ", ".join(f"{count} {what}" for what, count in sorted(passed.items()))
+        others = counts and f"{counts} are not read"
         if not found:
-            others = f" ({_counts(passed)} are not read)" if passed else ""
+            others = others and f" ({others})"
             raise UserError(f"there are no pictures in the folder {place}{others}")
         pictures += found
-    if passed:
-        print(f"{_counts(passed)} are not read", file=sys.stderr, flush=True)
+    if others:
+        print(others, file=sys.stderr, flush=True)
     return pictures
-
-
-def _counts(passed: Counter) -> str:
-    return ", ".join(f"{count} {what}" for what, count in sorted(passed.items()))
 
 
 def missing_files(paths: Iterable[str]) -> list[str]:
     """Those of the paths that are no files; each folder is listed once."""
-    by_folder = defaultdict(list)
-    for path in paths:
-        folder, name = os.path.split(path)
-        by_folder[folder].append(name)
-    missing = []
-    for folder, names in by_folder.items():
-        present = _files_in(folder)
-        absent = (os.path.join(folder, name) for name in names if name not in present)
-        # a file system that takes a.JPG for a.jpg lists one name only
-        missing += [path for path in absent if not os.path.isfile(path)]
-    return missing
+    listing = cache(_files_in)
+    absent = (p for p in paths if os.path.basename(p) not in listing(os.path.dirname(p)))
+    # a file system that takes a.JPG for a.jpg lists one name only
+    return [path for path in absent if not os.path.isfile(path)]
 
 
 def _files_in(folder: str) -> set[str]:

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 
 from data.annotation import annotation_files
-from data.captions import OTHER_SIDE, normalize_caption
+from data.captions import OTHER_SIDE
 from data.image_dataset import ImageDataset, build_sets
-from data.records import STATEMENTS, read_all, read_records
+from data.records import STATEMENTS, read_records
 
 
 class NlvrDataset(ImageDataset):
@@ -17,9 +17,11 @@ class NlvrDataset(ImageDataset):
     (The original does so in evaluation too, which makes it random; we do not.)
     """
 
-    def __init__(self, *images, max_words: int, swap: bool):
-        super().__init__(*images)
-        self.max_words, self.swap = max_words, swap
+    text_key = "sentence"
+
+    def __init__(self, *arguments, swap: bool = False, **words):
+        super().__init__(*arguments, **words)
+        self.swap = swap
 
     def image_names(self, index: int) -> list[str]:
         """The left and the right image file, as the annotation names them."""
@@ -33,10 +35,6 @@ class NlvrDataset(ImageDataset):
             left, right, sentence = right, left, mirror(sentence)
         return left, right, sentence, torch.tensor(self.records[index]["label"])
 
-    def text(self, index: int) -> str:
-        """The item's statement, before any swap."""
-        return normalize_caption(self.records[index]["sentence"], self.max_words)
-
 
 def mirror(sentence: str) -> str:
     """Exchanges the words left and right."""
@@ -49,7 +47,6 @@ def build_nlvr_datasets(
     """Builds the training, development and test set; missing annotations are downloaded."""
     splits = ("train", "dev", "test")
     files = annotation_files(*((config["ann_root"], f"nlvr_{split}.json") for split in splits))
-    records = read_all(*(partial(read_records, file, STATEMENTS) for file in files))
-    build = partial(NlvrDataset, max_words=config["max_words"])
-    sets = [partial(build, swap=swap) for swap in (True, False, False)]
-    return build_sets(config, sets, records, seed)
+    readers = [partial(read_records, file, STATEMENTS) for file in files]
+    classes = (partial(NlvrDataset, swap=True), NlvrDataset, NlvrDataset)
+    return build_sets(config, classes, readers, seed)

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,26 +15,18 @@ from utils import UserError, mistaken_for
 
 SHOWN = 5  # records, images or ids in a message, at most
 LABELS = {"false": 0, "true": 1, "0": 0, "1": 1}
+HALF = re.compile(r"[\ud800-\udfff]")  # of a surrogate pair: valid JSON, but no character
 NUMBER_AT_END = re.compile(r"(?<!\d)0*(\d{1,18})(?:\.[a-z]\w*)?\s*$", re.ASCII | re.IGNORECASE)
 
 
 # --- values: from what is written to what is used, or None where it is not allowed
 
 
-def read_string(value: Any) -> str | None:
-    """Any text that can be encoded, the empty one included."""
-    if not isinstance(value, str):
+def read_text(value: Any, blank: bool = False) -> str | None:
+    """A text of whole characters, which is not blank unless it may be."""
+    if not isinstance(value, str) or HALF.search(value):
         return None
-    try:
-        value.encode()  # half of a surrogate pair is valid JSON, but no character
-    except UnicodeEncodeError:
-        return None
-    return value
-
-
-def read_text(value: Any) -> str | None:
-    """A text that is not blank."""
-    return read_string(value) if isinstance(value, str) and value.strip() else None
+    return value if blank or value.strip() else None
 
 
 def read_texts(value: Any) -> list[str] | None:
@@ -54,8 +47,8 @@ def read_image(value: Any) -> str | None:
 
 def read_pair(value: Any) -> list[str] | None:
     """The paths of two images."""
-    pair = list(map(read_image, value)) if isinstance(value, list) and len(value) == 2 else [None]
-    return pair if all(pair) else None
+    pair = [read_image(name) for name in value] if isinstance(value, list) else []
+    return pair if len(pair) == 2 and all(pair) else None
 
 
 def read_label(value: Any) -> int | None:
@@ -87,6 +80,7 @@ Layout = dict[str, Field]
 BELOW = "below the config's image_root"
 NUMBER = "a number below 10^18, or"
 _IMAGE = Field(read_image, f"the path of an image {BELOW}", "val2014/COCO_val2014_000000000042.jpg")
+_ANY_TEXT = Field(partial(read_text, blank=True), "one text", "a dog on a bed")
 _TEXT = Field(read_text, "one text that is not blank", "a dog on a bed")
 _ID = Field(read_id, f"{NUMBER} a text that ends in one", 42)
 _IMAGE_ID = Field(read_id, f"{NUMBER} end the image's file name", 42, "image")
@@ -98,14 +92,12 @@ _PAIR = Field(read_pair, f"a list of two paths {BELOW}", ["dev/0-img0.png", "dev
 CAPTION_TRAINING: Layout = {"image": _IMAGE, "caption": _TEXT}
 CAPTION_EVALUATION: Layout = {"image": _IMAGE, "image_id": _IMAGE_ID}
 REFERENCES: Layout = {"image_id": _ID, "caption": _TEXT}
-RESULTS: Layout = {"image_id": _ID, "caption": Field(read_string, "one text", "a dog on a bed")}
+RESULTS: Layout = {"image_id": _ID, "caption": _ANY_TEXT}
 RETRIEVAL_TRAINING: Layout = {"image": _IMAGE, "caption": _TEXT, "image_id": _NAME}
 RETRIEVAL_EVALUATION: Layout = {"image": _IMAGE, "caption": _TEXTS}
 STATEMENTS: Layout = {"sentence": _TEXT, "label": _LABEL, "images": _PAIR}
 
-
-# layouts that others publish the same data in, by a key that they alone have
-FOREIGN = {
+FOREIGN = {  # layouts that others publish the same data in, by a key that they alone have
     "sentences": "; it is the Karpathy split in its original layout (dataset_coco.json)",
     "annotations": "; it is in COCO's own layout",
     "identifier": "; it is NLVR2 in its original layout",
@@ -153,11 +145,12 @@ def read_records(path: str | Path, layout: Layout, content: Any = None) -> list[
     `content` is that of the file, if it has been read, and changes in place.
     """
     content = read_json(path) if content is None else content
+    foreign = _foreign(content)
     if not isinstance(content, list) or not content:
-        foreign = _foreign(content) if isinstance(content, dict) else ""
-        wanted = f"it must hold a list of records {_example(layout)}"
-        raise UserError(f"{path} has no records{foreign}; {wanted}")
-    foreign, faults = _foreign(content), []
+        raise UserError(
+            f"{path} has no records{foreign}; it must hold a list of records {_example(layout)}"
+        )
+    faults = []
     for number, record in enumerate(content):
         content[number] = values = {}
         if fault := _read_fields(record, layout, values):

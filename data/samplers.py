@@ -49,8 +49,8 @@ class TrainBatchSampler(Sampler):
         return self.n // (self.batch_size * self.world_size)
 
 
-class EvalSampler(Sampler):
-    """Yields the indices of one process's share, in ascending order; shares may differ in length.
+class EvalSampler(list):
+    """The indices of one process's share, in ascending order; shares may differ in length.
 
     Process r of W takes batches r, r + W, ... of the whole set. So a batch has the same members,
     and its results the same last bits, with any number of processes.
@@ -58,12 +58,4 @@ class EvalSampler(Sampler):
 
     def __init__(self, n: int, rank: int = 0, world_size: int = 1, batch_size: int = 1):
         firsts = range(rank * batch_size, n, world_size * batch_size)
-        self.indices = [i for first in firsts for i in range(first, min(first + batch_size, n))]
-
-    def __iter__(self) -> Iterator[int]:
-        """Yields the indices."""
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        """Number of indices."""
-        return len(self.indices)
+        super().__init__(i for first in firsts for i in range(first, min(first + batch_size, n)))

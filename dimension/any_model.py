@@ -39,17 +39,18 @@ def measure(
     n: int = 2000,
     fraction: float = 1.0,
     seed: int = 0,
+    estimator: str = "twonn",
 ) -> IDProfile:
     """Measures the intrinsic dimension of what a model's layers represent.
 
-    Two samples, alone and in another batch, show what the layers do; then the model runs over all
-    samples as often as the memory budget asks, and prints this plan. It runs in eval mode and
-    without gradients; its modes are restored.
+    Two samples, alone and in another batch, show what the layers do. Then the model runs over all
+    samples as often as the memory budget asks, by a plan that is printed, in eval mode and without
+    gradients; its modes are restored.
 
     A layer is measured if its output has one row a sample, or k neighbouring rows for each, which
     do not depend on the other samples, and the same number of values in all batches. A remark names
-    every other layer, with the reason. A sample's representation is its output, flattened; of
-    several outputs the first tensor. All calls of a layer are one representation.
+    every other layer, with the reason. A sample's representation is the first tensor of the output,
+    flattened; all calls of a layer are one representation.
 
     Args:
         model: any model, on its device.
@@ -65,6 +66,7 @@ def measure(
         n: number of samples at most, and 3 at least: the first ones.
         fraction: share of the points, in (0, 1], as in `estimate_id`.
         seed: seed of the blocks, and of what the model draws.
+        estimator: "twonn", "gride" or "mle".
 
     Returns:
         The IDs of the layers in the order of their last calls.
@@ -74,7 +76,7 @@ def measure(
             too small, batches do not keep to the above, or values are not finite.
     """
     modules = choose_layers(model, layers)
-    inputs, estimation = Batches(model, batches, n, seed), Estimation(fraction, seed)
+    estimation, inputs = Estimation(fraction, seed, estimator), Batches(model, batches, n, seed)
     budget = default_budget(inputs.device) if memory_gb is None else int(memory_gb * 1e9)
     found: dict[str, LayerID] = {}
     with prepared(model, inputs.device):
@@ -87,7 +89,8 @@ def measure(
         capture = Capture(plan, modules, inputs, inputs.device)
         for name, features, distances in capture:
             try:
-                found[name] = estimation.measure(name, features, distances)
+                measured = estimation.measure(name, features, distances)
+                found[name] = replace(measured, **capture.beside(name, distances))
             except TooFewPoints as error:
                 left_out[name] = str(error)
     left_out |= capture.left_out
@@ -102,9 +105,8 @@ def measure(
 
 def left_out_remarks(left_out: dict[str, str]) -> list[str]:
     """Sentences on the layers that are not measured, one for each reason."""
-    names: dict[str, list[str]] = {}
-    for name, why in left_out.items():
-        names.setdefault(why, []).append(name)
+    reasons = dict.fromkeys(left_out.values())
+    names = {why: [name for name, other in left_out.items() if other == why] for why in reasons}
     return [f"left out: {', '.join(those)}: {why}" for why, those in names.items()]
 
 
@@ -131,12 +133,12 @@ def choose_layers(
     if not chosen:
         raise UserError("model: it has no linear layer; name some of its modules (layers)")
 
-    def stand_in(name: str) -> nn.Module:
-        parent = modules.get(name.rpartition(".")[0])
-        attention = isinstance(parent, nn.MultiheadAttention) and name.endswith("out_proj")
-        return parent if attention else modules[name]
-
-    return {name: stand_in(name) for name in chosen}
+    stand_ins = {  # never called themselves
+        f"{name}.out_proj": module
+        for name, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    return {name: stand_ins.get(name, modules[name]) for name in chosen}
 
 
 @contextmanager
@@ -184,16 +186,18 @@ class Batches:
         if isinstance(batches, Iterator):
             raise UserError("batches: a generator is read only once; give a list or a DataLoader")
         self.batches, self.seed, self.tensors = batches, seed, {}
-        self.marks: list[int] = []  # checksums of the first pass's batches
+        self.marks: list[list[int]] = []  # checksums of the first pass's batches
+        self.texts: dict[str, list[int]] = {}  # tokens of each text, by the name of its mask
         first = next(iter(batches), None)
         if first is None:
             raise UserError("batches: there are none to measure with")
+        first = arguments(first)
         self.batch_size = count_samples(first)
         places = [x.device for x in chain(model.parameters(), model.buffers()) if not x.is_meta]
         self.device = [*places, *(x.device for x in _tensors(first))][0]
         self.first = _to(first, self.device)
         if isinstance(batches, list | tuple):
-            n = min(n, sum(count_samples(batch) for batch in batches))
+            n = min(n, sum(count_samples(arguments(batch)) for batch in batches))
         elif hasattr(batches, "__len__"):
             n = min(n, len(batches) * self.batch_size)
         if n < FEWEST_POINTS:
@@ -202,14 +206,17 @@ class Batches:
 
     def loader(self, name: str, device: torch.device) -> Iterator:
         """One pass; the model's random numbers depend on the batch's number alone."""
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(map(arguments, self.batches)):
             samples, mark = count_samples(batch), _mark(batch)
             if samples > self.batch_size:
                 raise UserError(
                     f"batches: batch {number} has {samples} samples and the first only "
                     f"{self.batch_size}; no batch may be larger than the first"
                 )
-            self.marks += [mark] if number == len(self.marks) else []
+            if number == len(self.marks):
+                self.marks.append(mark)
+                for name, tokens in text_masks(batch).items():
+                    self.texts.setdefault(name, []).extend(tokens.bool().sum(1).tolist())
             if self.marks[number] != mark:
                 raise UserError(
                     f"batches: batch {number} is not what it was in the first pass; every pass "
@@ -227,15 +234,34 @@ class Batches:
         """(B, L) bool, the tokens that are no padding, for the batch's first samples."""
         return self.present[mask][: rows.stop - rows.start].bool()
 
+    def lengths(self, mask: str) -> Tensor | None:
+        """(n,), tokens of each text of a mask, or of the first mask; None without texts."""
+        found = self.texts.get(mask) or next(iter(self.texts.values()), None)
+        return None if found is None else torch.tensor(found[: self.n])
 
-def count_samples(batch) -> int:
+
+def arguments(batch) -> dict:
+    """A batch's values by the names of the model's arguments, or by their places from 0."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return dict(enumerate(batch if isinstance(batch, tuple | list) else [batch]))
+
+
+def text_masks(batch: dict) -> dict[str, Tensor]:
+    """The masks (B, L) of a batch's texts, by name."""
+    found = {name: batch[name] for name in MASKS if isinstance(batch.get(name), Tensor)}
+    return {name: mask for name, mask in found.items() if mask.dim() == 2}
+
+
+def count_samples(batch: dict) -> int:
     """B, the length of a batch's first tensor."""
     tensors = [value for value in _tensors(batch) if value.dim()]
     lengths = list(dict.fromkeys(map(len, tensors)))
     if not lengths or not lengths[0]:
+        kinds = ", ".join(type(value).__name__ for value in batch.values())
         raise UserError(
-            f"batches: {type(batch).__name__} is no batch; give tensors, or tuples or mappings "
-            "that hold some, with samples in the first dimension"
+            f"batches: {kinds} is no batch; give tensors, or tuples or mappings that hold some, "
+            "with samples in the first dimension"
         )
     if any(value.layout != torch.strided for value in tensors):
         raise UserError("batches: a tensor is sparse; give dense ones (to_dense())")
@@ -248,34 +274,21 @@ def count_samples(batch) -> int:
     return lengths[0]
 
 
-def run_batch(model: nn.Module, batch) -> None:
-    """Runs a model on a batch: a tensor, a tuple or list of arguments, or a mapping of them."""
-    if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*_values(batch))
+def run_batch(model: nn.Module, batch: dict) -> None:
+    """Runs a model on a batch."""
+    places = [value for key, value in batch.items() if isinstance(key, int)]
+    model(*places, **{key: value for key, value in batch.items() if not isinstance(key, int)})
 
 
-def _values(batch) -> list:
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    return list(batch) if isinstance(batch, tuple | list) else [batch]
+def _tensors(batch: dict) -> list[Tensor]:
+    return [value for value in batch.values() if isinstance(value, Tensor)]
 
 
-def _tensors(batch) -> list[Tensor]:
-    return [value for value in _values(batch) if isinstance(value, Tensor)]
+def _to(batch: dict, device: torch.device) -> dict:
+    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
 
 
-def _changed(batch, change: Callable):
-    values = list(map(change, _values(batch)))
-    return dict(zip(batch, values, strict=True)) if isinstance(batch, Mapping) else values
-
-
-def _to(batch, device: torch.device):
-    return _changed(batch, lambda x: x.to(device) if isinstance(x, Tensor) else x)
-
-
-def _take(batch, samples: list[int]):
+def _take(batch: dict, samples: list[int]) -> dict:
     """Some samples of a batch, in this order, from tensors and lists with a row for each."""
     count = count_samples(batch)
 
@@ -285,16 +298,13 @@ def _take(batch, samples: list[int]):
         listed = isinstance(value, list | tuple) and len(value) == count
         return [value[i] for i in samples] if listed else value
 
-    return _changed(batch, rows)
+    return {key: rows(value) for key, value in batch.items()}
 
 
-def _mark(batch) -> int:
-    """A checksum of the batch's tensors."""
-    mark = 0
-    for value in _tensors(batch):
-        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        mark = zlib.crc32(data, mark)
-    return mark
+def _mark(batch: dict) -> list[int]:
+    """Checksums of the batch's tensors."""
+    found = (value.detach().cpu().contiguous().view(-1) for value in _tensors(batch))
+    return [zlib.crc32(value.view(torch.uint8).numpy()) for value in found]
 
 
 class _Output(NamedTuple):
@@ -302,9 +312,8 @@ class _Output(NamedTuple):
 
     Attributes:
         flops: floating-point operations of all samples from the start of the forward.
-        size: tokens and width of a sample's representation; None where there is none.
+        size: tokens and width of a sample's representation; None where `problem` says why.
         prints: (B, at most PRINT_SIZE) elements of the representations.
-        problem: why there are no representations; "" where there are.
     """
 
     flops: int
@@ -342,14 +351,13 @@ def trace_forward(
         samples = count_samples(batch)
 
         def note(name: str, module, args, output) -> None:
-            flops = counter.get_total_flops()
+            flops, key = counter.get_total_flops(), (name, calls[name])
             try:
                 values = by_sample(output, samples)
                 prints = values.flatten(1)[:, :: -(-values[0].numel() // PRINT_SIZE)].clone()
-                noted = _Output(flops, tuple(values.shape[1:]), prints)
+                found[key] = _Output(flops, tuple(values.shape[1:]), prints)
             except NotBySample as error:
-                noted = _Output(flops, None, None, str(error))
-            found[name, calls[name]] = noted
+                found[key] = _Output(flops, None, None, str(error))
             calls[name] += 1
 
         reseed(inputs.device, inputs.seed, draws)
@@ -373,6 +381,8 @@ def trace_forward(
             "first dimension, or batches of one sample"
         ) from error
     masks, remarks = _masks(outputs, few, run)
+    if fused := [name for name, module in model.named_modules() if _is_fused(module)]:
+        remarks.append(f"not looked at: {', '.join(fused)}: a tensor holds several layers' weights")
     calls: dict[str, list[LayerShape]] = {}
     for (name, number), output in outputs.items():
         calls[name] = calls.pop(name, [])  # in the order of the last calls
@@ -386,6 +396,13 @@ def trace_forward(
     return StageShape(stage, shapes, (0,), max(1, flops // samples)), left_out, remarks
 
 
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module has matrices of several layers, such as experts, in a tensor of its own."""
+    usual = nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
+    own = [] if isinstance(module, usual) else module.parameters(recurse=False)
+    return any(x.dim() == 3 and min(x.shape) > 1 for x in own)
+
+
 def _rows_of_no_samples(outputs: dict[Call, _Output], batch, run: Run) -> dict[str, str]:
     """Layer name to reason, for layers whose rows are not the batch's samples.
 
@@ -396,11 +413,11 @@ def _rows_of_no_samples(outputs: dict[Call, _Output], batch, run: Run) -> dict[s
     doubtful = {k: x for k, x in outputs.items() if x.size and not x.same_sample(others.get(k), 0)}
     if doubtful:
         redrawn, beside = run(_take(batch, [0, 1]), draws=-1), run(_take(batch, [1, 1]))
-        doubtful = {
-            key: output
-            for key, output in doubtful.items()
-            if output.same_sample(redrawn.get(key), 1) or not output.same_sample(beside.get(key), 1)
-        }
+    doubtful = [
+        key
+        for key, output in doubtful.items()
+        if output.same_sample(redrawn.get(key), 1) or not output.same_sample(beside.get(key), 1)
+    ]
     why = "its rows are not the samples: in another batch, a sample's row differs"
     return {name: f"{why}; give batches of one sample" for name, _ in doubtful}
 
@@ -412,10 +429,7 @@ def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, st
     """
     found: dict[Call, str] = {}
     remarks = []
-    for name in MASKS:
-        mask = batch.get(name) if isinstance(batch, Mapping) else None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            continue
+    for name, mask in text_masks(batch).items():
         length, shorter = mask.shape[1], None
         for labels in (False, True):  # of the decoder, or of the texts themselves
             with suppress(Exception):  # of whatever kind a model finds
@@ -427,18 +441,18 @@ def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, st
                 "every layer as long as the texts"
             )
         for key in [key for key, x in outputs.items() if x.size and x.size[0] == length]:
-            then = None if shorter is None or key not in shorter else shorter[key].size
+            then = shorter[key].size if shorter and key in shorter else None
             if shorter is None or (then and then[0] == length - 1):
                 found[key] = name
     return found, remarks
 
 
-def _shorter(batch: Mapping, mask: str, labels: bool) -> dict:
+def _shorter(batch: dict, mask: str, labels: bool) -> dict:
     """The batch without the last column of a mask and of what belongs to its tokens.
 
     These are the arguments of whole numbers, such as ids or boxes, that begin with the mask's (B,
-    L), because floating-point ones may belong to as many regions of an image; and embedded tokens.
-    The arguments of a decoder belong to the decoder's mask, labels where `labels` says so.
+    L), because floating-point ones may belong to regions of an image; and embedded tokens. A
+    decoder's arguments belong to its mask, labels where `labels` says so.
     """
 
     def of_tokens(name: str, value) -> bool:

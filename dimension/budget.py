@@ -34,11 +34,8 @@ def default_budget(device: torch.device) -> int:
 class LayerShape(NamedTuple):
     """A layer of a stage, or one of its calls where a forward calls it several times.
 
-    Attributes:
-        tokens: L of its output (B, L, width).
-        flops: floating-point operations for one sample, from the stage's start to this output.
-        call: number of the call, from 0.
-        mask: name of the text mask that blanks the output's padding; "" where none does.
+    Its output is (B, tokens, width). `flops` are floating-point operations for one sample, from the
+    stage's start to this output. `mask` names the text mask that blanks the output's padding.
     """
 
     name: str
@@ -55,12 +52,9 @@ class LayerShape(NamedTuple):
 
 
 class StageShape(NamedTuple):
-    """What one run of a stage computes.
+    """What one run of a stage computes: layers, in the order of their last calls, and a new state.
 
-    Attributes:
-        layers: layers to capture, in the order of their last calls.
-        state: shape of one sample's new state.
-        flops: floating-point operations for one sample.
+    `state` is the shape for one sample, `flops` are its floating-point operations.
     """
 
     stage: Stage
@@ -95,11 +89,9 @@ class Segment(NamedTuple):
 class StagePlan:
     """A stage and the passes over all samples that it takes.
 
-    Attributes:
-        carried: bytes of all states that are alive while it runs.
-        passes: segments that each pass keeps; an empty pass only moves the state on.
-        to_the_end: whether the last pass runs to the stage's end, because a later stage needs its
-            state, or calls are counted.
+    `carried` are the bytes of all states that are alive while it runs. A pass keeps segments; an
+    empty one only moves the state on. `to_the_end` says whether the last pass runs to the stage's
+    end, because a later stage needs its state, or calls are counted.
     """
 
     shape: StageShape
@@ -119,13 +111,10 @@ class StagePlan:
 
 @dataclass
 class CapturePlan:
-    """The stages up to the last one with a wanted layer, and their passes.
+    """The stages up to the last one with a wanted layer, and their passes, for n samples.
 
-    Attributes:
-        n: samples.
-        budget: bytes.
-        plain_flops: floating-point operations for one sample in a plain forward of the model.
-        fixed: bytes for matrices, work space and the outputs of one batch.
+    `plain_flops` are those of one sample in a plain forward of the model; `fixed` are the bytes for
+    matrices, work space and the outputs of one batch.
     """
 
     n: int
@@ -135,18 +124,13 @@ class CapturePlan:
     stages: list[StagePlan]
 
     @property
-    def row(self) -> int:
-        """Bytes of one element of each sample and of the centre."""
-        return (self.n + 1) * FLOAT32
-
-    @property
     def work(self) -> float:
         """Forward work as a multiple of one plain forward."""
         return sum(sum(stage.pass_flops()) for stage in self.stages) / self.plain_flops
 
     def held(self, stage: StagePlan) -> int:
         """Bytes held while a stage runs."""
-        return self.fixed + stage.carried + stage.captured() * self.row
+        return self.fixed + stage.carried + stage.captured() * FLOAT32 * (self.n + 1)
 
     @property
     def peak(self) -> int:
@@ -163,16 +147,16 @@ class CapturePlan:
 
         The last passes are full, since they run furthest, and the first holds what is left.
         """
-        room = (self.budget - self.fixed - stage.carried) // self.row  # elements of one sample
+        held, row = self.fixed + stage.carried, FLOAT32 * (self.n + 1)  # which has the centre
+        room = (self.budget - held) // row  # elements of one sample
         needed = max((segment.room for segment in segments), default=0)
         if needed > room:
-            least = (self.fixed + stage.carried + needed * self.row) / 1e9
+            least = (held + needed * row) / 1e9
             raise UserError(
                 f"--memory_gb {self.budget / 1e9:g} is too little: {stage.shape.stage.name} needs "
                 f"{least:.2f} GB for {self.n} samples; allow that, or take fewer samples"
             )
-        passes: list[list[Segment]] = [[]]
-        free = room
+        passes, free = [[]], room
         for segment in reversed(segments):
             if segment.room > free:
                 passes.insert(0, [])
@@ -199,34 +183,20 @@ class CapturePlan:
 
 
 def plan_capture(
-    shapes: list[StageShape],
-    layers: set[str],
-    inputs,
-    n: int,
-    budget: int,
-    to_the_end: bool = False,
+    shapes: list[StageShape], layers: set[str], inputs, n: int, budget: int, to_the_end=False
 ) -> CapturePlan:
-    """Plans the capture of some layers.
+    """Plans the capture of the layers that are named, in all stages of a model.
 
-    Args:
-        shapes: all stages of the model.
-        layers: names of the layers to capture.
-        inputs: `capture.Samples` or `any_model.Batches`.
-        n: number of samples.
-        budget: bytes for activations, states and matrices together.
-        to_the_end: whether the last pass of the last stage runs to its end.
+    `inputs` are `capture.Samples` or `any_model.Batches`; `budget` are the bytes for activations,
+    states and matrices together. `to_the_end`: the last stage's last pass runs to its end.
     """
-    wanted = [
-        shape._replace(layers=tuple(layer for layer in shape.layers if layer.name in layers))
-        for shape in shapes
-    ]
-    plain_flops = sum(shape.flops for shape in shapes)
+    wanted = [x._replace(layers=tuple(y for y in x.layers if y.name in layers)) for x in shapes]
     while wanted and not wanted[-1].layers:
         wanted.pop()
     widest = max((x.features for shape in wanted for x in shape.layers), default=0)
     outputs = BATCH_OUTPUTS * min(inputs.batch_size, n) * widest * FLOAT32
     fixed = MATRICES * n * n * 8 + WORKSPACE + outputs
-    plan = CapturePlan(n, budget, plain_flops, fixed, [])
+    plan = CapturePlan(n, budget, sum(shape.flops for shape in shapes), fixed, [])
     sizes = {name: values[0].nbytes for name, values in inputs.tensors.items()}
     for index, shape in enumerate(wanted):
         carried = n * _carried(wanted, index, sizes)
@@ -266,8 +236,7 @@ def share_layers(shapes: list[StageShape], layers: set[str], processes: int) -> 
 
     Every process runs all stages; divided are the further passes, the distances and the estimates.
     """
-    shares: list[set[str]] = [set() for _ in range(processes)]
-    loads = [0] * processes
+    shares, loads = [set() for _ in range(processes)], [0] * processes
     for layer in [layer for shape in shapes for layer in shape.layers if layer.name in layers]:
         least = loads.index(min(loads))
         shares[least].add(layer.name)

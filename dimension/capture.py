@@ -5,6 +5,7 @@ processes with the same number of threads: each operation is on the same segment
 alignment depend on neither.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -28,12 +29,13 @@ from dimension.budget import (
     StageShape,
     live_states,
 )
-from dimension.twonn import full_float32, roots_, squared_distances
+from dimension.twonn import full_float32, has_float64, roots_, squared_distances
 from models.layers import sees_image
 from models.stages import Stage
 from utils import UserError
 
 TEXT = "attention_mask"  # name of the mask of a model's texts
+ROWS_ELEMENTS = 2**20  # squared at a time: 4 MB stay in cache
 
 
 class LayerDistances(NamedTuple):
@@ -58,6 +60,7 @@ class Accumulator:
         self.held: dict[LayerShape, list[tuple[Segment, Tensor]]] = {}
         self.missing = Counter(segment.layer.name for segment in plan.segments)
         self.sums: dict[str, LayerDistances] = {}
+        self.variances: dict[str, Tensor] = {}  # by layer, (channels,) float64
 
     def hold(self, planned: StagePlan, segments: list[Segment]) -> None:
         """Makes room for the segments of a pass: (n + 1, tokens, width), the last row the centre.
@@ -95,6 +98,7 @@ class Accumulator:
         """Forgets what is held of a layer."""
         self.held = {layer: kept for layer, kept in self.held.items() if layer.name != name}
         self.sums.pop(name, None)
+        self.variances.pop(name, None)
 
     def finished(self, n: int) -> Iterator[LayerDistances]:
         """Adds up the pass's squared distances; yields the layers that are complete."""
@@ -106,6 +110,8 @@ class Accumulator:
                 raise UserError(f"layer {name}: {error}") from error
             _, features, before = self.sums.pop(name, (name, 0, None))
             squared = squared if before is None else before.add_(squared)
+            variance = _channel_variances(kept[:n])
+            self.variances[name] = self.variances.get(name, 0) + variance
             layer = LayerDistances(name, features + segment.elements, squared)
             self.bar.update(n * (n + 1) * segment.elements)
             self.missing[name] -= 1
@@ -113,6 +119,17 @@ class Accumulator:
                 self.sums[name] = layer
             else:
                 yield layer._replace(distances=roots_(squared))
+
+
+def _channel_variances(values: Tensor) -> Tensor:
+    """Variances over samples, summed over tokens, (width,) float64, of values (n, L, width)."""
+    squares = torch.zeros_like(values[0])
+    for rows in values.split(max(1, ROWS_ELEMENTS // squares.numel())):  # which stay in cache
+        squares += rows.square().sum(0)
+    variances = squares.div_(len(values)).sub_(values.mean(0).square_())
+    return (variances if has_float64(values.device) else variances.cpu()).sum(
+        0, dtype=torch.float64
+    )
 
 
 class NotBySample(ValueError):
@@ -123,10 +140,7 @@ def by_sample(output, samples: int) -> Tensor:
     """A module's output as (B, L, width), all dimensions after the second in one.
 
     The first tensor of the output counts. If its first dimension has k rows for each of the
-    `samples`, such as windows or tokens, they become the second.
-
-    Raises:
-        NotBySample: the output has no such form; the message says why.
+    `samples`, such as windows or tokens, they become the second. NotBySample says what is wrong.
     """
     tensor = _first_tensor(output)
     if tensor is None or tensor.is_meta:
@@ -155,14 +169,10 @@ def _first_tensor(output) -> Tensor | None:
 
 @dataclass
 class Samples:
-    """The inputs of a captioner, an NLVR2 model or CLIP.
+    """The inputs of a captioner, an NLVR2 model or CLIP: n texts and the images of each.
 
-    Attributes:
-        tensors: input name to values (n, ...) in memory.
-        images: input name to a sequence of n images (3, S, S), which are read when needed.
-        text: (n, L) bool, the text positions that belong to a representation; others are zero.
-        batch_size: samples in a forward pass.
-        num_workers: processes that read images.
+    `tensors` (n, ...) are in memory; images (3, S, S) are read when needed, in `num_workers`
+    processes. `text` (n, L) bool are the positions that belong to a representation.
     """
 
     tensors: dict[str, Tensor]
@@ -189,16 +199,18 @@ class Samples:
         """(B, L) bool, the text positions that belong to a representation, on the CPU."""
         return self.text[rows]
 
+    def lengths(self, mask: str) -> Tensor:
+        """(n,), the tokens of each text."""
+        return self.tensors[TEXT].sum(1)
+
 
 def counted_positions(attention_mask: Tensor, batch_size: int, keep_padding: bool) -> Tensor:
     """Text positions that belong to a sample's representation (n, L) bool: a text's own tokens.
 
     `keep_padding` counts a batch's padding up to its longest text, too, as the original code does.
     """
-    if not keep_padding:
-        return attention_mask.bool()
-    longest = [batch.any(0).expand_as(batch) for batch in attention_mask.bool().split(batch_size)]
-    return torch.cat(longest)
+    batches = attention_mask.bool().split(batch_size)
+    return torch.cat([x.any(0).expand_as(x) if keep_padding else x for x in batches])
 
 
 @torch.no_grad()
@@ -238,38 +250,25 @@ def trace_stages(
 
 
 class LastOutputKept(BaseException):
-    """Leaves a forward early: this pass keeps no output after the present one.
-
-    It is no `Exception`, so that no model takes it for a failure of its own.
-    """
+    """Leaves a forward early; no `Exception`, lest a model take it for a failure of its own."""
 
 
 class Capture:
     """Carries out a plan: iterating yields each layer once, with its distances.
 
     States, activations and matrices live on `device`, the model's. The model is in eval mode.
-
-    Attributes:
-        left_out: layer name to reason, for layers that in some batch are not called as often, or
-            give no rows of the same size, as in the batch that was traced.
-        n: number of samples, known after the first pass.
+    `left_out` has the reason by layer name, for layers that in some batch are not called as often,
+    or give no rows of the same size, as in the batch that was traced. `n`, the number of samples,
+    is known after the first pass.
     """
 
-    def __init__(
-        self,
-        plan: CapturePlan,
-        layers: dict[str, nn.Module],
-        inputs,
-        device: torch.device,
-        progress: bool = True,
-    ):
+    def __init__(self, plan: CapturePlan, layers: dict, inputs, device, progress: bool = True):
         self.plan, self.layers, self.inputs, self.device = plan, layers, inputs, device
         self.left_out: dict[str, str] = {}
+        self.masks = {segment.layer.name: segment.layer.mask for segment in plan.segments}
         self.n = 0
-        self.states = {  # in batches
-            name: list(values.to(device).split(inputs.batch_size))
-            for name, values in inputs.tensors.items()
-        }
+        split = {k: x.to(device).split(inputs.batch_size) for k, x in inputs.tensors.items()}
+        self.states = {name: list(batches) for name, batches in split.items()}
         total = plan.n * sum(sum(stage.pass_flops()) for stage in plan.stages)
         total += plan.n * (plan.n + 1) * sum(segment.elements for segment in plan.segments)
         style = {"unit": "FLOP", "unit_scale": True, "smoothing": 0.05}
@@ -293,6 +292,19 @@ class Capture:
                 alive = live_states(chain, index + 1)
                 self.states = {k: v for k, v in self.states.items() if k in alive}
 
+    def beside(self, name: str, distances: Tensor) -> dict[str, float]:
+        """What makes a layer's ID doubtful, as fields of `LayerID`; after it was yielded, once."""
+        variances, found = self.distances.variances.pop(name), {}
+        if variances.sum() > 0:
+            found["largest_channel"] = (variances.max() / variances.sum()).item()
+        lengths = self.inputs.lengths(self.masks[name])
+        if lengths is not None:
+            lengths, pairs = lengths.to(distances.device), self.n * (self.n - 1)
+            nearest = distances.clone().fill_diagonal_(math.inf).argmin(1)
+            found["same_length"] = (lengths[nearest] == lengths).double().mean().item()
+            found["by_chance"] = ((lengths == lengths[:, None]).sum().item() - self.n) / pairs
+        return found
+
     @torch.no_grad()
     def _forward(self, shape: StageShape, flops: int, whole: bool) -> None:
         """One pass over all samples; not `whole`, it ends at the last output that is kept."""
@@ -308,8 +320,7 @@ class Capture:
                 self.states[name] if name in self.states else self.inputs.loader(name, self.device)
                 for name in stage.reads
             ]
-            batches = zip(*sources, strict=True)
-            for self.number, batch in enumerate(batches):
+            for self.number, batch in enumerate(zip(*sources, strict=True)):
                 self.samples, self.calls = self.inputs.count(batch), Counter()
                 stop = min(self.rows.stop + self.samples, self.plan.n)
                 self.rows = slice(self.rows.stop, stop)

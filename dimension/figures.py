@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dimension.profile import IDProfile, load_kinds, load_profile
+from dimension.twonn import ESTIMATORS
 from models.layers import modality, sees_image
 from utils import atomic_write
 
@@ -34,6 +35,11 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 def draw_profile(profile: IDProfile, folder: Path, compare: list[str]) -> list[str]:
     """Draws a profile into a folder, and other profiles beside it; returns the files' names."""
     figures = {"ID.png": plot_depth(profile), "scale.png": plot_scale(profile)}
+    found = {name: layer.estimates for name, layer in profile.layers.items()}
+    if all(ids.keys() == ESTIMATORS.keys() for ids in found.values()):
+        several = {key: {name: ids[key] for name, ids in found.items()} for key in ESTIMATORS}
+        kinds = dict.fromkeys(ESTIMATORS, profile.kinds())
+        figures["estimators.png"] = plot_comparison(several, kinds)
     if compare:
         own = {str(folder): {name: layer.id for name, layer in profile.layers.items()}}
         kinds = {path: load_kinds(path) for path in compare} | {str(folder): profile.kinds()}

@@ -2,13 +2,20 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dimension.twonn import BLOCK_COUNTS, ENOUGH_POINTS, block_analysis, draw_permutations
+from dimension.twonn import (
+    BLOCK_COUNTS,
+    ENOUGH_POINTS,
+    ESTIMATORS,
+    block_analyses,
+    draw_permutations,
+)
 from utils import UserError, atomic_write, write_json
 
 PROFILE = "profile.json"
@@ -16,6 +23,7 @@ DISTANCES = "distances"
 # A layer with a larger share of duplicates is remarked on. COCO has five captions an image, so that
 # the layers that see the image have some 30 duplicates among 2000 samples of its 566,747.
 MANY_DUPLICATES = 0.1
+TOO_MUCH = 0.5  # of what makes an ID doubtful, for a remark
 
 
 class TooFewPoints(UserError):
@@ -28,13 +36,16 @@ class LayerID:
 
     Attributes:
         id: intrinsic dimension.
-        error: standard deviation over 20 blocks, or over as many as had enough points; None if not
-            even two had.
+        error: standard deviation over 20 blocks, or as many as had enough points; None below two.
         block_means: mean dimension at 1, 2, ..., 20 blocks; None where blocks are too small.
         points: samples used.
         duplicates: samples dropped because another has the same representation.
         features: elements in the representation of a sample.
         kind: "vision", "language" or "other" if the layer's name does not show it.
+        estimates: intrinsic dimension by estimator; `id` is that of the profile's own.
+        same_length: share of the samples whose nearest neighbour has a text as long, in tokens.
+        by_chance: that share if neighbours were random; both are None without texts.
+        largest_channel: share of the variance that the channel with the most has.
     """
 
     id: float
@@ -44,29 +55,40 @@ class LayerID:
     duplicates: int
     features: int
     kind: str | None = None
+    estimates: dict[str, float] = field(default_factory=dict)
+    same_length: float | None = None
+    by_chance: float | None = None
+    largest_channel: float | None = None
 
 
 @dataclass(frozen=True)
 class Estimation:
-    """How distances become IDs: the fraction of `estimate_id`, and the seed of the blocks."""
+    """How distances become IDs: estimator and fraction of `estimate_id`; the seed of the blocks."""
 
     fraction: float = 1.0
     seed: int = 0
+    estimator: str = "twonn"
 
     def __post_init__(self):
-        """Raises UserError if the fraction is out of range."""
+        """Raises UserError if an argument is out of range."""
+        if self.estimator not in ESTIMATORS:
+            raise UserError(f"estimator {self.estimator!r} is none of {', '.join(ESTIMATORS)}")
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction {self.fraction} is not in (0, 1]")
+        if self.fraction < 1 and self.estimator != "twonn":
+            raise UserError(f"fraction {self.fraction}: {self.estimator} takes all points, give 1")
 
     @property
     def settings(self) -> dict:
         """What a profile records."""
-        return {"fraction": self.fraction, "enough_points": ENOUGH_POINTS}
+        chosen = {"estimator": self.estimator, "fraction": self.fraction}
+        return chosen | {"enough_points": ENOUGH_POINTS}
 
     def measure(self, name: str, features: int, distances: Tensor) -> LayerID:
         """`measure_layer`, with the same blocks for all layers."""
         permutations = block_permutations(len(distances), self.seed)
-        return measure_layer(name, features, distances, self.fraction, permutations)
+        chosen = self.fraction, permutations, self.estimator
+        return measure_layer(name, features, distances, *chosen)
 
 
 def block_permutations(n: int, seed: int) -> Tensor:
@@ -75,23 +97,21 @@ def block_permutations(n: int, seed: int) -> Tensor:
 
 
 def measure_layer(
-    name: str, features: int, distances: Tensor, fraction: float, permutations: Tensor
+    name: str,
+    features: int,
+    distances: Tensor,
+    fraction: float,
+    permutations: Tensor,
+    estimator: str = "twonn",
 ) -> LayerID:
     """Block analysis of a layer, over the levels whose blocks have `ENOUGH_POINTS` points.
 
     The original averages over all levels; with 400 samples or more the numbers are the same.
-
-    Args:
-        name: layer's name, for messages.
-        features: elements in the representation of a sample.
-        distances: (n, n).
-        fraction: share of the points, as in `estimate_id`.
-        permutations: (20, n).
-
-    Raises:
-        TooFewPoints: too few different samples for any estimate.
+    Arguments as of `block_analysis`; `features` are the elements in a sample's representation. The
+    other estimators' IDs are recorded, too. TooFewPoints is raised where there is no estimate.
     """
-    analysis = block_analysis(distances, fraction, permutations, fewest=ENOUGH_POINTS)
+    found = block_analyses(distances, permutations, ENOUGH_POINTS, fraction, ESTIMATORS)
+    analysis = found[estimator]
     if math.isnan(analysis.id):
         different = "different " if analysis.duplicates else ""
         raise TooFewPoints(
@@ -101,7 +121,9 @@ def measure_layer(
         )
     error = None if math.isnan(analysis.error) else analysis.error
     means = [None if math.isnan(mean) else mean for mean in analysis.mean.tolist()]
-    return LayerID(analysis.id, error, means, analysis.points, analysis.duplicates, features)
+    ids = {key: other.id for key, other in found.items() if not math.isnan(other.id)}
+    counts = analysis.points, analysis.duplicates
+    return LayerID(analysis.id, error, means, *counts, features, estimates=ids)
 
 
 @dataclass
@@ -188,15 +210,42 @@ def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
             f" so the IDs average over {used} of {most} levels{bars}; "
             f"-n {most * ENOUGH_POINTS} is enough for all levels, and 2000 are usual"
         )
-    many = [name for name, x in layers.items() if x.duplicates > MANY_DUPLICATES * n]
-    if many:
-        worst = max(many, key=lambda name: layers[name].duplicates)
-        remarks.append(
-            f"in {len(many)} of {len(layers)} layers many samples have the same representation as "
-            f"another (most in {worst}: {layers[worst].duplicates} of {n}) and are left "
-            "out, so these IDs are unreliable; see whether the training annotation lists images or "
-            "captions twice"
-        )
+
+    doubtful = (  # what it is, from where on it is remarked, and the remark
+        (
+            lambda x: x.duplicates / n,
+            MANY_DUPLICATES,
+            "many samples have the same representation as another ({}) and are left out, so these "
+            "IDs are unreliable; see whether images or captions are listed twice",
+        ),
+        (
+            lambda x: (x.same_length - x.by_chance) / (1 - x.by_chance or 1),
+            TOO_MUCH,
+            "neighbours have texts of the same length far more often than by chance ({} of the way "
+            "from chance to always), so these IDs tell how long texts are; measure with texts of "
+            "one length (--one_length)",
+        ),
+        (
+            lambda x: x.largest_channel,
+            TOO_MUCH,
+            "a single channel has most of the variance ({}), so distances are mostly its own; see "
+            "whether texts of one length (--one_length) give other IDs",
+        ),
+        (
+            lambda x: x.error / x.id,
+            TOO_MUCH,
+            "the error bar is near the ID ({}); take more samples",
+        ),
+    )
+    for value, limit, words in doubtful:
+        found = {}
+        for name, layer in layers.items():
+            with suppress(TypeError, ZeroDivisionError):  # what is None, and an ID of 0
+                found[name] = value(layer) or 0.0
+        if many := [name for name, share in found.items() if share > limit]:
+            worst = max(many, key=found.__getitem__)
+            words = words.format(f"most in {worst}: {found[worst]:.0%}")
+            remarks.append(f"in {len(many)} of {len(layers)} layers {words}: {', '.join(many)}")
     return remarks
 
 

@@ -1,11 +1,10 @@
-"""Intrinsic dimension by TwoNN: distances, fit, block analysis.
+"""Intrinsic dimension: distances, estimators, block analysis.
 
-Source: Facco et al., Scientific Reports 7:12140, 2017. Blocks and the fraction of points as in
-Ansuini et al., NeurIPS 2019.
+Blocks and TwoNN's fraction of points as in Ansuini et al., NeurIPS 2019.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -21,15 +20,17 @@ FEWEST_POINTS = 3  # the last two ratios are dropped, so a fit needs three
 # gives on average 1.03 of the true dimension (scatter 0.11) in blocks of 100 points, 1.10 (0.28) of
 # 20, 1.21 (0.50) of 10, 1.64 (1.6) of 5; of 3, where a single ratio is left, there is no average.
 ENOUGH_POINTS = 20
+MOST_NEIGHBOURS = 20  # that any estimator asks for: scikit-dimension's default of the MLE
+GRIDE_NEIGHBOURS = 4  # k, of which 2k is in the smallest block
+NEWTON_STEPS = 10  # each doubles the digits
 
 DIRECT_FEATURES = 64  # up to here differences cost no more than a matrix product
 PRODUCT_FEATURES = 8192  # summed in float32 before float64 takes over; narrower points: float64
 RECOMPUTED_FEATURES = 1024  # of all close pairs of a point at a time
 CHUNK_ELEMENTS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
-CENTRING_POINTS = 16  # their mean is near enough to that of all points, and quicker to take
 STRIP_ON_CPU, STRIP_ON_GPU = 192, 1024  # most columns of a product, which starts at the diagonal
+CENTRING_POINTS = 16  # their mean is near enough to that of all points, and quicker to take
 CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
-NEIGHBOURS = 64  # in each point's list; in blocks of a 20th one point in six needs more
 
 
 def pairwise_distances(points: Tensor) -> Tensor:
@@ -46,19 +47,13 @@ def roots_(squared: Tensor) -> Tensor:
 
 
 def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
-    """Squares of `pairwise_distances`; the squares over several sets of features add up.
+    """Squares of `pairwise_distances`, on the CPU where the device of the points has no float64.
 
-    They are |x|^2 + |y|^2 - 2xy of centred points, with products in float32 over `PRODUCT_FEATURES`
-    features and their sums in float64. Pairs much closer than their norms are subtracted directly.
-    Pairs above the diagonal are copies, because a product may sum the two in different orders.
-
-    Args:
-        points: (n, D), of any floating type.
-        centred: whether the mean of the points is subtracted already. No shift changes a distance,
-            but products lose digits to what all points have in common.
-
-    Returns:
-        (n, n) float64, on the device of the points, or on the CPU if that device has no float64.
+    They add up over several sets of features. They are |x|^2 + |y|^2 - 2xy of centred points, with
+    products in float32 over `PRODUCT_FEATURES` features and sums in float64. Pairs much closer than
+    their norms are subtracted directly. Pairs above the diagonal are copies, because a product may
+    sum the two in different orders. If the points are `centred` already, no mean is subtracted;
+    products lose digits to what all points have in common.
     """
     if not has_float64(points.device):
         points = points.cpu()
@@ -68,9 +63,13 @@ def squared_distances(points: Tensor, centred: bool = False) -> Tensor:
         result = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist").square_()
         return _mirror_(_require_finite(result))
     result = torch.zeros(n, n, dtype=torch.float64, device=points.device)
+    dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
+    size = PRODUCT_FEATURES * max(1, CHUNK_ELEMENTS // (n * PRODUCT_FEATURES))
     with full_float32():
-        for chunk in _chunks(points, centred):
-            add_products_(result, chunk)
+        for features in points.split(size, dim=1):
+            if not centred:
+                features = features - features[:: max(1, n // CENTRING_POINTS)].mean(0)
+            add_products_(result, features.to(dtype))
     norms = _require_finite(result.diagonal().clone())  # squared
     _recompute_(result, points, _products_to_distances_(result, norms))
     return result
@@ -89,21 +88,6 @@ def _require_finite(values: Tensor) -> Tensor:
     if not values.isfinite().all():
         raise UserError("values are NaN, infinite, or too large for their squares in float32")
     return values
-
-
-def _chunks(points: Tensor, centred: bool) -> Iterator[Tensor]:
-    """Centred chunks of the features; in float64 if there are few."""
-    n, width = points.shape
-    dtype = torch.float64 if width <= PRODUCT_FEATURES else torch.float32
-    size = PRODUCT_FEATURES * max(1, CHUNK_ELEMENTS // (n * PRODUCT_FEATURES))
-    chunks = points.split(size, dim=1)
-    if centred:
-        yield from (features.to(dtype) for features in chunks)
-        return
-    buffer = torch.empty(n, min(size, width), dtype=dtype, device=points.device)
-    for features in chunks:
-        centre = features[:: max(1, n // CENTRING_POINTS)].mean(0)
-        yield torch.sub(features, centre, out=buffer[:, : features.shape[1]])
 
 
 @contextmanager
@@ -129,10 +113,9 @@ def add_products_(gram: Tensor, chunk: Tensor) -> None:
 
 
 def strips(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of strips that cover the lower half of a symmetric matrix (n, n).
+    """Strips, neighbouring columns from the diagonal down: a symmetric matrix's lower half.
 
-    A strip is a few neighbouring columns, in the rows from the diagonal down. At least two strips
-    keep half a matrix from being computed as a whole one.
+    At least two keep half a matrix from being computed as a whole one.
     """
     n = len(matrix)
     width = min(STRIP_ON_CPU if matrix.device.type == "cpu" else STRIP_ON_GPU, -(-n // 2))
@@ -187,12 +170,8 @@ class BlockAnalysis(NamedTuple):
 
     A level is the analysis at one number of blocks. A block without three usable points is left
     out; a level without any block left is NaN. If all points are equal, the dimension is 0.
-
-    Attributes:
-        mean: (20,) float64, mean dimension of the b blocks.
-        std: (20,) float64, population standard deviation over the blocks.
-        points: Points used when there is one block.
-        duplicates: Points dropped there because their nearest neighbour is a duplicate.
+    `mean` and the population standard deviation `std` over the blocks are (20,) float64. In one
+    block, `points` have two neighbours at different distances; `duplicates` repeat another point.
     """
 
     mean: Tensor
@@ -214,19 +193,16 @@ class BlockAnalysis(NamedTuple):
         return self.std[levels[-1]].item()
 
 
-def estimate_id(distances: Tensor, fraction: float = 1.0) -> float:
-    """TwoNN dimension: the slope of -log(1 - F) against log(r2 / r1) through the origin.
+def estimate_id(distances: Tensor, fraction: float = 1.0, estimator: str = "twonn") -> float:
+    """The dimension of all points by a key of `ESTIMATORS`; NaN if fewer than three are usable.
 
-    Args:
-        distances: (n, n).
-        fraction: share of the usable points, in (0, 1]: the smallest ratios are fitted. The paper's
-            profiles have 1, Ansuini et al. use 0.9.
-
-    Returns:
-        NaN if fewer than three points have two neighbours at different, positive distances.
+    TwoNN fits a fraction, in (0, 1], of the usable points of distances (n, n): the smallest ratios.
+    The paper's profiles have 1, Ansuini et al. use 0.9.
     """
-    nearest, _ = _nearest_neighbours(distances, 2)
-    return _slope(nearest, fraction).item()
+    if len(distances) < FEWEST_POINTS:
+        return math.nan
+    every = torch.arange(len(distances), device=distances.device)[None]
+    return ESTIMATORS[estimator](_nearest_in_blocks(distances, every), fraction).item()
 
 
 def draw_permutations(n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -240,11 +216,9 @@ def block_analysis(
     permutations: Tensor | None = None,
     generator: torch.Generator | None = None,
     fewest: int = FEWEST_POINTS,
+    estimator: str = "twonn",
 ) -> BlockAnalysis:
     """Dimension of all points, of random halves, thirds, ..., twentieths.
-
-    Each point's first two neighbours inside its block are looked up in a list of its nearest
-    points, so that no block's distances are gathered or sorted.
 
     Args:
         distances: (n, n).
@@ -252,65 +226,61 @@ def block_analysis(
         permutations: (20, n); the first b * (n // b) entries of row b - 1 are cut into b blocks.
             Drawn at random if not given.
         generator: CPU generator for that draw.
+        estimator: as in `estimate_id`.
         fewest: points of a block; levels with smaller blocks are left out, but never all points
             together. The default is the original's rule: whatever can be fitted.
     """
-    n = len(distances)
     if permutations is None:
-        permutations = draw_permutations(n, generator)
-    permutations = permutations.to(distances.device)
-    values, indices = _nearest_neighbours(distances, NEIGHBOURS)
-    mean, std = torch.full((2, len(BLOCK_COUNTS)), math.nan, dtype=torch.float64)
+        permutations = draw_permutations(len(distances), generator)
+    return block_analyses(distances, permutations, fewest, fraction, (estimator,))[estimator]
+
+
+def block_analyses(
+    distances: Tensor, permutations: Tensor, fewest: int, fraction: float, estimators: Iterable[str]
+) -> dict[str, BlockAnalysis]:
+    """`block_analysis` by several estimators, which share the search for neighbours."""
+    n, r = len(distances), distances.new_zeros(0, 2)
+    empty = torch.full((2, len(BLOCK_COUNTS)), math.nan, dtype=torch.float64)
+    found = {name: empty.clone() for name in estimators}
     for level, count in enumerate(BLOCK_COUNTS):
         size = n // count
         if size < (fewest if level else FEWEST_POINTS):
             break
-        blocks = permutations[level, : count * size].view(count, size)
-        nearest = _nearest_in_block(distances, values, indices, blocks)
-        slopes = _slope(nearest[blocks], fraction)
-        slopes = slopes[~slopes.isnan()]
-        if len(slopes):
-            mean[level], std[level] = slopes.mean(), slopes.std(correction=0)
-    if not distances[:1].any():  # all equal the first, which the lists cannot tell
-        mean[0] = std[0] = 0
-    r1, r2 = values[:, :2].unbind(1) if n >= FEWEST_POINTS else values.new_zeros(2, 0)
-    return BlockAnalysis(mean, std, int(((r1 > 0) & (r2 > r1)).sum()), int((r1 == 0).sum()))
+        blocks = permutations[level, : count * size].view(count, size).to(distances.device)
+        nearest = _nearest_in_blocks(distances, blocks)
+        r = r if level else nearest[0]
+        for name, levels in found.items():
+            values = ESTIMATORS[name](nearest, fraction)
+            values = values[~values.isnan()]
+            if len(values):
+                levels[:, level] = torch.stack([values.mean(), values.std(correction=0)])
+    if not distances[:1].any():  # all equal the first, which no estimator can tell
+        for levels in found.values():
+            levels[:, 0] = 0
+    points, duplicates = int(((r[:, 0] > 0) & (r[:, 1] > r[:, 0])).sum()), int((r[:, 0] == 0).sum())
+    return {name: BlockAnalysis(*levels, points, duplicates) for name, levels in found.items()}
 
 
-def _nearest_neighbours(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances and indices, (n, at most k), of each point's nearest other points, ascending."""
-    others = distances.clone().fill_diagonal_(math.inf)
-    return others.topk(min(k, len(distances) - 1), largest=False)
+def _nearest_in_blocks(distances: Tensor, blocks: Tensor) -> Tensor:
+    """Distances (b, m, at most 20) of points, (b, m) indices, to the nearest in their block."""
+    inside = distances[blocks[:, :, None], blocks[:, None, :]]
+    inside.diagonal(dim1=1, dim2=2).fill_(math.inf)
+    return inside.topk(min(MOST_NEIGHBOURS, blocks.shape[1] - 1), largest=False).values
 
 
-def _nearest_in_block(distances: Tensor, values: Tensor, indices: Tensor, blocks: Tensor) -> Tensor:
-    """Distances (n, 2) to each point's first two neighbours inside its block.
+def two_nn(nearest: Tensor, fraction: float = 1.0) -> Tensor:
+    """TwoNN: the slope of -log(1 - F) against log(r2 / r1) through the origin, but for two ratios.
+
+    Source: Facco et al., Scientific Reports 7:12140, 2017.
 
     Args:
-        distances: (n, n).
-        values: (n, k) distances to the nearest neighbours, ascending.
-        indices: (n, k) numbers of these neighbours.
-        blocks: (b, m) points; the rows of other points are meaningless.
+        nearest: (..., m, k), distances of m points to their k nearest neighbours, ascending.
+        fraction: as in `estimate_id`; other estimators take all points.
+
+    Returns:
+        (...), NaN with fewer than three usable points: those with r2 > r1 > 0.
     """
-    count, size = blocks.shape
-    label = torch.full((len(distances),), -1, dtype=torch.int8, device=distances.device)
-    label[blocks] = torch.arange(count, dtype=torch.int8, device=distances.device)[:, None]
-    same = label[indices] == label[:, None]  # (n, k)
-    first = same.int().argmax(1, keepdim=True)
-    same.scatter_(1, first, False)
-    second = same.int().argmax(1, keepdim=True)
-    nearest = values.gather(1, torch.cat([first, second], 1))
-    # fewer than two on the list: look at the whole block
-    missing = (~same.gather(1, second)[:, 0] & (label >= 0)).nonzero()  # (r, 1)
-    members = blocks[label[missing[:, 0]].long()]  # (r, m)
-    whole = distances[missing, members].masked_fill(members == missing, math.inf)
-    nearest[missing[:, 0]] = whole.topk(2, largest=False).values
-    return nearest
-
-
-def _slope(nearest: Tensor, fraction: float) -> Tensor:
-    """Slopes (...) of -log(1 - F) against log(r2 / r1), given r1 and r2 of m points (..., m, 2)."""
-    r1, r2 = nearest.unbind(-1)
+    r1, r2 = nearest[..., 0], nearest[..., 1]
     usable = (r1 > 0) & (r2 > r1)
     x = torch.where(usable, r2 / r1, math.inf).sort().values.log()
     count = usable.sum(-1, keepdim=True)
@@ -319,3 +289,41 @@ def _slope(nearest: Tensor, fraction: float) -> Tensor:
     y = -torch.log1p(-rank / count).masked_fill(~fitted, 0)
     x = x.masked_fill(~fitted, 0)
     return (x * y).sum(-1) / x.square().sum(-1)
+
+
+def gride(nearest: Tensor, fraction: float = 1.0) -> Tensor:
+    """Gride: the most likely dimension given mu = r8 / r4; of fewer neighbours r_2k / r_k.
+
+    Source: Denti et al., Scientific Reports 12:20005, 2022, whose log-likelihood has the derivative
+    sum(1 / d + (k - 1) x / (1 - mu^-d) - (2k - 1) x), x = log mu. It is convex and falls in d. From
+    1 / (k mean(x)), where it is not negative, Newton's steps come to its root without overshooting.
+    Usable points have r_1 > 0 and r_2k > r_k.
+    """
+    k = min(GRIDE_NEIGHBOURS, nearest.shape[-1] // 2)
+    near, far = nearest[..., k - 1], nearest[..., 2 * k - 1]
+    usable = (nearest[..., 0] > 0) & (far > near)
+    x = torch.where(usable, far / near, math.e).log()  # (..., m)
+    count = usable.sum(-1)
+    d = count / (k * (x * usable).sum(-1))
+    for _ in range(NEWTON_STEPS):
+        rest = torch.exp(-x * d[..., None])  # mu^-d
+        slope = 1 / d[..., None] ** 2 + (k - 1) * rest * (x / (1 - rest)) ** 2
+        value = 1 / d[..., None] + (k - 1) * x / (1 - rest) - (2 * k - 1) * x
+        d = d + (value * usable).sum(-1) / (slope * usable).sum(-1)
+    return d.masked_fill(count < FEWEST_POINTS, math.nan)
+
+
+def mle(nearest: Tensor, fraction: float = 1.0) -> Tensor:
+    """Maximum likelihood: 1 / d is the mean over points and j < k of log(r_k / r_j), k = 20 or all.
+
+    Source: Levina & Bickel, NeurIPS 2004; the mean of the inverse as MacKay & Ghahramani, 2005.
+    Usable points have r_k > r_1 > 0.
+    """
+    usable = (nearest[..., 0] > 0) & (nearest[..., -1] > nearest[..., 0])
+    logs = torch.where(usable[..., None], nearest, 1).log()
+    inverse = (logs[..., -1:] - logs[..., :-1]).mean(-1)
+    count = usable.sum(-1)
+    return (count / inverse.sum(-1)).masked_fill(count < FEWEST_POINTS, math.nan)
+
+
+ESTIMATORS = {"twonn": two_nn, "gride": gride, "mle": mle}

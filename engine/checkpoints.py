@@ -9,14 +9,11 @@ import torch
 from torch import nn
 
 from models.checkpoint import stored_tensors
+from pruners.pruner import Pruner
 from reports.runs import CHECKPOINTS
 from utils import UserError, atomic_write
 
 _ENTRIES = {"model", "optimizer", "pruner", "progress", "identity", "rng"}
-_ONLY_WEIGHTS = (
-    "no checkpoint of a training run, which is a step_*.pt in its checkpoints/ (auto, the default, "
-    "finds it). Weights go to --pretrained (to train from them) or to --pruned (to evaluate them)"
-)
 
 
 def step_files(folder: Path, after: int = -1) -> list[Path]:
@@ -25,37 +22,35 @@ def step_files(folder: Path, after: int = -1) -> list[Path]:
     return sorted((file for file in files if int(file.stem[5:]) > after), reverse=True)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int, replaced: list[Path]) -> None:
-    """Writes `step_XXXXXXXX.pt` atomically, then deletes all but the `keep` newest.
-
-    Args:
-        folder: checkpoints of the run; one process writes to it.
-        step: optimizer steps taken.
-        state: tensors and plain values only, which weights_only=True reads.
-        keep: number of checkpoints that stay, this one included.
-        replaced: files of an earlier run: deleted, and the list is emptied.
-    """
+def save_checkpoint(
+    folder: Path, step: int, content: dict, keep: int, replaced: list[Path]
+) -> None:
+    """Writes `step_XXXXXXXX.pt`; then deletes `replaced`, and all others but the `keep` newest."""
     path = folder / f"step_{step:08d}.pt"
     with atomic_write(path, "wb") as file:
-        torch.save(state, file)
+        torch.save(content, file)
     for old in replaced:
         if old != path:
             old.unlink(missing_ok=True)
-    replaced.clear()
     for old in step_files(folder)[keep:]:
         old.unlink()
 
 
 def read_checkpoint(path: Path) -> dict:
     """Reads one checkpoint; its tensors are mapped from the file until they are copied."""
-    if path.is_dir() or path.suffix == ".safetensors" and path.is_file():
-        raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"the checkpoint {path} is not whole: {error}") from error
+    content = None
+    if path.suffix != ".safetensors" and not path.is_dir():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            why = (str(error) or repr(error)).splitlines()[0]
+            raise UserError(f"the checkpoint {path} is not whole: {why}") from error
     if not isinstance(content, dict) or not _ENTRIES <= content.keys():
-        raise UserError(f"--resume {path}: {_ONLY_WEIGHTS}")
+        raise UserError(
+            f"--resume {path}: no checkpoint of a training run, which is a step_*.pt in its "
+            "checkpoints/ (auto, the default, finds it). Weights go to --pretrained (to train from "
+            "them) or to --pruned (to evaluate them)"
+        )
     return content
 
 
@@ -66,13 +61,14 @@ def save_weights(model: nn.Module, path: Path) -> None:
         file.write(safetensors.torch.save(weights))
 
 
-def check_disk_space(folder: Path, model: nn.Module, pruner_elements: int, keep: int) -> None:
+def check_disk_space(folder: Path, model: nn.Module, pruner: Pruner | None, keep: int) -> None:
     """Refuses a run whose files do not fit on the disk; the files that it replaces count as room.
 
-    A checkpoint holds weights, two averages of AdamW and `pruner_elements` of the pruner, float32.
+    A checkpoint holds weights, two averages of AdamW and those of the pruner, in float32.
     """
     parameters = sum(p.numel() for p in model.parameters())
-    checkpoint = 4 * (3 * parameters + pruner_elements)
+    averages = [x for kind in pruner.score.state.values() for x in kind.values()] if pruner else []
+    checkpoint = 4 * (3 * parameters + sum(map(torch.numel, averages)))
     needed = (keep + 1) * checkpoint + 3 * 4 * parameters
     own = [*step_files(folder / CHECKPOINTS), *folder.glob("*.safetensors")]
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -83,18 +79,3 @@ def check_disk_space(folder: Path, model: nn.Module, pruner_elements: int, keep:
             f"{checkpoint / 1e9:.1f} GB and three files of weights), but {free / 1e9:.1f} GB are "
             "free: make room, lower --keep_checkpoints, or choose another --output_dir"
         )
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of the generators that training steps on a device draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restores what `rng_state` returned; on another kind of device, what both have."""
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu" and device.type in state:
-        torch.get_device_module(device).set_rng_state(state[device.type], device)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import SCHEMAS, load_config, place
-from engine.flags import check_flags
-from engine.tasks import TASKS, Task
+from engine.flags import IGNORED, check_flags
+from engine.tasks import TASKS, Task, later
 from reports.runs import CHECKPOINTS, PRUNED_FILE
 from utils import UserError, write_json
 
@@ -17,32 +17,33 @@ if TYPE_CHECKING:  # which imports torch
 
 OVERRIDES = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers")  # flags and keys
 # What may change between a stop and a resume: places, speed, evaluation, what is printed and kept;
-# files count by their content, --max_steps and the like by the number of steps. Every other flag
-# and key, a new one too, must stay the same.
-FREE_FLAGS = frozenset(
+# files count by their content, --max_steps and the like by the number of steps, batch_size and
+# processes by the samples of a step. Every other flag and key, a new one too, must stay the same.
+FREE_FLAGS = (
     """
     config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile
     deterministic skip_bad_images evaluate split eval_samples pruned sparse eval_epochs eval_test
     spice score_only pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps
-    useID id_profile n_gpu world_size dist_url distributed local_rank use_ceph w_sp_attn w_sp_mlp
-    """.split()
+    gradient_accumulation_steps useID id_profile
+""".split()
+    + IGNORED.split()
 )
-FREE_KEYS = frozenset(  # and all places
-    """
-    med_config max_epoch eval_batch_size num_workers vit_grad_ckpt vit_ckpt_layer max_length
-    min_length num_beams length_normalization
-    """.split()
-)
+FREE_KEYS = """
+    med_config max_epoch batch_size eval_batch_size num_workers vit_grad_ckpt vit_ckpt_layer
+    max_length min_length num_beams length_normalization
+""".split()  # and all places
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """The record of a run."""
+class Run:
+    """The record of a run, and once it has begun this process's part in it."""
 
     task: Task
     argv: tuple[str, ...]  # the script and its flags as they were typed
     flags: argparse.Namespace
     config: dict  # with the flags' values in place of its own
+    process: "Process | None" = None
+    bf16: bool = False  # products in bfloat16 autocast
 
     @property
     def id_profile(self) -> str:
@@ -61,26 +62,18 @@ class Experiment:
                 return Path(pruned)
         return Path(flags.output_dir, flags.model_dir or Path(flags.config).stem)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, **more) -> None:
         """Writes the record. Call it once all checks have passed."""
         record = {"config": self.config, "flags": vars(self.flags), "argv": self.argv}
-        write_json(path, record)
+        write_json(path, record | more)
 
     def identity(self) -> dict:
         """Flags and keys that a resumed run must share with the one it goes on from."""
-        schema = SCHEMAS[self.task.name]
-        free = FREE_KEYS | {key for key, (rule, _) in schema.items() if rule is place}
+        schema = SCHEMAS[self.task.name].items()
+        free = FREE_KEYS + [key for key, (rule, _) in schema if rule is place]
         keys = {key: value for key, value in self.config.items() if key not in free}
         flags = {name: value for name, value in vars(self.flags).items() if name not in FREE_FLAGS}
         return keys | flags
-
-
-@dataclass(frozen=True)
-class Run(Experiment):
-    """An experiment in one of its processes."""
-
-    process: "Process"
-    bf16: bool  # products in bfloat16 autocast
 
     @property
     def checkpoints(self) -> Path:
@@ -99,12 +92,17 @@ class Run(Experiment):
             print(message, flush=True)
 
 
-def read_experiment(args: argparse.Namespace, task: str) -> Experiment:
+def read_experiment(args: argparse.Namespace, task: str) -> Run:
     """Checks flags and config, without anything heavy; `task` is a key of TASKS."""
     check_flags(args)
     config = load_config(args.config, {key: getattr(args, key) for key in OVERRIDES}, task)
     flags = {name: value for name, value in vars(args).items() if name != "argv"}
-    experiment = Experiment(TASKS[task], tuple(args.argv), argparse.Namespace(**flags), config)
-    if args.useID and not experiment.id_profile:
+    run = Run(TASKS[task], tuple(args.argv), argparse.Namespace(**flags), config)
+    if args.useID and not run.id_profile:
         raise UserError(f"--useID: {args.config} names no id_profile; give --id_profile")
-    return experiment
+    return run
+
+
+def run_trainer(args: argparse.Namespace, task: str) -> None:
+    """What a training script does with its flags."""
+    later("engine.main:run_task")(read_experiment(args, task))

@@ -1,93 +1,79 @@
 """The flags of the training scripts."""
 
 import argparse
-import os
 import sys
 
 from configs import COUNT, FROM_ZERO, RATE, Number
 from engine.tasks import TASKS
-from utils import UserError
+from utils import UserError, script_parser, user_path
 
 FRACTION = Number(float, 0, 1)
-PLACE = os.path.expanduser  # shells leave the ~ of --output_dir=~/results to us
+# accepted for the original's scripts, and for older launchers'; torchrun's variables count
+IGNORED = "n_gpu world_size dist_url distributed local_rank local-rank use_ceph w_sp_attn w_sp_mlp"
 
 
 def trainer_parser(
     task: str, description: str
 ) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
     """The flags that all training scripts have, and the group of the evaluation flags."""
-    parser = argparse.ArgumentParser(
-        prog=TASKS[task].script,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run = parser.add_argument_group("the run")
-    add, on = run.add_argument, {"action": "store_true"}
-    add("--config", type=PLACE, default=TASKS[task].config, help="YAML file of the experiment")
-    add("--output_dir", type=PLACE, default="output", help="results: OUTPUT_DIR/MODEL_DIR")
-    add("--model_dir", help="folder of this run's results (default: the config's name)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu (default: auto)")
-    add("--check", **on, help="list what is missing or wrong, and stop")
-    add("--resume", type=PLACE, default="auto", help="auto (newest checkpoint), off, or a file")
-    add("--skip_bad_images", **on, help="next sample for an unreadable image")
-    add("--compile", **on, help="torch.compile the model")
+    parser = script_parser(description, TASKS[task].script)
+    add, on = parser.add_argument_group("the run").add_argument, {"action": "store_true"}
+    add("--config", type=user_path, default=TASKS[task].config, help="YAML file of the experiment")
+    add("--output_dir", type=user_path, default="output", help="parent folder of all runs")
+    add("--model_dir", help="folder of this run, below --output_dir (default: the config's name)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
+    add("--check", **on, help="list of what is missing or wrong, without a run")
+    resume = "checkpoint to go on from: auto (the newest), off, or a file"
+    add("--resume", type=user_path, default="auto", help=resume)
+    add("--skip_bad_images", **on, help="next sample in place of one with an unreadable image")
+    add("--compile", **on, help="torch.compile of the model")
     add("--deterministic", **on, help="deterministic algorithms of torch, slower on GPUs")
-    amp = "bf16 autocast; auto: on accelerators that compute bf16 (default: auto)"
+    amp = "bf16 autocast; auto: on accelerators that compute bf16"
     add("--amp", choices=["auto", "bf16", "off"], default="auto", help=amp)
-    _number(run, "--seed", FROM_ZERO, 42, "seed")
+    add("--seed", type=FROM_ZERO, default=42, help="random seed")
     interval = "optimizer steps between checkpoints; 0: every ten minutes, and at epochs' ends"
-    _number(run, "--checkpoint_steps", FROM_ZERO, 0, interval)
-    _number(run, "--keep_checkpoints", COUNT, 2, "checkpoints that stay")
+    add("--checkpoint_steps", type=FROM_ZERO, default=0, help=interval)
+    kept = "number of newest checkpoints that stay; 0: none after the end of training"
+    add("--keep_checkpoints", type=FROM_ZERO, default=2, help=kept)
     parts = "batches of each process in an optimizer step"
-    _number(run, "--gradient_accumulation_steps", COUNT, 1, parts)
-    _number(run, "--max_steps", COUNT, None, "optimizer steps, in place of max_epoch")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help=parts)
+    add("--max_steps", type=COUNT, help="optimizer steps (default: max_epoch epochs)")
 
     evaluation = parser.add_argument_group("evaluation")
     add = evaluation.add_argument
-    add("--evaluate", **on, help="score the held-out splits, without training")
+    add("--evaluate", **on, help="scores of the held-out splits, without training")
     add("--split", choices=TASKS[task].held_out, help="with --evaluate: this split alone")
     add("--eval_samples", type=FROM_ZERO, default=0, help="first samples of a split; 0: all")
-    add("--pruned", type=PLACE, help="with --evaluate: weights, or the folder of a run")
-    add("--sparse", **on, help="with --evaluate: on the CPU, nonzeros alone")
-    _number(evaluation, "--eval_epochs", FROM_ZERO, 1, "epochs between validations; 0: none")
-    add("--eval_test", **on, help="validate on the test split, too")
+    add("--pruned", type=user_path, help="with --evaluate: weights, or the folder of a run")
+    add("--sparse", **on, help="with --evaluate: products with the nonzeros alone, on the CPU")
+    add("--eval_epochs", type=FROM_ZERO, default=1, help="epochs between validations; 0: none")
+    add("--eval_test", **on, help="validation on the test split, too")
 
-    override = parser.add_argument_group("in place of the config's values").add_argument
-    override("--pretrained", type=PLACE, help="weights to start from; '': random ones")
-    override("--init_lr", "--lr", type=RATE, help="initial learning rate")
-    override("--max_epoch", "--epoch", type=COUNT, help="epochs of training")
-    override("--batch_size", type=COUNT, help="training samples per process")
-    override("--num_workers", type=FROM_ZERO, help="image loading processes")
+    add = parser.add_argument_group("in place of the config's values").add_argument
+    add("--pretrained", type=user_path, help="weights to start from; '': random ones")
+    add("--init_lr", "--lr", type=RATE, help="initial learning rate")
+    add("--max_epoch", "--epoch", type=COUNT, help="epochs of training")
+    add("--batch_size", type=COUNT, help="training samples per process and batch")
+    add("--num_workers", type=FROM_ZERO, help="image loading processes per process")
 
-    prune = parser.add_argument_group("pruning")
-    add, warmups = prune.add_argument, TASKS[task].warmups
+    add, warmups = parser.add_argument_group("pruning").add_argument, TASKS[task].warmups
     score = {"choices": ["PLATON", "Taylor", "Magnitude"], "default": "PLATON"}
-    add("--pruner_name", **score, help="importance score (default: PLATON)")
-    _number(prune, "--beta1", FRACTION, 0.85, "decay of the importance")
-    _number(prune, "--beta2", FRACTION, 0.95, "decay of the uncertainty")
-    _number(prune, "--deltaT", COUNT, 10, "PLATON's window, and steps between masks")
+    add("--pruner_name", **score, help="importance score")
+    add("--beta1", type=FRACTION, default=0.85, help="decay of the importance")
+    add("--beta2", type=FRACTION, default=0.95, help="decay of the uncertainty")
+    add("--deltaT", type=COUNT, default=10, help="steps of PLATON's window, and between masks")
     remains = "fraction of weights that remains; 1: no pruning"
-    _number(prune, "--initial_threshold", FRACTION, 1.0, f"initial {remains}")
-    _number(prune, "--final_threshold", FRACTION, 0.2, f"final {remains}")
+    add("--initial_threshold", type=FRACTION, default=1.0, help=f"initial {remains}")
+    add("--final_threshold", type=FRACTION, default=0.2, help=f"final {remains}")
     add("--warmup_steps", type=FROM_ZERO, help="steps of a warm-up (default: one epoch)")
-    units = "in units of --warmup_steps"
-    _number(prune, "--initial_warmup", FROM_ZERO, warmups[0], f"steps before pruning, {units}")
-    final = f"steps at the final sparsity, {units}"
-    _number(prune, "--final_warmup", FROM_ZERO, warmups[1], final)
-    add("--useID", **on, help="weight scores by the IDs of the config's id_profile")
-    add("--id_profile", type=PLACE, help="profile or folder of ComputeID.py; implies --useID")
-    for flag in ("--n_gpu", "--world_size", "--dist_url", "--distributed", "--local_rank"):
-        # scripts of the original code pass them; torchrun's variables count
-        parser.add_argument(flag, nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--local-rank", help=argparse.SUPPRESS)  # of torch.distributed.launch
+    before, after = "phase before pruning, in warm-ups", "phase at the final sparsity, in warm-ups"
+    add("--initial_warmup", type=FROM_ZERO, default=warmups[0], help=before)
+    add("--final_warmup", type=FROM_ZERO, default=warmups[1], help=after)
+    add("--useID", **on, help="scores weighted by the IDs of the config's id_profile")
+    add("--id_profile", type=user_path, help="profile or folder of ComputeID.py; implies --useID")
+    for flag in IGNORED.split():
+        parser.add_argument(f"--{flag}", nargs="?", help=argparse.SUPPRESS)
     return parser, evaluation
-
-
-def _number(group, flag: str, kind: Number, default: float | None, what: str) -> None:
-    """A flag that is a number, with its default in the help."""
-    known = "" if default is None else f" (default: {default})"
-    metavar = flag.strip("-").rpartition("_")[2].upper()
-    group.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{what}{known}")
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:

@@ -2,14 +2,14 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from engine import checkpoints
@@ -21,7 +21,7 @@ from engine.state import TrainState, save
 from engine.stopping import EXIT_STOPPED, exit_stopped, noted_signals, stop_signals_to
 from models.layers import prunable_layers
 from pruners.pruner import NonFiniteScores
-from pruners.sparsity import off_target, sparsity_report
+from pruners.sparsity import sparsity_report
 from reports.runs import LOG_FILE, PRUNED_FILE
 
 LOG_SECONDS = 10.0  # between progress lines
@@ -31,10 +31,7 @@ BEST_FILE = "pruned_best.safetensors"
 
 
 def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
-    """Trains and prunes, from where the state is to the end.
-
-    The first held-out set, and with --eval_test both, are scored at the end of epochs. The score of
-    the first chooses `pruned_best.safetensors` among the epochs at the final remaining ratio.
+    """Trains and prunes, from where the state is to the end, and validates at the ends of epochs.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -44,25 +41,26 @@ def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
         for unfinished in run.checkpoints.glob(".step_*"):  # writes that were killed
             unfinished.unlink()
     state.reporter = Reporter(run, state)
-    try:
-        with stop_signals_to(exit_stopped):
-            for epoch in range(state.progress.epoch, state.plan.epochs):
-                if epoch > state.progress.epoch:  # else the run goes on within it
-                    new = {"step_in_epoch": 0, "loss_sum": 0.0, "bad_images": 0}
-                    state.progress = replace(state.progress, epoch=epoch, **new)
-                train_one_epoch(run, state)
-                finish_epoch(run, state, held_out)
-    finally:
-        state.reporter.close()
+    with closing(state.reporter), stop_signals_to(exit_stopped):
+        for epoch in range(state.progress.epoch, state.plan.epochs):
+            if epoch > state.progress.epoch:  # else the run goes on within it
+                new = {"step_in_epoch": 0, "loss_sum": 0.0, "bad_images": 0}
+                state.progress = replace(state.progress, epoch=epoch, **new)
+            train_one_epoch(run, state)
+            finish_epoch(run, state, held_out)
+    if run.process.is_main and not run.flags.keep_checkpoints:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.say(written(run))
 
 
 def already_finished(run: Run, state: TrainState) -> bool:
     """Whether the last epoch's line of log.txt, which a run writes last of all, is there."""
-    log, total = run.folder / LOG_FILE, state.plan.total_steps
-    if state.progress.step < total or not log.exists():
-        return False
-    last = log.read_text().splitlines()[-1:]
+    log, record, total = run.folder / LOG_FILE, run.folder / "config.json", state.plan.total_steps
+    done = state.progress.step == total
+    if run.flags.resume == "auto" and not checkpoints.step_files(run.checkpoints):
+        # they may have been removed after the end
+        done = record.exists() and json.loads(record.read_text()).get("identity") == state.identity
+    last = log.read_text().splitlines()[-1:] if done and log.exists() else []
     finished = [json.loads(line)["step"] for line in last] == [total]
     if finished:
         run.say(f"already finished; the last epoch: {last[0]}\n{written(run)}")
@@ -70,11 +68,13 @@ def already_finished(run: Run, state: TrainState) -> bool:
 
 
 def written(run: Run) -> str:
-    """Where the results are, and the command that evaluates them."""
+    """What a finished run left, and the command that evaluates it."""
+    size = sum(path.stat().st_size for path in checkpoints.step_files(run.checkpoints))
+    spare = f"{run.checkpoints}: {size / 1e9:.2g} GB, which may go (--keep_checkpoints 0)\n"
     script = f"python {run.task.script} --config {run.flags.config}"
     return (
         f"weights: {run.folder / PRUNED_FILE}; log, sparsity and curves beside it\n"
-        f"next: {script} --evaluate --pruned {run.folder}"
+        f"{spare * bool(size)}next: {script} --evaluate --pruned {run.folder}"
     )
 
 
@@ -95,16 +95,11 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
             loaded = [next(batches) for _ in range(accumulated)]
             parts, terms = zip(*(state.model.prepare(*inputs) for inputs, _ in loaded), strict=True)
             parts = [move(part, process.device) for part in parts]
+            log = state.reporter.is_due(LOG_SECONDS)
+            due = process.is_main and checkpoint_is_due(run.flags.checkpoint_steps, state)
+            skipped = sum(count for _, count in loaded)
             # what the processes must agree on travels in one message, while they compute
-            agreed = start_sum(
-                [
-                    sum(terms),
-                    sum(count for _, count in loaded),
-                    bool(signals),
-                    state.reporter.is_due(LOG_SECONDS),
-                    process.is_main and checkpoint_is_due(run.flags.checkpoint_steps, state),
-                ]
-            )
+            agreed = start_sum([sum(terms), skipped, bool(signals), log, due])
             if hasattr(state.model, "on_step"):
                 with torch.autocast(process.device.type, torch.bfloat16, enabled=run.bf16):
                     state.model.on_step(progress.epoch + progress.step_in_epoch / steps, parts)
@@ -149,13 +144,9 @@ def train_step(
     """One optimizer step: gradients of all parts and processes, AdamW, pruner.
 
     The loss is the mean over all terms (predicted tokens, statements) of the step, however they are
-    spread over parts and processes. (The original takes the mean of the processes' means.)
-
-    Args:
-        run: data parallelism divides by its number of processes.
-        state: changed in place.
-        parts: arguments of one forward pass each, on the device.
-        weights: returns the share of each part in all terms; called after a forward pass.
+    spread over parts and processes. (The original takes the mean of the processes' means.) Each of
+    `parts` holds the arguments of a forward pass; `weights`, called after one, returns the shares
+    of the parts in all terms.
     """
     process, progress = run.process, state.progress
     loss = torch.zeros((), device=process.device)
@@ -164,7 +155,7 @@ def train_step(
         with nullcontext() if whole else state.engine.no_sync():
             with torch.autocast(process.device.type, torch.bfloat16, enabled=run.bf16):
                 mean = state.engine(*part)
-            part_loss = mean * (weights()[i] * process.world_size)
+            part_loss = mean * (weights()[i] * process.world_size)  # gradients are averaged
             part_loss.backward()
         loss += part_loss.detach()
     state.unread_losses.append(loss)
@@ -211,12 +202,15 @@ def images_of_step(run: Run, state: TrainState, steps_ago: int) -> list[str]:
 
 
 def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
-    """Writes weights, sparsity and the epoch's line of log.txt; validates."""
+    """Writes weights, sparsity and the epoch's line of log.txt; validates.
+
+    With --eval_test both held-out sets, else the first. Its score chooses `pruned_best.safetensors`
+    among the epochs at the final remaining ratio.
+    """
     flags, progress = run.flags, state.progress
     if run.process.is_main:
         checkpoints.save_weights(state.model, run.folder / PRUNED_FILE)
     sparsity = sparsity_report(prunable_layers(state.model))
-    state.reporter.sparsity(sparsity)
     record = {
         "epoch": progress.epoch,
         "step": progress.step,
@@ -229,27 +223,19 @@ def finish_epoch(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> N
     if flags.skip_bad_images:
         record["bad_images"] = progress.bad_images
     last = progress.step == state.plan.total_steps
-    if last and state.pruner:
-        note = off_target(sparsity, flags.final_threshold, state.pruner.tied)
-        record |= {"note": note} if note else {}
+    if last and state.pruner and (note := state.pruner.note()):
+        record["note"] = note
     if flags.eval_epochs and (last or (progress.epoch + 1) % flags.eval_epochs == 0):
-        record |= validate(run, state.model, held_out)
+        state.model.eval()
+        for split in list(held_out)[: None if flags.eval_test else 1]:
+            scored = run.task.evaluate(state.model, held_out[split], split, eval_options(run))
+            record |= {f"{split}_{name}": value for name, value in scored["scores"].items()}
+        barrier()
     best_by = f"{next(iter(held_out))}_{run.task.best_by}"
     if run.process.is_main and is_best(record, progress.history, best_by, flags.final_threshold):
         checkpoints.save_weights(state.model, run.folder / BEST_FILE)
     progress.history.append(record)
-    state.reporter.epoch(progress.history)
-
-
-def validate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> dict[str, float]:
-    """Scores of held-out sets, `<split>_<score>` to value; on the main process at least."""
-    model.eval()
-    scores = {}
-    for split, dataset in list(held_out.items())[: None if run.flags.eval_test else 1]:
-        report = run.task.evaluate(model, dataset, split, eval_options(run))
-        scores |= {f"{split}_{name}": value for name, value in report["scores"].items()}
-    barrier()
-    return scores
+    state.reporter.epoch(progress.history, sparsity)
 
 
 def is_best(record: dict, history: list[dict], best_by: str, final_ratio: float) -> bool:

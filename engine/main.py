@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dimension.profile import load_profile
-from engine.experiment import Experiment, Run
+from engine.experiment import Run
 from engine.loading import eval_options
 from engine.loop import already_finished, train
 from engine.processes import (
@@ -35,7 +36,7 @@ from utils import UserError, write_json
 LOOKED_AT = 5000  # training texts whose length is counted, at most
 
 
-def run_task(experiment: Experiment) -> None:
+def run_task(experiment: Run) -> None:
     """Trains and prunes, or with --evaluate scores weights. A refused command writes nothing."""
     run = start(experiment)
     model, train_set, held_out, layer_id = prepare(run)
@@ -51,11 +52,11 @@ def run_task(experiment: Experiment) -> None:
     resume(run, state, found)
     del found  # whose tensors map the file
     if not already_finished(run, state):
-        with recorded(run, "config.json"):
+        with recorded(run, "config.json", identity=state.identity):
             train(run, state, held_out)
 
 
-def start(experiment: Experiment) -> Run:
+def start(experiment: Run) -> Run:
     """Joins the other processes and seeds."""
     flags = experiment.flags
     if flags.deterministic:
@@ -65,15 +66,14 @@ def start(experiment: Experiment) -> Run:
     keep_freed_memory(process.device)
     seed_everything(flags.seed)
     bf16 = flags.amp == "bf16" or (flags.amp == "auto" and computes_bf16(process.device))
-    return Run(**vars(experiment), process=process, bf16=bf16)
+    return replace(experiment, process=process, bf16=bf16)
 
 
 def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str, float] | None]:
     """Builds and checks data, weights and the ID profile. Writes nothing.
 
-    Returns:
-        The model with its weights on its device, the training set, the held-out sets by name (with
-        --split, this one alone), and the IDs by layer name that weight scores, if any do.
+    Returns the model with its weights on its device, the training set, the held-out sets by name
+    (with --split, this one alone), and the IDs by layer name that weight scores, if any do.
     """
     flags, task, mistakes = run.flags, run.task, []
 
@@ -86,12 +86,11 @@ def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str,
 
     sets = tried(task.build_datasets, run.config, flags.seed) or []
     held_out = dict(zip(task.held_out, sets[1:], strict=bool(sets)))
+    held_out = {name: held_out[name] for name in held_out if flags.split in (None, name)}
     for dataset in held_out.values():
         dataset.keep_first(flags.eval_samples or len(dataset))
     for dataset in sets[:1]:
         dataset.skip_bad_images = flags.skip_bad_images  # evaluation needs every image
-    if flags.split and held_out:
-        held_out = {flags.split: held_out[flags.split]}
     for dataset in (*held_out.values(), *sets[: not flags.evaluate]):
         tried(dataset.check)
     model = tried(task.build_model, run.config)
@@ -123,20 +122,17 @@ def say_truncated(model: nn.Module, dataset: Dataset) -> None:
     """Prints how many training texts the model cuts; of very many, a sample is counted."""
     indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
     if cut := model.count_cut([dataset.text(index) for index in indices]):
-        sample = "looked at " if len(indices) < len(dataset) else ""
-        print(
-            f"{cut} of {len(indices)} training texts {sample}are longer than max_tokens "
-            f"{model.max_tokens} and are cut",
-            flush=True,
-        )
+        texts = f"{len(indices)} training texts{' looked at' * (len(indices) < len(dataset))}"
+        longer = f"are longer than max_tokens {model.max_tokens} and are cut"
+        print(f"{cut} of {texts} {longer}", flush=True)
 
 
 @contextmanager
-def recorded(run: Run, name: str) -> Iterator[None]:
+def recorded(run: Run, name: str, **more) -> Iterator[None]:
     """Holds the results folder in the block, on the main process, with the run's record in it."""
     with locked(run.folder) if run.process.is_main else nullcontext():
         if run.process.is_main:
-            run.write(run.folder / name)
+            run.write(run.folder / name, **more)
         yield
 
 
@@ -145,11 +141,11 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps other processes out of it until the block or this process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)
+        lock = open(folder / ".lock", "a")
     except OSError as error:
         remedy = "choose another --output_dir or --model_dir"
         raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
-    try:
+    with lock:
         try:  # the lock is the process's own: loading processes do not inherit it
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -157,8 +153,6 @@ def locked(folder: Path) -> Iterator[None]:
                 remedy = "wait for it, or choose another --model_dir"
                 raise UserError(f"another process is writing to {folder}: {remedy}") from None
         yield
-    finally:
-        os.close(lock)
 
 
 def evaluate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> None:
@@ -175,5 +169,4 @@ def evaluate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> None:
             write_scores(results, split, report["scores"], *run.task.results)
         run.say(f"{split}: {json.dumps(report['scores'])}")
         notes |= dict.fromkeys(report.get("notes", []))
-    for line in (*notes, f"wrote {results}"):
-        run.say(line)
+    run.say("\n".join([*notes, f"wrote {results}"]))

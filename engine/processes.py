@@ -8,7 +8,7 @@ import random
 import re
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -156,24 +156,16 @@ def left_in_groups(root: str | Path = "/") -> list[int]:
     left, groups = [], Path(root, "proc/self/cgroup")
     for line in groups.read_text().splitlines() if groups.exists() else ():  # of Linux
         _, controllers, path = line.split(":", 2)
-        if controllers in GROUPS:
-            top = Path(root, "sys/fs/cgroup", controllers)
-            group = top / path.lstrip("/")
-            for folder in (group, *group.parents):  # a container may see its own as the uppermost
-                if folder.is_relative_to(top):
-                    left += _left_in_group(folder, *GROUPS[controllers])
+        limits, usage, cache = GROUPS.get(controllers, ((), "", ""))
+        top = Path(root, "sys/fs/cgroup", controllers)
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # a container may see its own as the uppermost
+            with suppress(OSError):  # where there is none, or none with a limit
+                values = [(folder / name).read_text().strip() for name in limits]
+                stat = dict(x.split() for x in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(stat.get(cache, 0))
+                left += [int(value) - used for value in values if value != "max"]
     return left
-
-
-def _left_in_group(folder: Path, limits: list[str], usage: str, cache: str) -> list[int]:
-    """Bytes left below each limit of a control group; nothing where it has none."""
-    try:
-        values = [(folder / name).read_text().strip() for name in limits]
-        used = int((folder / usage).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except OSError:
-        return []
-    return [int(value) - used + int(stat.get(cache, 0)) for value in values if value != "max"]
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from dimension.profile import (
     partial_profiles,
     save_distances,
 )
+from dimension.twonn import FEWEST_POINTS
 from engine.digests import content_hash, data_digests, model_hash
 from engine.processes import (
     Process,
@@ -52,6 +54,8 @@ MODEL_AND_DATA_KEYS = (
     "task vit clip image_size tokenizer image_root ann_root prompt max_words max_tokens"
 ).split()
 HUB_BATCH_SIZE = 8
+OF_OUTPUTS = "kind same_length by_chance largest_channel".split()  # what -s leaves as it was
+USUAL_SAMPLES = 2000
 PATIENCE_S = 86400.0  # a process may wait so long for the others, which have layers of their own
 
 
@@ -60,9 +64,13 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
     folder = Path(args.Path)
-    require_writable(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to --Path {folder}: {error}; choose another") from error
     if args.skip:
-        profile = estimate_again(folder, Estimation(args.fraction, args.seed))
+        profile = estimate_again(folder, Estimation(args.fraction, args.seed, args.estimator))
     else:
         process = init_distributed(chosen_device(args.cpu, args.gpu), timeout_s=PATIENCE_S)
         keep_freed_memory(process.device)
@@ -77,15 +85,6 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
     print(f"wrote to {folder}: profile.json, {', '.join(figures)}")
     if not args.hf:
         print(f"prune with these IDs: --id_profile {folder}")
-
-
-def require_writable(folder: Path) -> None:
-    """Makes the folder of the results and tries to write to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write to --Path {folder}: {error}; choose another") from error
 
 
 def chosen_device(cpu: bool, gpu: int | None) -> str:
@@ -103,12 +102,17 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
     weights = args.pruned or config["pretrained"]
     if not weights:
         raise UserError("nothing to measure: give --pretrained or --pruned")
-    task, n = TASKS[config["task"]], args.nsamples
+    task, n = TASKS[config["task"]], args.nsamples or USUAL_SAMPLES
     dataset = task.build_datasets(config, args.seed)[0]
     dataset.skip_bad_images = args.skip_bad_images
     dataset.check()
-    indices, bad = choose_samples(dataset, n, args.seed)
-    model = task.build_model(config)
+    model, order, length = task.build_model(config), range(len(dataset)), None
+    if args.one_length is not None:
+        parts = [order[start : start + 1000] for start in order[::1000]]
+        texts = [[dataset.text(index) for index in part] for part in parts]
+        lengths = [x for part in texts for x in model.tokenize(part)[1].sum(1).tolist()]
+        order, length = of_one_length(dict(enumerate(lengths)), args.one_length, n)
+    indices, bad = choose_samples(dataset, n, args.seed, order)
     with main_process_first():  # which downloads, where it is an address
         fetch(weights)
     report = load_trained(model, weights)
@@ -128,6 +132,7 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
     shapes = trace_stages(model.stages(), layers, samples, process.device)
     settings = {
         "bad_images": bad,
+        "one_length": length,
         "keep_padding": args.keep_padding,
         "batch_size": batch_size,
         "config": {key: config[key] for key in MODEL_AND_DATA_KEYS if key in config},
@@ -141,32 +146,52 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
     return IDProfile(share.settings, found, make_remarks(n, found, bad))
 
 
-def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
-    """Measures the linear layers of any model of Hugging Face's."""
+def read_inputs(args: argparse.Namespace) -> tuple[list[Path] | None, list[str] | None]:
+    """The files of --images, and the lines of --texts; None for a flag that is not given."""
     pictures = None
     if args.images is not None:
         if not Path(args.images).is_dir():
             raise UserError(f"--images: there is no folder {args.images}")
         pictures = find_pictures([Path(args.images)])
-    lines = None if args.texts is None else read_texts(args.texts)
+    return pictures, None if args.texts is None else read_texts(args.texts)
+
+
+def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
+    """Measures the linear layers of any model of Hugging Face's."""
+    pictures, lines = read_inputs(args)
+    decoder_lines = read_texts(args.decoder_texts) if args.decoder_texts else None
     with main_process_first():
         hub = open_hub_model(args.hf)
     batch_size = args.batch_size or HUB_BATCH_SIZE
-    inputs = HubInputs(hub, pictures, lines, batch_size)
-    n = min(args.nsamples, inputs.samples())
+    inputs = HubInputs(hub, pictures, lines, batch_size, decoder_lines)
+    lengths, length, remarks = dict(enumerate(inputs.lengths)), None, []
+    if args.max_tokens:
+        lengths = {i: tokens for i, tokens in lengths.items() if tokens <= args.max_tokens}
+        cut = inputs.samples() - len(lengths)
+        remarks.append(f"{cut} samples have longer texts than --max_tokens {args.max_tokens}")
+        if len(lengths) < FEWEST_POINTS:
+            raise UserError(f"--max_tokens {args.max_tokens} leaves {len(lengths)} samples")
+    order = list(lengths) if lines else range(inputs.samples())
+    if args.one_length is not None:
+        order, length = of_one_length(lengths, args.one_length, args.nsamples or FEWEST_POINTS)
+    n = min(args.nsamples or USUAL_SAMPLES, len(order))
     generator = torch.Generator().manual_seed(args.seed)
-    inputs.take(sorted(torch.randperm(inputs.samples(), generator=generator)[:n].tolist()))
+    inputs.take(sorted(order[i] for i in torch.randperm(len(order), generator=generator)[:n]))
+    if process.is_main:
+        print("\n".join([*remarks, *inputs.padding()]), flush=True)
     model = hub.model.to(process.device)
     settings = {
         "model": type(model).__name__,
         "hf": args.hf,
         "images": args.images,
         "texts": args.texts,
+        "max_tokens": args.max_tokens,
+        "one_length": length,
         "batch_size": batch_size,
         "checkpoint_sha256": model_hash(model),
         "contents": {
             "names of the pictures": content_hash([path.name for path in inputs.images or []]),
-            "texts": content_hash(inputs.texts),
+            "texts": content_hash([inputs.texts, inputs.decoder_texts]),
         },
     }
     batches = any_model.Batches(model, inputs, n, args.seed)
@@ -174,10 +199,10 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     modules = {name: module for name, module in modules.items() if name not in hub.untrained}
     share = Share(args, process, settings, n)
     with any_model.prepared(model, process.device):
-        shape, left_out, remarks = any_model.trace_forward(model, modules, batches)
+        shape, left_out, sentences = any_model.trace_forward(inputs.runs, modules, batches)
         measured, dropped = share.measure([shape], modules, batches)
     left_out |= dropped | dict.fromkeys(hub.untrained, "the checkpoint lacks its weights")
-    remarks += any_model.left_out_remarks(left_out)
+    remarks += sentences + any_model.left_out_remarks(left_out)
     names = dict.fromkeys(layer.name for layer in shape.layers if layer.name in measured)
     any_model.require_layers(names, remarks)
     kinds = layer_kinds(model, list(names))
@@ -187,10 +212,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
 
 @dataclass
 class Images(Sequence):
-    """One image of each of some samples, transformed as for evaluation; the second with `which` 1.
-
-    A sequence of tensors (3, S, S), each read when asked for.
-    """
+    """The first or second (`which` 1) image (3, S, S) of some samples, each read when asked for."""
 
     dataset: ImageDataset
     indices: list[int]
@@ -206,16 +228,31 @@ class Images(Sequence):
         return self.dataset.open(paths[self.which])
 
 
-def choose_samples(dataset: ImageDataset, n: int, seed: int) -> tuple[list[int], int]:
+def of_one_length(lengths: dict[int, int], length: int, n: int) -> tuple[list[int], int]:
+    """The n or more indices of texts of a length, or with 0 of the commonest; and the length."""
+    counts = Counter(lengths.values())
+    length = length or max(counts, key=lambda x: (counts[x], -x))
+    if counts[length] < n:
+        common = ", ".join(f"{count} have {x}" for x, count in counts.most_common(3))
+        raise UserError(
+            f"--one_length: {counts[length]} texts have {length} tokens, and {n} samples are asked "
+            f"for; give a smaller -n, or another length ({common})"
+        )
+    return [index for index, other in lengths.items() if other == length], length
+
+
+def choose_samples(
+    dataset: ImageDataset, n: int, seed: int, among: Sequence[int] | None = None
+) -> tuple[list[int], int]:
     """Indices of n random samples, and how many were passed over for them.
 
     With `dataset.skip_bad_images` all images are read first: a sample with an unreadable one gives
-    way to the next of the random order.
+    way to the next of the random order. `among` are the indices to choose from (all).
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
-    chosen = order[:n]
-    seen = len(chosen)
+    among = range(len(dataset)) if among is None else among
+    order = [among[place] for place in torch.randperm(len(among), generator=generator)]
+    chosen, seen = order[:n], len(order[:n])
     if dataset.skip_bad_images:
         chosen, seen = [], 0
         with ThreadPoolExecutor(available_cpus()) as pool:
@@ -240,7 +277,7 @@ class Share:
 
     def __init__(self, args: argparse.Namespace, process: Process, settings: dict, n: int):
         self.args, self.process, self.n = args, process, n
-        self.estimation = Estimation(args.fraction, args.seed)
+        self.estimation = Estimation(args.fraction, args.seed, args.estimator)
         self.settings = {"nsamples": n, "seed": args.seed, "device": process.device.type}
         self.settings |= {"dtype": "float32", "save_distances": args.save_distances}
         self.settings |= self.estimation.settings | settings
@@ -256,11 +293,15 @@ class Share:
         """
         args, process, partial = self.args, self.process, self.partial
         foreign = isinstance(inputs, any_model.Batches)
-        names = {layer.name for shape in shapes for layer in shape.layers} - set(partial.found)
+        names = {x.name for shape in shapes for x in shape.layers} - partial.found.keys()
         share = share_layers(shapes, names, process.world_size)[process.rank]
-        plan = plan_capture(shapes, share, inputs, self.n, self._budget(), to_the_end=foreign)
+        free, budget = free_memory(process.device), default_budget(process.device)
+        if args.memory_gb is not None:
+            budget = int(args.memory_gb * 1e9)
+        plan = plan_capture(shapes, share, inputs, self.n, budget, to_the_end=foreign)
         if process.is_main:
             print(
+                f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process\n"
                 f"{self.n} samples, {len(layers)} layers, {len(partial.found)} of them done "
                 f"before, {len(share)} for this process of {process.world_size}\n{plan}",
                 flush=True,
@@ -275,6 +316,7 @@ class Share:
         for name, features, distances in capture:
             try:
                 measured = self.estimation.measure(name, features, distances)
+                measured = replace(measured, **capture.beside(name, distances))
             except TooFewPoints as error:
                 if not foreign:
                     raise
@@ -284,19 +326,11 @@ class Share:
                 save_distances(args.Path, name, distances)
             partial.add(name, measured)
         found, left_out = {}, {}
-        for one in gather_from_processes((partial.found | partial.mine, capture.left_out)):
-            found, left_out = found | one[0], left_out | one[1]
+        for layers, reasons in gather_from_processes(
+            (partial.found | partial.mine, capture.left_out)
+        ):
+            found, left_out = found | layers, left_out | reasons
         return {name: layer for name, layer in found.items() if name not in left_out}, left_out
-
-    def _budget(self) -> int:
-        """Bytes for activations, states and matrices."""
-        device = self.process.device
-        if self.args.memory_gb is not None:
-            return int(self.args.memory_gb * 1e9)
-        free, budget = free_memory(device), default_budget(device)
-        if self.process.is_main:
-            print(f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process")
-        return budget
 
 
 def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:
@@ -312,9 +346,10 @@ def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:
     layers = {}
     for name, layer in before.layers.items():
         measured = estimation.measure(name, layer.features, load_distances(folder, name))
-        layers[name] = replace(measured, kind=layer.kind)
+        layers[name] = replace(measured, **{key: getattr(layer, key) for key in OF_OUTPUTS})
     settings = before.settings | estimation.settings | {"block_seed": estimation.seed}
     remarks = make_remarks(settings["nsamples"], layers, settings.get("bad_images", 0))
+    remarks += [x for x in before.remarks if x.startswith(("left out", "not looked at"))]
     return replace(before, settings=settings, layers=layers, remarks=remarks)
 
 

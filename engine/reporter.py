@@ -6,6 +6,7 @@ import time
 import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from dimension.figures import save_figure
 from reports.figures import plot_sparsity
@@ -46,32 +47,25 @@ class Reporter:
         self.run.say(
             f"epoch {at.epoch}  step {at.step}/{total}  loss {loss:.4f}  lr {lr:.2e}  "
             f"remaining {at.remaining_ratio:.3f}  {samples:.1f} samples/s  "
-            f"ETA {hours((total - at.step) / rate)}  memory {memory / 1e9:.2f} GB"
+            f"ETA {tqdm.format_interval((total - at.step) / rate)}  memory {memory / 1e9:.2f} GB"
         )
         for name, value in [("loss", loss), ("lr", lr), ("remaining_ratio", at.remaining_ratio)]:
             self.board.add_scalar(f"train/{name}", value, at.step)
 
-    def sparsity(self, report: dict) -> None:
-        """Writes a report of `pruners.sparsity_report` as sparsity.json and as a figure."""
+    def epoch(self, history: list[dict], sparsity: dict) -> None:
+        """Rewrites log.txt, one JSON line an epoch, and the sparsity's report and figure."""
         if self.board is None:
             return
-        folder = self.run.folder
-        write_json(folder / "sparsity.json", report)
-        save_figure(plot_sparsity({folder.name: report}), folder / "sparsity.png")
-        for name, share in {"overall": report["overall"], **report["by_modality"]}.items():
-            self.board.add_scalar(f"sparsity/{name}", share, self.state.progress.step)
-
-    def epoch(self, history: list[dict]) -> None:
-        """Rewrites log.txt, one JSON line an epoch, so that an epoch done again has one line."""
-        if self.board is None:
-            return
-        with atomic_write(self.run.folder / LOG_FILE) as file:
-            file.writelines(json.dumps(record) + "\n" for record in history)
-        record = history[-1]
+        folder, record = self.run.folder, history[-1]
+        write_json(folder / "sparsity.json", sparsity)
+        save_figure(plot_sparsity({folder.name: sparsity}), folder / "sparsity.png")
+        with atomic_write(folder / LOG_FILE) as file:
+            file.writelines(json.dumps(earlier) + "\n" for earlier in history)
         self.run.say(json.dumps(record))
-        for name in record.keys() - {"epoch", "step"}:
-            if isinstance(record[name], float):
-                self.board.add_scalar(f"epoch/{name}", record[name], record["step"])
+        numbers = {f"epoch/{key}": x for key, x in record.items() if isinstance(x, float)}
+        shares = {"overall": sparsity["overall"], **sparsity["by_modality"]}
+        for name, value in (numbers | {f"sparsity/{key}": x for key, x in shares.items()}).items():
+            self.board.add_scalar(name, value, record["step"])
         self.board.flush()
         self.last_line = time.monotonic()
 
@@ -79,9 +73,3 @@ class Reporter:
         """Writes what TensorBoard's file still lacks."""
         if self.board is not None:
             self.board.close()
-
-
-def hours(seconds: float) -> str:
-    """Hours, minutes and seconds, as 7:05:09."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

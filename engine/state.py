@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from data.samplers import derived_seed
 from engine import checkpoints
 from engine.digests import content_hash, data_digests, model_hash
 from engine.experiment import Run
@@ -93,11 +94,10 @@ def build_state(
         model.check_batch(run.samples_per_step)
     pruner = build_pruner(flags, model, plan, layer_id) if flags.final_threshold < 1 else None
     if process.is_main:
-        averages = 3 * pruner.numel if pruner and flags.pruner_name == "PLATON" else 0
-        checkpoints.check_disk_space(run.folder, model, averages, flags.keep_checkpoints)
+        checkpoints.check_disk_space(run.folder, model, pruner, max(1, flags.keep_checkpoints))
     identity = {
         **run.identity(),
-        "processes": process.world_size,
+        "samples of a step": run.samples_per_step,
         "samples": len(dataset),
         **asdict(plan),
         **data_digests(config, dataset.records),
@@ -146,33 +146,29 @@ def find_checkpoint(run: Run, identity: dict) -> dict | None:
 
     With "auto" a broken checkpoint gives way to the one before.
     """
-    named, broken = run.flags.resume, []
+    named = run.flags.resume
     if named == "off":
         return None
-    for path in checkpoints.step_files(run.checkpoints) if named == "auto" else [Path(named)]:
+    paths = checkpoints.step_files(run.checkpoints) if named == "auto" else [Path(named)]
+    for path in paths:
         try:
             content = checkpoints.read_checkpoint(path)
         except UserError as error:
             if named != "auto":
                 raise
-            broken.append(str(error).splitlines()[0])
+            if path == paths[-1]:
+                raise UserError(f"{error}; --resume off starts again") from error
+            run.say(f"{error}; falling back to the one before")
             continue
-        for sentence in broken:
-            run.say(f"{sentence}; falling back to the one before")
         check_identity(content["identity"], identity, path)
         return {**content, "path": path}
-    if broken:
-        sentences = "; ".join(broken)
-        raise UserError(f"{sentences}; no checkpoint is whole: --resume off starts again")
     return None
 
 
 def check_identity(saved: dict, own: dict, path: Path) -> None:
     """Refuses the checkpoint of another run; what an older version did not save is not compared."""
     differences = [
-        f"the {key} differs"
-        if key.startswith("content")
-        else f"{key} was {saved[key]!r}, is {value!r}"
+        f"the {key} differs" if key[:7] == "content" else f"{key} was {saved[key]!r}, is {value!r}"
         for key, value in own.items()
         if key in saved and saved[key] != value
     ]
@@ -195,9 +191,20 @@ def resume(run: Run, state: TrainState, found: dict | None) -> None:
         if state.pruner:
             state.pruner.load_state_dict(found["pruner"])
         state.progress = Progress(**found["progress"])
-        checkpoints.set_rng_state(found["rng"][run.process.rank], run.process.device)
         done, total = state.progress.step, state.plan.total_steps
         run.say(f"resumed from {found['path']}: {done} of {total} steps done")
+        before, now = len(found["rng"]), run.process.world_size
+        if before == now:
+            rng, device = found["rng"][run.process.rank], run.process.device
+            torch.set_rng_state(rng["cpu"])
+            if device.type != "cpu" and device.type in rng:  # else the run was on another kind
+                torch.get_device_module(device).set_rng_state(rng[device.type], device)
+        else:
+            seed_everything(derived_seed(run.flags.seed, done, run.process.rank) % 2**32)
+            run.say(
+                f"{now} process(es) where there were {before}: the same samples in each step, but "
+                "sums of another order, and other draws of dropout"
+            )
     # which would pass for the newest of this run
     state.replaced = checkpoints.step_files(run.checkpoints, after=state.progress.step)
 
@@ -207,7 +214,10 @@ def save(run: Run, state: TrainState) -> None:
     begun = time.monotonic()
     if state.pruner:
         state.pruner.check_masks_equal()
-    rng = gather_from_processes(checkpoints.rng_state(run.process.device))
+    device, rng = run.process.device, {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        rng[device.type] = torch.get_device_module(device).get_rng_state(device)
+    rng = gather_from_processes(rng)
     if run.process.is_main:
         content = {
             "model": state.model.state_dict(),
@@ -217,8 +227,9 @@ def save(run: Run, state: TrainState) -> None:
             "identity": state.identity,
             "rng": rng,
         }
-        step, keep = state.progress.step, run.flags.keep_checkpoints
+        step, keep = state.progress.step, max(1, run.flags.keep_checkpoints)
         checkpoints.save_checkpoint(run.checkpoints, step, content, keep, state.replaced)
+        state.replaced.clear()
     barrier()
     if state.save_seconds == 0:
         run.say(f"a checkpoint takes {time.monotonic() - begun:.1f} s")

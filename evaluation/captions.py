@@ -1,16 +1,17 @@
 """Captions of a split, over any number of processes, their scores and their references' loss."""
 
 from itertools import chain, zip_longest
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.caption_dataset import prompted
+from data.captions import prompted
 from data.records import read_references
 from engine.loading import EvalOptions, move
 from engine.processes import gather_from_processes, is_main, sum_over_processes
-from evaluation.scoring import notes_of, references_path, score_captions, write_captions
+from evaluation.scoring import REFERENCES, score_captions, write_captions
 from utils import write_json
 
 
@@ -18,15 +19,12 @@ from utils import write_json
 def evaluate_captions(model: nn.Module, dataset: Dataset, split: str, options: EvalOptions) -> dict:
     """Captions a split, "val" or "test", by beam search and scores it. Every process calls it.
 
-    `options.results` receives the captions in COCO's format, `[{"image_id": int, "caption": str},
-    ...]` in the order of ids, and beside them what `evaluation.scoring.write_captions` writes.
-
-    Returns:
-        On the main process `scores`, with `loss`, the mean training loss over the predicted tokens
-        of all references, and `notes`, sentences; on the others empty `scores`.
+    `options.results` receives the captions in COCO's format, in the order of ids, and their scores.
+    Beside the metrics stands `loss`, the mean training loss over the predicted tokens of all
+    references. Only the main process has `scores`, and `notes`.
     """
     config = options.config
-    file = references_path(config, split)
+    file = Path(config["coco_gt_root"], REFERENCES.format(split))
     references = read_references(file)
     if options.samples:  # the split was cut to its first samples
         references = {x["image_id"]: references[x["image_id"]] for x in dataset.records}
@@ -43,13 +41,12 @@ def evaluate_captions(model: nn.Module, dataset: Dataset, split: str, options: E
     if not is_main():
         return {"scores": {}}
     captions = [{"image_id": i, "caption": text} for i, text in sorted(chain(*shares))]
-    if options.results is not None:
-        write_json(options.results / f"{split}.json", captions)
+    path = options.results and options.results / f"{split}.json"
+    if path is not None:
+        write_json(path, captions)
     report = score_captions(captions, references, file, options.spice, options.meteor)
     report["scores"]["loss"] = loss / terms
-    if options.results is not None:
-        write_captions(options.results / f"{split}.json", report)
-    return {"scores": report["scores"], "notes": notes_of(report)}
+    return {"scores": report["scores"], "notes": write_captions(path, report)}
 
 
 def _references_loss(

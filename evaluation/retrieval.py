@@ -19,7 +19,7 @@ def evaluate_retrieval(
 ) -> dict:
     """Recalls among all images of a split and all its `dataset.texts`, the same on every process.
 
-    Every process calls it, with CLIP in eval mode. Returns `{"scores": result of `recalls`}`.
+    Every process calls it, with CLIP in eval mode.
     """
     with options.autocast():
         images = _features(model.encode_image, options.batches(dataset, "images"))
@@ -41,7 +41,7 @@ def _features(encode: Callable, batches: Iterable[tuple]) -> Tensor:
 
 
 def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions.
+    """Recalls in percent: `txt_r1`, `txt_r5`, `txt_r10`, their mean `txt_r_mean`; `img`; `r_mean`.
 
     Text recall is the share of images with one of their own texts among the k most similar texts;
     image recall is the share of texts with their image among the k most similar images. Ties and
@@ -50,10 +50,6 @@ def recalls(similarities: Tensor, image_of_text: Tensor) -> dict[str, float]:
     Args:
         similarities: (I, T), of every image to every text.
         image_of_text: (T,) the row of each text's image; every image has a text.
-
-    Returns:
-        In percent: `txt_r1`, `txt_r5`, `txt_r10` and their mean `txt_r_mean`; the same for `img`;
-        `r_mean`, the mean of the two means.
     """
     similarities, image_of_text = torch.as_tensor(similarities), torch.as_tensor(image_of_text)
     images, texts = similarities.shape

@@ -28,12 +28,8 @@ from utils import UserError, write_json
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 NO_JAVA = "needs Java, which is not on PATH"
 ENGLISH = " -Duser.language=en -Duser.country=US"  # METEOR reads decimals as Java's locale says
+REFERENCES = "coco_karpathy_{}_gt.json"
 TIMEOUT = 900.0  # seconds for the tokenizer, and then for all metrics in Java
-
-
-def references_path(config: dict, split: str) -> Path:
-    """The file of a split's references."""
-    return Path(config["coco_gt_root"], f"coco_karpathy_{split}_gt.json")
 
 
 def score_again(path: Path, config: dict, spice: bool) -> None:
@@ -41,22 +37,22 @@ def score_again(path: Path, config: dict, spice: bool) -> None:
     split = path.stem
     if split not in ("val", "test"):
         raise UserError("--score_only takes the val.json or test.json of an evaluation")
-    file = references_path(config, split)
+    file = Path(config["coco_gt_root"], REFERENCES.format(split))
     report = score_captions(read_records(path, RESULTS), read_references(file), file, spice)
-    write_captions(path, report)
+    notes = write_captions(path, report)
     write_scores(path.parent, split, report["scores"])
-    print(f"{split}: {json.dumps(report['scores'])}", *notes_of(report), sep="\n")
+    print(f"{split}: {json.dumps(report['scores'])}", *notes, sep="\n")
 
 
-def write_captions(path: Path, report: dict) -> None:
-    """Writes a report of `score_captions` as `NAME_images.json` and `NAME_scores.json`."""
+def write_captions(path: Path | None, report: dict) -> list[str]:
+    """Writes a report of `score_captions` as `NAME_images.json` and `NAME_scores.json`.
+
+    Returns what is printed beside the scores.
+    """
     rest = {key: value for key, value in report.items() if key != "images"}
-    write_json(path.with_name(f"{path.stem}_images.json"), report["images"])
-    write_json(path.with_name(f"{path.stem}_scores.json"), rest)
-
-
-def notes_of(report: dict) -> list[str]:
-    """What is printed of a report of `score_captions` beside its scores."""
+    if path is not None:
+        write_json(path.with_name(f"{path.stem}_images.json"), report["images"])
+        write_json(path.with_name(f"{path.stem}_scores.json"), rest)
     left_out = [f"{metric} is left out: {why}" for metric, why in report["left_out"].items()]
     remarks = [f"note: {remark}" for remark in report["remarks"]]
     return [f"tokens: {report['tokenizer']}", *left_out, *remarks]
@@ -70,8 +66,6 @@ def score_captions(
     meteor: bool = True,
 ) -> dict:
     """Scores `{"image_id": int, "caption": str}` of each image against references by image id.
-
-    SPICE downloads CoreNLP's models on first use (about 0.4 GB); METEOR takes some ten seconds.
 
     Returns:
         `scores` {metric: float}, `left_out` {metric: why}, `tokenizer` (a sentence), `remarks`
@@ -108,20 +102,14 @@ def score_captions(
 
 def _remarks(references: dict[str, list[str]], captions: dict[str, list[str]]) -> list[str]:
     """What a reader of the scores must know about these tokenized sentences."""
-    remarks = []
-    if len(captions) == 1:
-        remarks.append(
-            "CIDEr is 0 for a single image: it weighs words by how few images' references have them"
-        )
+    remarks, count = [], len(captions)
+    if count == 1:
+        remarks.append("CIDEr is 0 for a single image: it weighs words by how few images have them")
     if empty := [image for image, (caption,) in captions.items() if not caption]:
-        remarks.append(
-            f"{len(empty)} of {len(captions)} captions have no word (images: {listed(empty)})"
-        )
+        remarks.append(f"{len(empty)} of {count} captions have no word (images: {listed(empty)})")
     if silent := [image for image, sentences in references.items() if not any(sentences)]:
-        remarks.append(
-            f"the references of {len(silent)} of {len(references)} images have no word, so that no "
-            f"caption is right (images: {listed(silent)})"
-        )
+        why = f"no word, so that no caption is right (images: {listed(silent)})"
+        remarks.append(f"the references of {len(silent)} of {count} images have {why}")
     return remarks
 
 
@@ -154,7 +142,7 @@ def _run_java(names: list[str], references: dict, captions: dict) -> tuple[dict,
             processes[name] = subprocess.Popen(
                 command, **streams, start_new_session=True, env=os.environ | options
             )
-            stack.callback(_kill_group, processes[name])
+            stack.callback(_kill_group, processes[name])  # with a Java that hangs
         deadline = time.monotonic() + TIMEOUT
         for name, process in processes.items():
             try:
@@ -171,7 +159,6 @@ def _run_java(names: list[str], references: dict, captions: dict) -> tuple[dict,
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    """Ends a job with its children, such as a Java that hangs."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.checkpoint import Weights, replace_all
 from models.sizes import choose_sizes
 from models.stages import Stage, resblock_stages
-from models.text import load_tokenizer, tokenize
+from models.text import load_tokenizer
 from utils import UserError
 
 SIZES = {
@@ -72,10 +72,12 @@ class WordPieces:
 
     def __call__(self, texts: list[str], context_length: int) -> Tensor:
         """Ids (B, context_length): [DEC], the words, [ENC], padding; longer texts are cut."""
-        ids, mask = tokenize(self.tokenizer, texts, "[DEC]", context_length, padding="max_length")
-        end = self.tokenizer.convert_tokens_to_ids("[ENC]")
+        limit = {"padding": "max_length", "truncation": True, "max_length": context_length}
+        tokens = self.tokenizer(texts, **limit, return_tensors="pt")
+        ids, end = tokens.input_ids, self.tokenizer.convert_tokens_to_ids("[ENC]")
         assert end == self.vocab_size - 1
-        return ids.masked_fill(ids == self.tokenizer.sep_token_id, end) * mask
+        ids[:, 0] = self.tokenizer.bos_token_id
+        return ids.masked_fill(ids == self.tokenizer.sep_token_id, end) * tokens.attention_mask
 
 
 class ClipRetrieval(CLIP):
@@ -140,16 +142,13 @@ class ClipRetrieval(CLIP):
 
     def stages(self) -> list[Stage]:
         """The two towers over "image" and "input_ids" (B, context_length), for profiling."""
-
-        def embed_text(ids: Tensor) -> Tensor:
-            return self.token_embedding(ids) + self.positional_embedding
-
+        visual, words, places = self.visual, self.token_embedding, self.positional_embedding
         return [
-            Stage("tokens: patch embedding", self.visual._embeds, ("image",), "tokens"),
-            *resblock_stages(self.visual.transformer, "tokens"),
-            Stage("tokens: norm", self.visual.ln_post, ("tokens",), "tokens"),
-            Stage("text: embedding", embed_text, ("input_ids",), "text"),
-            *resblock_stages(self.transformer, "text", self.attn_mask),
+            Stage("tokens: patch embedding", visual._embeds, ("image",), "tokens"),
+            *resblock_stages(visual.transformer.resblocks, "tokens"),
+            Stage("tokens: norm", visual.ln_post, ("tokens",), "tokens"),
+            Stage("text: embedding", lambda ids: words(ids) + places, ("input_ids",), "text"),
+            *resblock_stages(self.transformer.resblocks, "text", self.attn_mask),
             Stage("text: norm", self.ln_final, ("text",), "text"),
         ]
 

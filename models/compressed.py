@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,6 @@ from utils import UserError, atomic_write
 FORMAT, VERSION = "bitmask", "1"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # element size to integer
 _ENTRIES = 200  # bytes that a compressed tensor adds to the header, about
-
-Shapes = dict[str, tuple[int, ...]]  # by tensor name
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -69,6 +68,10 @@ def packed_bytes(elements: int, stored: int, size: int) -> float:
     return elements / 8 + stored * size + _ENTRIES
 
 
+def _parts(name: str) -> tuple[str, str]:
+    return f"{name}.bitmask", f"{name}.values"
+
+
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Writes a compressed file atomically, packing tensor by tensor."""
     stored, shapes = {}, {}
@@ -76,7 +79,7 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         nonzeros = int(_bits(tensor).count_nonzero())
         if packed_bytes(tensor.numel(), nonzeros, tensor.element_size()) < tensor.nbytes:
             shapes[name] = list(tensor.shape)
-            stored |= zip(parts(name), pack(tensor), strict=True)
+            stored |= zip(_parts(name), pack(tensor), strict=True)
         else:
             stored[name] = tensor.detach().cpu().contiguous()
     metadata = {"format": FORMAT, "format_version": VERSION, "shapes": json.dumps(shapes)}
@@ -84,30 +87,39 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         file.write(save(stored, metadata))
 
 
-def claims(metadata: dict[str, str]) -> bool:
-    """Whether the metadata of a safetensors file are those of a compressed one."""
-    return metadata.get("format") == FORMAT
+class Packed(NamedTuple):
+    """A tensor of a compressed file, which is unpacked where it is wanted."""
+
+    where: str  # file and name, for messages
+    shape: tuple[int, ...]
+    bitmask: Tensor
+    values: Tensor
+
+    def dense(self, target: Tensor | None = None) -> Tensor:
+        """The tensor, in `target` where that fits; a UserError if the file is damaged."""
+        try:
+            return unpack(self.shape, self.bitmask, self.values, target)
+        except ValueError as error:
+            raise UserError(f"the compressed file {self.where}: {error}") from error
 
 
-def parts(name: str) -> tuple[str, str]:
-    """Names of the two parts of a compressed tensor."""
-    return f"{name}.bitmask", f"{name}.values"
-
-
-def shapes(path: Path, metadata: dict[str, str], stored: Shapes) -> Shapes:
-    """The compressed tensors of a file that has the tensors `stored`."""
-    version = metadata.get("format_version")
-    if version != VERSION:
+def joined(
+    path: Path, metadata: dict[str, str], weights: dict[str, Tensor]
+) -> dict[str, Tensor | Packed]:
+    """The tensors of a safetensors file; where it is a compressed one, two parts become one."""
+    if metadata.get("format") != FORMAT:
+        return weights
+    if (version := metadata.get("format_version")) != VERSION:
         raise UserError(
             f"{path} is a compressed file of version {version!r}, this program reads {VERSION!r}: "
             "export it again"
         )
     try:
-        found = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        for name, shape in found.items():
-            bitmask, values = (stored[part] for part in parts(name))
-            if bitmask != (-(-math.prod(shape) // 8),) or len(values) != 1 or name in stored:
+        for name, shape in json.loads(metadata["shapes"]).items():
+            bitmask, values = (weights.pop(part) for part in _parts(name))
+            if bitmask.shape != (-(-math.prod(shape) // 8),) or values.ndim != 1 or name in weights:
                 raise ValueError(f"the parts of {name} do not fit its shape {shape}")
+            weights[name] = Packed(f"{path} is damaged: {name}", tuple(shape), bitmask, values)
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the compressed file {path} is damaged: {error!r}") from error
-    return found
+    return weights

@@ -5,47 +5,36 @@ shows a beam its own ancestors only; when beams fork or die, only the mask is re
 prompt's and the image's keys and values are computed and kept once for an image.
 """
 
-import compat  # noqa: F401
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 
 @torch.no_grad()
 def generate_ids(
-    decoder: BlipTextLMHeadModel,
-    image_embeds: Tensor,
-    prompt_ids: Tensor,
-    num_beams: int,
-    max_length: int,
-    min_length: int,
-    eos_id: int,
-    pad_id: int,
-    length_normalization: str = "total",
+    decoder, embeds, prompt_ids, num_beams, max_length, min_length, eos_id, pad_id, rule="total"
 ) -> Tensor:
     """Captions a batch of images by beam search.
 
     Args:
-        decoder: in eval mode.
-        image_embeds: (B, L, D) image tokens.
+        decoder: a BlipTextLMHeadModel in eval mode.
+        embeds: (B, L, D) image tokens.
         prompt_ids: (B, P), the start of every caption.
         num_beams: 1 is greedy decoding.
         max_length: longest caption in tokens, prompt included; more than P.
         min_length: no end token before this length in tokens, prompt included.
         eos_id: end token.
         pad_id: fills the rows of shorter captions.
-        length_normalization: "total" or "generated", see `BeamSearch`.
+        rule: "total" or "generated", see `BeamSearch`.
 
     Returns:
         (B, <= max_length) ids: prompt, caption, end token unless max_length cut it off, padding.
     """
     batch, prompt_length = prompt_ids.shape
     device = prompt_ids.device
-    search = BeamSearch(prompt_ids, num_beams, max_length, eos_id, pad_id, length_normalization)
+    search = BeamSearch(prompt_ids, num_beams, max_length, eos_id, pad_id, rule)
     capacity = prompt_length + num_beams * (max_length - prompt_length)
-    cached = CachedDecoder(decoder, image_embeds, capacity)
+    cached = CachedDecoder(decoder, embeds, capacity)
     images = torch.arange(batch, device=device)[:, None]
     itself = torch.eye(num_beams, dtype=torch.bool, device=device).expand(batch, -1, -1)
 
@@ -65,11 +54,11 @@ def generate_ids(
 
 
 class BeamSearch:
-    """The hypotheses of a batch of images.
+    """The hypotheses of a batch of images; arguments as in `generate_ids`.
 
-    Its score is the mean of its log-probabilities. The published rule divides by all tokens, prompt
-    included and end token excluded ("total"); today's transformers divides by the generated tokens,
-    end token included, which prefers longer captions ("generated").
+    A hypothesis's score is the mean of its log-probabilities. The published rule divides by all
+    tokens, prompt included and end token excluded ("total"); today's transformers divides by the
+    generated tokens, end token included, which prefers longer captions ("generated").
 
     A step takes an image's best 2 * num_beams continuations in order. Those of the first num_beams
     that end are finished; the first num_beams that do not end run on. An image is done when it has
@@ -78,13 +67,10 @@ class BeamSearch:
     At max_length running beams finish too.
     """
 
-    def __init__(self, prompt_ids, num_beams, max_length, eos_id, pad_id, length_normalization):
-        """Starts each image with one beam, the prompt. Arguments as in `generate_ids`."""
+    def __init__(self, prompt_ids, num_beams, max_length, eos_id, pad_id, rule):
         batch, self.prompt_length = prompt_ids.shape
         self.num_beams, self.max_length = num_beams, max_length
-        self.eos_id, self.pad_id = eos_id, pad_id
-        assert length_normalization in ("total", "generated")
-        self.total = length_normalization == "total"
+        self.eos_id, self.pad_id, self.total = eos_id, pad_id, rule == "total"
         padding = max_length - self.prompt_length
         self.tokens = F.pad(prompt_ids, (0, padding), value=pad_id)[:, None]  # (B, beams, length)
         self.sums = torch.zeros(batch, 1, device=prompt_ids.device)  # log-probabilities, (B, beams)
@@ -132,21 +118,19 @@ class BeamSearch:
 class CachedDecoder:
     """The text decoder over a batch of images, fed a few tokens at a time.
 
-    It runs the layers itself: the library's forward pass would copy the image's keys and values for
-    each beam.
+    It runs the layers itself: the library would copy the image's keys and values for each beam.
     """
 
-    def __init__(self, decoder: BlipTextLMHeadModel, image_embeds: Tensor, capacity: int):
+    def __init__(self, decoder: nn.Module, image_embeds: Tensor, capacity: int):
         """Projects keys and values of image tokens (B, L, D); makes room for `capacity` tokens."""
         self.decoder = decoder
         self.caches, self.image_caches = [], []  # keys and values of a layer, (B, heads, ., d)
         for layer in decoder.bert.encoder.layer:
             attention = layer.crossattention.self
             projected = attention.key(image_embeds), attention.value(image_embeds)
-            keys, values = (self._heads(x).contiguous() for x in projected)
-            self.image_caches.append((keys, values))
-            room = (*keys.shape[:2], capacity, keys.shape[-1])
-            self.caches.append((keys.new_zeros(room), keys.new_zeros(room)))
+            self.image_caches.append([self._heads(x).contiguous() for x in projected])
+            room = [x.new_zeros(*x.shape[:2], capacity, x.shape[-1]) for x in self.image_caches[-1]]
+            self.caches.append(room)
         self.filled = 0
 
     def feed(self, ids: Tensor, position: Tensor, visible: Tensor) -> Tensor:
@@ -169,8 +153,7 @@ class CachedDecoder:
             query = linear(layer.crossattention.self.query, x)
             x = self._residual(layer.crossattention.output, self._attend(query, *image_cache), x)
             hidden = linear(layer.intermediate.dense, x)
-            hidden = layer.intermediate.intermediate_act_fn(hidden)
-            x = self._residual(layer.output, hidden, x)
+            x = self._residual(layer.output, layer.intermediate.intermediate_act_fn(hidden), x)
         return x
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
@@ -197,6 +180,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """
     float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     dense = isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32
-    if float32 and dense and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    here = x.device.type == "cpu" and not torch.compiler.is_exporting()
+    if float32 and dense and here and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
     return layer(x)

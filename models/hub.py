@@ -1,6 +1,7 @@
 """Models of Hugging Face: opening one, its inputs, and which of its layers see what."""
 
 import inspect
+import re
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,10 +13,9 @@ from urllib.error import HTTPError
 import compat  # noqa: F401
 
 import torch
+import torch.nn.functional as F
 import transformers
-from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import constants, snapshot_download
 from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -31,16 +31,13 @@ PARTS = {  # of a config, by what they see; other parts see both or something el
     "image_config": "vision",
     "text_config": "language",
 }
+OTHER_FORMATS = (".bin", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".gguf")  # of weights
 
 
 class HubModel(NamedTuple):
-    """A model with what prepares its inputs.
+    """A model, in eval mode on the CPU, with Hugging Face's processor of its inputs.
 
-    Attributes:
-        name: its name on the hub, or its folder.
-        model: the model in float32 and eval mode, on the CPU.
-        processor: Hugging Face's processor of images, texts, or both.
-        untrained: layers whose weights the checkpoint lacks: poolers, that other models do without.
+    `untrained` are layers whose weights the checkpoint lacks: poolers, which others do without.
     """
 
     name: str
@@ -53,23 +50,39 @@ class HubModel(NamedTuple):
         return argument in inspect.signature(self.model.forward).parameters
 
 
-def open_hub_model(name: str) -> HubModel:
-    """Opens a local folder, or a model of the hub, downloaded if it is not in the cache."""
+def local_folder(name: str) -> Path:
+    """A local folder, or that of a model of the hub, downloaded if it is not in the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    _require_reachable(name)
+    with _loading(name):
+        return Path(snapshot_download(name, ignore_patterns=[f"*{end}" for end in OTHER_FORMATS]))
+
+
+def open_hub_model(name: str, dtype: str | torch.dtype = torch.float32) -> HubModel:
+    """Opens a local folder, or a model of the hub, downloaded if it is not in the cache.
+
+    Its weights are of `dtype`; "auto" takes the type of the files.
+    """
     if not Path(name).is_dir():
         _require_reachable(name)
-    with _loading(name), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the same weights where the checkpoint has none
-        model, report = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-    missing = sorted(report["missing_keys"])
+    with _loading(name):
+        named = AutoConfig.from_pretrained(name).architectures or ()
+    classes = [AutoModel, *(getattr(transformers, kind, AutoModel) for kind in named)]
+    for kind in classes:  # the base model, or where its weights are not there, the config's class
+        with _loading(name), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same weights where there are none
+            model, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        missing = sorted(report["missing_keys"])
+        needed = [key for key in missing if "pooler" not in key]
+        if not needed:
+            break
     untrained = sorted({key.rpartition(".")[0] for key in missing})
     hub = HubModel(name, model.eval(), None, untrained)
     if not hub.takes("pixel_values") and not hub.takes("input_ids"):
         raise UserError(f"--hf {name} takes neither images nor texts, but {model.main_input_name}")
     with _loading(name):
         processor = AutoProcessor.from_pretrained(name)
-    needed = [key for key in missing if "pooler" not in key]
     if needed:
         raise UserError(
             f"--hf {name}: {len(needed)} weights are missing, for instance {needed[0]}; the folder "
@@ -91,10 +104,8 @@ def _loading(name: str) -> Iterator[None]:
 
 def _require_reachable(name: str) -> None:
     """Tries once, and not for long, whether a model is in the hub's cache or the hub answers."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UserError(f"--hf {name}: there is no such folder") from None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"--hf {name}: there is no such folder")
     with suppress(OSError, ValueError):
         AutoConfig.from_pretrained(name, local_files_only=True)
         return
@@ -134,13 +145,19 @@ class HubInputs:
     """Batches of pictures, texts or pairs of them, as the model's processor makes them.
 
     All texts are padded at their end and to one length, so that equal places of two texts are
-    compared and nothing depends on the batch.
+    compared and nothing depends on the batch. `runs` takes a batch: it is the model, or the encoder
+    of one whose decoder has no texts.
     """
 
     def __init__(
-        self, hub: HubModel, images: list[Path] | None, texts: list[str] | None, batch_size: int
+        self,
+        hub: HubModel,
+        images: list[Path] | None,
+        texts: list[str] | None,
+        batch_size: int,
+        decoder_texts: list[str] | None = None,
     ):
-        self.hub, self.processor = hub, hub.processor
+        self.hub, self.processor, self.runs = hub, hub.processor, hub.model
         both = hub.processor, getattr(hub.processor, "image_processor", None)
         has_images = any(isinstance(part, BaseImageProcessor) for part in both)
         self.tokenizer = getattr(hub.processor, "tokenizer", hub.processor)
@@ -161,7 +178,14 @@ class HubInputs:
                 f"--texts has {len(texts)} lines, --images {len(images)} pictures: give a text for "
                 "each picture, in the order of the pictures' names"
             )
+        decodes = getattr(hub.model.config, "is_encoder_decoder", False)
+        if decoder_texts is not None and not (decodes and len(decoder_texts) == len(texts or [])):
+            raise UserError("--decoder_texts are for a decoder, a line for each line of --texts")
+        if decodes and decoder_texts is None:
+            self.runs = hub.model.get_encoder()
         self.images, self.texts, self.batch_size = images, texts, batch_size
+        self.decoder_texts = decoder_texts
+        self.decoder: dict[str, torch.Tensor] = {}  # its inputs (n, L), by name
         self.lengths: list[int] = []  # of the texts, in tokens
         self.padded = None  # length to which the processor pads them
         if texts is not None:
@@ -201,6 +225,18 @@ class HubInputs:
         """Number of samples."""
         return len(self.texts if self.images is None else self.images)
 
+    def padding(self) -> list[str]:
+        """A sentence on the padding, if there is any."""
+        longest, total = max(self.lengths, default=0), sum(self.lengths)
+        n = len(self.lengths)
+        if total == longest * n:
+            return []
+        share = (longest * n - total) / (self.padded * n)
+        return [
+            f"texts have {total / n:.0f} tokens on average and are padded to {longest}: padding "
+            f"takes {share:.0%} of the work on texts (--max_tokens N leaves longer ones out)"
+        ]
+
     def take(self, chosen: list[int]) -> None:
         """Keeps these samples, in this order, and runs the model on one with the longest text."""
         if self.images is not None:
@@ -208,11 +244,17 @@ class HubInputs:
         if self.texts is not None:
             self.texts = [self.texts[i] for i in chosen]
             self.lengths = [self.lengths[i] for i in chosen]
+        if self.decoder_texts is not None:
+            texts = [self.decoder_texts[i] for i in chosen]
+            tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+            start = self.hub.model.config.decoder_start_token_id  # before each, as in training
+            for name, first in (("input_ids", start), ("attention_mask", 1)):
+                self.decoder[f"decoder_{name}"] = F.pad(tokens[name], (1, 0), value=first)
         longest, made = max(self.lengths, default=0), {}
         try:
             made = self.batch([self.lengths.index(longest) if self.lengths else 0])
             with torch.no_grad():
-                self.hub.model(**made)
+                self.runs(**made)
         except BadImageError:
             raise
         except Exception as error:  # of whatever kind a model or processor finds
@@ -230,8 +272,9 @@ class HubInputs:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """The batches, in order."""
-        for start in range(0, self.samples(), self.batch_size):
-            yield self.batch(list(range(start, min(start + self.batch_size, self.samples()))))
+        rows = list(range(self.samples()))
+        for start in rows[:: self.batch_size]:
+            yield self.batch(rows[start : start + self.batch_size])
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """What the processor makes of some samples."""
@@ -245,7 +288,10 @@ class HubInputs:
                 inputs |= {"padding": "max_length", "max_length": most}
             if not self.prompts:
                 inputs["truncation"] = True
-        return dict(self.processor(**inputs, return_tensors="pt"))
+        made = dict(self.processor(**inputs, return_tensors="pt"))
+        made |= {name: values[rows] for name, values in self.decoder.items()}
+        dtype = self.hub.model.dtype
+        return {name: x.to(dtype) if x.is_floating_point() else x for name, x in made.items()}
 
 
 def layer_kinds(model: nn.Module, names: list[str]) -> dict[str, str]:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers.models.blip.configuration_blip import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
-from models.checkpoint import Weights, blip_name
+from models.blip import Blip
+from models.checkpoint import Weights
 from models.stages import Stage, text_stages, vision_stages
-from models.text import check_max_tokens, count_cut, load_tokenizer, text_config, tokenize
-from models.vit import build_vision_encoder
 
 FIRST_MERGED_LAYER = 6  # from here on a layer merges what it saw in the two images; before: mean
 _CROSS_ATTENTION = re.compile(r"^text_encoder\..*\.crossattention\.(self|output\.dense)(?=\.)")
@@ -27,7 +26,6 @@ class TwinCrossAttention(nn.Module):
     """Cross-attention to two images: their outputs' mean or merge, dropout, residual, LayerNorm."""
 
     def __init__(self, config: BlipTextConfig, merge: bool):
-        """A layer in the place of a BLIP text layer's `crossattention`."""
         super().__init__()
         width = config.hidden_size
         self.self0 = BlipTextSelfAttention(config, is_cross_attention=True)
@@ -60,43 +58,21 @@ class TwinTextEncoder(BlipTextModel):
     """BLIP's text encoder with twin cross-attention in every layer."""
 
     def __init__(self, config: BlipTextConfig):
-        """The config has `is_decoder`, see `models.text.text_config`."""
         super().__init__(config, add_pooling_layer=False)
         for index, layer in enumerate(self.encoder.layer):
             layer.crossattention = TwinCrossAttention(config, merge=index >= FIRST_MERGED_LAYER)
         self.post_init()  # initialises the twins as the library does the rest
 
 
-class NlvrClassifier(nn.Module):
-    """Judges a statement about a pair of images, with the official checkpoints' names."""
-
-    official_name = staticmethod(blip_name)
+class NlvrClassifier(Blip):
+    """Judges a statement about a pair of images."""
 
     def __init__(self, config: dict):
-        """Makes random weights. Raises a UserError if a value cannot be.
-
-        Args:
-            config: `vit`, `image_size`, `med_config`, `tokenizer`, and optionally `max_tokens` (all
-                positions, as in the original), `vit_grad_ckpt` and `vit_ckpt_layer`.
-        """
-        super().__init__()
-        self.tokenizer = load_tokenizer(config["tokenizer"])
         # BLIP trains base with a drop path of 0.1 for NLVR2
-        self.visual_encoder = build_vision_encoder(config, 0.1 if config["vit"] == "base" else 0.0)
-        text = text_config(config["med_config"], self.visual_encoder.embed_dim, self.tokenizer)
-        self.text_encoder = TwinTextEncoder(text)
-        width, positions = text.hidden_size, text.max_position_embeddings
+        super().__init__(config, "[ENC]", drop_path_rate=0.1 if config["vit"] == "base" else 0.0)
+        self.text_encoder = TwinTextEncoder(self.text_config)
+        width = self.text_config.hidden_size
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
-        self.max_tokens = config.get("max_tokens", positions)
-        check_max_tokens(self.max_tokens, 3, positions)
-
-    def tokenize(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask, both (B, L)."""
-        return tokenize(self.tokenizer, sentences, "[ENC]", self.max_tokens)
-
-    def count_cut(self, sentences: list[str]) -> int:
-        """Number of sentences that `max_tokens` cuts."""
-        return count_cut(self.tokenizer, sentences, self.max_tokens)
 
     def prepare(
         self, image0: Tensor, image1: Tensor, sentences: list[str], targets: Tensor

@@ -4,7 +4,7 @@ A stage reads and writes named states of all samples, so that it can be repeated
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.vit import VisionEncoder
+
+Parts = tuple[Callable[[Tensor], Tensor], ...]  # of a branch, in their order
 
 
 class Stage(NamedTuple):
@@ -36,39 +38,34 @@ def vision_stages(
     """The stages from an image (B, 3, S, S) to its tokens (B, L, D), in eval mode."""
     yield Stage(f"{tokens}: patch embedding", encoder.embed, (image,), tokens)
     for index, block in enumerate(encoder.blocks):
-        attention = partial(_residual, (block.norm1, block.attn, block.ls1))
-        mlp = partial(_residual, (block.norm2, block.mlp, block.ls2))
-        for name, run in (("attention", attention), ("mlp", mlp)):
-            yield Stage(f"{tokens}: block {index}, {name}", run, (tokens,), tokens)
+        attention, mlp = (block.norm1, block.attn, block.ls1), (block.norm2, block.mlp, block.ls2)
+        yield from _block_stages(index, tokens, attention, mlp)
     yield Stage(f"{tokens}: norm", encoder.norm, (tokens,), tokens)
 
 
-def _residual(parts: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
-    branch = x
-    for part in parts:
-        branch = part(branch)
-    return x + branch
+def _block_stages(index: int, state: str, attention: Parts, mlp: Parts) -> Iterator[Stage]:
+    for name, parts in (("attention", attention), ("mlp", mlp)):
+        yield Stage(f"{state}: block {index}, {name}", partial(_residual, parts), (state,), state)
+
+
+def _residual(parts: Parts, x: Tensor) -> Tensor:
+    return x + reduce(lambda branch, part: part(branch), parts, x)
 
 
 def text_stages(text: nn.Module, images: tuple[str, ...], causal: bool) -> Iterator[Stage]:
-    """The stages of BLIP's text transformer, whose layers attend to text, then to images.
+    """The stages of a `BlipTextModel` in eval mode, whose layers attend to text, then to images.
 
-    They read the inputs "input_ids" and "attention_mask", both (B, L), and write "text" (B, L, D).
-
-    Args:
-        text: a `BlipTextModel` in eval mode.
-        images: names of the states with image embeddings; several if its cross-attention takes a
-            tuple of them.
-        causal: whether a token sees only the tokens before it (a decoder).
+    They read the inputs "input_ids" and "attention_mask", both (B, L), and the states `images`, of
+    which a twin cross-attention takes several; they write "text" (B, L, D). In a `causal` text a
+    token sees only the tokens before it.
     """
     yield Stage("text: embedding", text.embeddings, ("input_ids",), "text")
     for index, layer in enumerate(text.encoder.layer):
-        branches = (
+        for name, branch, others in (
             ("attention", partial(_self_attention, layer, causal), ("attention_mask",)),
             ("cross-attention", partial(_cross_attention, layer), images),
             ("mlp", layer.feed_forward_chunk, ()),
-        )
-        for name, branch, others in branches:
+        ):
             yield Stage(f"text: layer {index}, {name}", branch, ("text", *others), "text")
 
 
@@ -86,18 +83,14 @@ def _cross_attention(layer: nn.Module, text: Tensor, *images: Tensor) -> Tensor:
     return layer.crossattention(text, encoder_hidden_states=seen)[0]
 
 
-def resblock_stages(
-    transformer: nn.Module, state: str, mask: Tensor | None = None
-) -> Iterator[Stage]:
-    """The stages of an open_clip transformer in eval mode, which replace `state` (B, L, D).
+def resblock_stages(blocks: nn.Module, state: str, mask: Tensor | None = None) -> Iterator[Stage]:
+    """The stages of open_clip's blocks in eval mode, which replace `state` (B, L, D).
 
     `mask` (L, L) is added to the attention's logits; None lets every token see all others.
     """
-    for index, block in enumerate(transformer.resblocks):
-        attention = partial(_residual, (block.ln_1, partial(_attention, block.attn, mask)))
-        mlp = partial(_residual, (block.ln_2, block.mlp))
-        for name, run in (("attention", attention), ("mlp", mlp)):
-            yield Stage(f"{state}: block {index}, {name}", run, (state,), state)
+    for index, block in enumerate(blocks):
+        attention = block.ln_1, partial(_attention, block.attn, mask)
+        yield from _block_stages(index, state, attention, (block.ln_2, block.mlp))
 
 
 def _attention(attention: nn.MultiheadAttention, mask: Tensor | None, x: Tensor) -> Tensor:

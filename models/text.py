@@ -1,13 +1,9 @@
 """The text transformer's configuration and tokenizer."""
 
-from collections.abc import Sequence
 from pathlib import Path
-
-import compat  # noqa: F401
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from torch import Tensor
 from transformers import BertTokenizer
 from transformers.activations import ACT2FN
 from transformers.models.blip.configuration_blip import BlipTextConfig
@@ -17,7 +13,6 @@ from models.sizes import check_sizes
 from models.weight_files import fetch
 from utils import UserError, mistaken_for
 
-MAX_TOKENS = 40
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 _BERT_BASE = {
@@ -128,30 +123,7 @@ def _address(name: str) -> str:
     return f"{constants.ENDPOINT}/{name}/resolve/main/vocab.txt"
 
 
-def tokenize(
-    tokenizer: BertTokenizer, texts: list[str], first_token: str, max_tokens: int, padding="longest"
-) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (B, L), of B texts, cut at `max_tokens`.
-
-    `first_token` takes the place of [CLS]; `padding` is to the "longest" text or to "max_length".
-    """
-    tokens = tokenizer(
-        texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt"
-    )
-    tokens.input_ids[:, 0] = tokenizer.convert_tokens_to_ids(first_token)
-    return tokens.input_ids, tokens.attention_mask
-
-
-def count_cut(tokenizer: BertTokenizer, texts: Sequence[str], max_tokens: int) -> int:
-    """Number of texts that `tokenize` cuts."""
-    batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # memory: 1 KB a token
-    return sum(len(ids) > max_tokens for batch in batches for ids in tokenizer(batch).input_ids)
-
-
-def check_max_tokens(max_tokens: int, least: int, positions: int) -> None:
-    """Checks that `max_tokens` leaves room for a word, and is not beyond the positions."""
-    if not least <= max_tokens <= positions:
-        raise UserError(
-            f"max_tokens: {max_tokens} must be from {least} (one word) to {positions} (the text "
-            "transformer's positions, `max_position_embeddings` of med_config)"
-        )
+def write_vocabulary(tokenizer: BertTokenizer, folder: Path) -> None:
+    """Writes the `vocab.txt` that `load_tokenizer` reads."""
+    words = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")

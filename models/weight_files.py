@@ -4,12 +4,10 @@ Tensors are mapped from the file: what is not used is not read. No pickled code 
 """
 
 import json
-import mmap
 import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlparse
 
 import torch
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models import compressed
+from models.compressed import Packed
 from utils import UserError, download, mistaken_for
 
 _BLIP_MODELS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/"
@@ -26,22 +25,6 @@ _PART = 32 << 20  # bytes of a file that are mapped together
 _UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, SafetensorError)
 _UNREADABLE += (pickle.UnpicklingError,)
 _GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+)")  # in torch's sentence on pickled code
-
-
-class Packed(NamedTuple):
-    """A tensor of a compressed file, which is unpacked where it is wanted."""
-
-    where: str  # file and name, for messages
-    shape: tuple[int, ...]
-    bitmask: Tensor
-    values: Tensor
-
-    def dense(self, target: Tensor | None = None) -> Tensor:
-        """The tensor, in `target` where that fits; a UserError if the file is damaged."""
-        try:
-            return compressed.unpack(self.shape, self.bitmask, self.values, target)
-        except ValueError as error:
-            raise UserError(f"the compressed file {self.where}: {error}") from error
 
 
 def fetch(path_or_url: str | Path) -> Path:
@@ -118,8 +101,15 @@ def _few(names: list) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _open_shards(index: Path) -> dict[str, Tensor | Packed]:
-    """Each tensor from the file that the index names for it."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder, several where there is an index."""
+    single = folder / "model.safetensors"  # transformers passes others by
+    path = single if single.exists() else _file_of_folder(folder)
+    return sorted(set(_shards(path)[1].values())) if path.name == INDEX else [path]
+
+
+def _shards(index: Path) -> tuple[dict[str, str], dict[str, Path]]:
+    """An index's file of each tensor, and the path of each file."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         shards = {file: index.parent / Path(file).name for file in weight_map.values()}
@@ -128,6 +118,12 @@ def _open_shards(index: Path) -> dict[str, Tensor | Packed]:
     for path in shards.values():
         if not path.exists():
             raise UserError(f"{path} is missing, though {INDEX} names it: copy it there too")
+    return weight_map, shards
+
+
+def _open_shards(index: Path) -> dict[str, Tensor | Packed]:
+    """Each tensor from the file that the index names for it."""
+    weight_map, shards = _shards(index)
     opened = {file: open_weights(path) for file, path in shards.items()}
     for name, file in weight_map.items():
         if name not in opened[file]:
@@ -136,32 +132,16 @@ def _open_shards(index: Path) -> dict[str, Tensor | Packed]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor | Packed]:
-    """Maps the file in parts, because what was read of a part is memory until its tensors go."""
-    weights, part_end, size = {}, 0, path.stat().st_size
-    with safe_open(path, "pt") as file, open(path, "rb") as raw:
-        data = int.from_bytes(raw.read(8), "little") + 8  # where it begins, behind a JSON header
-        header = json.loads(raw.read(data - 8))
-        metadata = header.pop("__metadata__", {})
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            weights[name] = tensor = file.get_tensor(name)
-            if not tensor.nbytes:
-                continue
-            first, end = (data + offset for offset in entry["data_offsets"])
-            if end > part_end:
-                start = first // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-                part_end = min(size, max(end, start + _PART))
-                part = mmap.mmap(
-                    raw.fileno(), part_end - start, access=mmap.ACCESS_COPY, offset=start
-                )
-            count, dtype = tensor.numel(), tensor.dtype
-            flat = torch.frombuffer(part, dtype=dtype, count=count, offset=first - start)
-            weights[name] = flat.view_as(tensor)
-    if compressed.claims(metadata):
-        stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        for name, shape in compressed.shapes(path, metadata, stored).items():
-            parts = (weights.pop(part) for part in compressed.parts(name))
-            weights[name] = Packed(f"{path} is damaged: {name}", shape, *parts)
-    return weights
+    """Maps the file anew for every part, because what was read is memory until its mapping goes."""
+    weights, size = {}, _PART
+    with safe_open(path, "pt") as file:
+        names, metadata = file.offset_keys(), file.metadata() or {}
+    for name in names:
+        if size >= _PART:
+            file, size = safe_open(path, "pt"), 0
+        weights[name] = file.get_tensor(name)
+        size += weights[name].nbytes
+    return compressed.joined(path, metadata, weights)
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:

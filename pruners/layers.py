@@ -1,6 +1,8 @@
 """Which layers are pruned: linear ones whose weights are parameters of their own."""
 
+from collections import defaultdict
 from collections.abc import Iterable
+from math import inf
 
 from torch import nn
 
@@ -27,14 +29,11 @@ def choose_layers(
     refused = [f"{n!r} {why}" for n in names if (why := _why_refused(modules.get(n)))]
     if refused:
         raise UserError(f"cannot prune these layers: {_first(refused)}")
-    owners: dict[int, list[str]] = {}  # of a parameter
-    for name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    left_out = {}
-    for name in names:
-        others = [owner for owner in owners[id(modules[name].weight)] if owner != name]
-        left_out |= {name: others[0]} if others else {}
+    owners = defaultdict(list)  # of a parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].insert(0, name.rpartition(".")[0])
+    pairs = ((name, other) for name in names for other in owners[id(modules[name].weight)])
+    left_out = {name: other for name, other in pairs if other != name}  # with the first of others
     layers = {name: modules[name] for name in names if name not in left_out}
     if not layers:
         raise UserError(f"nothing to prune: {tied(left_out) or 'no layer is named'}")
@@ -71,19 +70,22 @@ def _why_refused(module: nn.Module | None) -> str | None:
 
 
 def check_profile(
-    profile: dict[str, float], layers: Iterable[str], left_out: Iterable[str] = ()
+    profile: dict[str, float],
+    layers: Iterable[str],
+    left_out: Iterable[str] = (),
+    remedy: str = "the same config",
 ) -> None:
     """Checks that a profile, by layer name, is of these layers; it may have those left out, too."""
     problems = {
         "missing": [name for name in layers if name not in profile],
         "unknown": [name for name in profile if name not in layers and name not in left_out],
-        "not positive": [name for name, dimension in profile.items() if not dimension > 0],
+        "not positive": [name for name, dimension in profile.items() if not 0 < dimension < inf],
     }
     found = "; ".join(f"{what}: {_first(names)}" for what, names in problems.items() if names)
     if found:
         raise UserError(
             f"the ID profile does not fit the model ({found}). Measure one with ComputeID.py and "
-            "the same config"
+            f"{remedy}"
         )
 
 

@@ -12,8 +12,8 @@ from pruners.score import PIECE_ON_CPU
 def mask_(scores: Iterable[tuple[Tensor, Tensor]], threshold: float) -> None:
     """Zeroes in place every parameter whose score is below a threshold; overwrites the scores."""
     for p, score in scores:
-        kept = score.ge_(threshold).to(p.dtype)  # 1 or 0; float operations are the quickest
-        torch.addcmul(p.new_zeros(()), p, kept, out=p)  # 0 + p * kept: all zeros are positive
+        bits = getattr(torch, f"int{8 * p.element_size()}")  # infinity times 0. would be NaN
+        p.view(bits).mul_(score.ge_(threshold).to(bits))  # times 1 or 0: all zeros are positive
 
 
 def mask_checksums(parameters: Iterable[Tensor]) -> Tensor:

@@ -8,13 +8,15 @@ other numbers by layer name) does not weight scores here: it says how much of ea
 more where it is higher. The paper itself prunes during training only.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
+from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from models.layers import prunable_layers
 from pruners.layers import check_profile, choose_layers, is_linear
@@ -22,7 +24,7 @@ from utils import UserError
 
 HEADS = ("*lm_head", "head", "*.head", "*classifier", "*cls_head", "*predictions.*", "score")
 METHODS = ("Magnitude", "Wanda")
-SORTED = 1 << 24  # weights that are sorted at a time
+WORKING_BYTES = 32  # for each weight of the largest layer, while its scores are compared
 
 
 @torch.no_grad()
@@ -37,6 +39,8 @@ def prune_(
     skip: Iterable[str] = (),
     nm: tuple[int, int] | None = None,
     sequential: bool = False,
+    held_out: Iterable = (),
+    run: Callable[[object], object] | None = None,
 ) -> dict:
     """Zeroes weights of linear layers, in place; biases stay.
 
@@ -54,58 +58,65 @@ def prune_(
         skip: patterns of names to leave out, such as "*.lm_head".
         nm: (2, 4) keeps two of four neighbours along the input, in place of a sparsity.
         sequential: prune in forward order, each layer by inputs that the pruned layers before it
-            give, as the published code does by blocks; costs a forward a layer. Else all norms come
+            give, as the published code does by blocks; costs a pass a layer. Else all norms come
             from one pass through the dense model.
+        held_out: batches on which the errors of the layers' outputs are measured.
+        run: what a pass does with a batch; None calls the model with it.
 
     Returns:
-        `layers`: zeros by layer name; `sparsity`: of all these layers; `left_out`: by layer name
-        the reason. Fit for JSON.
+        `layers`: zeros by layer name; `sparsity`: of all these layers; `errors`: by layer name
+        ||(W - W') x|| / ||W x + b|| over the held-out tokens x, where the layers before are dense,
+        or pruned if sequential; `left_out`: by layer name the reason. Fit for JSON.
 
     Raises:
         UserError: an argument is out of range or does not fit the model, or no layer is called.
 
     Source: Wanda, Sun et al., ICLR 2024 (arXiv 2306.11695), equation 1.
     """
-    _check(sparsity, method, nm, allocation)
+    _check(sparsity, method, nm, allocation, sequential)
     chosen, left_out = find_layers(model, layers, skip)
     if allocation is not None:
-        check_profile(allocation, chosen, left_out)
-    batches = [] if method == "Magnitude" else list(batches)
-    norms = {}
+        check_profile(allocation, chosen, left_out, "the same model, or skip what it lacks")
+
+    def zeros_by_layer() -> dict[str, int]:
+        shapes = {name: matrix(layer).shape for name, layer in chosen.items()}
+        return allocate(shapes, sparsity, method, allocation, nm)
+
+    zeros = zeros_by_layer()  # mistakes do not wait for the pass
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    run, norms, errors = run or partial(call, model), {}, {}
     if method == "Wanda":
-        if not batches:
+        first = next(iter(batches), None)
+        if first is None:
             raise UserError("Wanda needs calibration samples: batches is empty")
-        norms = input_norms(model, chosen, batches)
+        if not input_norms(model, chosen, [first], run):
+            raise UserError("no layer to prune is called by the first calibration samples")
+        norms = input_norms(model, chosen, batches, run)
         left_out |= {n: "not called by the calibration samples" for n in chosen if n not in norms}
         chosen = {name: chosen[name] for name in norms}  # in forward order
-        if not chosen:
-            raise UserError("no layer to prune is called by the calibration samples")
-    if not nm:
-        zeros = allocate(
-            {n: matrix(m).shape for n, m in chosen.items()}, sparsity, method, allocation
-        )
-    elif odd := [name for name, layer in chosen.items() if matrix(layer).shape[1] % nm[1]]:
-        raise UserError(f"nm: the inputs of {odd[0]} are no multiple of {nm[1]}; skip it")
-    for name, layer in chosen.items():
-        if sequential and norms:
-            norms |= input_norms(model, {name: layer}, batches)
-        weight = matrix(layer)
-        scores = precise(weight).abs() * norms.get(name, 1.0)
-        if nm:
-            groups = scores.reshape(-1, nm[1])
-            pruned = lowest(groups, len(groups) * (nm[1] - nm[0]))
-        else:
-            groups = scores if method == "Wanda" else scores.reshape(1, -1)
-            pruned = lowest(groups, zeros[name])
-        weight.masked_fill_(pruned.view(weight.shape), 0)
+        zeros = zeros_by_layer()
+    for group in [{name: chosen[name]} for name in chosen] if sequential else [chosen]:
+        if sequential:
+            norms = input_norms(model, group, batches, run)
+        removed = {}
+        for name, layer in group.items():
+            scores = precise(matrix(layer)).abs() * norms.get(name, 1.0)
+            compared = nm[1] if nm else scores.shape[1] if method == "Wanda" else scores.numel()
+            found = lowest(scores.reshape(-1, compared), zeros[name])
+            removed[name] = np.packbits(found.cpu().numpy())
+        errors |= output_errors(model, group, removed, held_out, run)
+        for name, layer in group.items():
+            matrix(layer).masked_fill_(unpacked(removed[name], matrix(layer)), 0)
     done = {name: int((layer.weight == 0).sum()) for name, layer in chosen.items()}
-    total = sum(layer.weight.numel() for layer in chosen.values())
-    return {"layers": done, "sparsity": sum(done.values()) / total, "left_out": left_out}
+    share = sum(done.values()) / sum(layer.weight.numel() for layer in chosen.values())
+    return {"layers": done, "sparsity": share, "errors": errors, "left_out": left_out}
 
 
-def _check(sparsity, method, nm, allocation) -> None:
+def _check(sparsity, method, nm, allocation, sequential) -> None:
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if sequential and method != "Wanda":
+        raise UserError(f"sequential: {method} looks at no inputs; leave it out, or take Wanda")
     if nm is None:
         if sparsity is None or not 0 < sparsity < 1:
             raise UserError(f"sparsity is the share of zeros, above 0 and below 1; got {sparsity}")
@@ -153,15 +164,21 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     """
     each, more = divmod(count, len(scores))
     found = torch.zeros_like(scores, dtype=torch.bool)
-    length = max(1, SORTED // scores.shape[1])  # rows at a time, for the order is 8 bytes a score
-    for first in range(0, len(scores), length):
-        rows = slice(first, first + length)
-        order = scores[rows].argsort(dim=1, stable=True)
-        found[rows].scatter_(1, order[:, :each], True)
-        extra = min(max(more - first, 0), len(order))
-        if extra:
-            found[rows][:extra].scatter_(1, order[:extra, each : each + 1], True)
+    for rows, k in ((slice(more), each + 1), (slice(more, None), each)):
+        if k and len(part := scores[rows]):
+            bound = part.kthvalue(k, dim=1, keepdim=True).values
+            below, equal = part < bound, part == bound
+            missing = k - below.sum(1, keepdim=True)
+            if (equal.sum(1, keepdim=True) > missing).any():
+                equal &= equal.cumsum(1, dtype=torch.int32) <= missing
+            found[rows] = below | equal
     return found
+
+
+def unpacked(bits: np.ndarray, weight: Tensor) -> Tensor:
+    """The mask of a weight from its bits, 8 in a byte, in row-major order."""
+    mask = torch.from_numpy(np.unpackbits(bits, count=weight.numel()).view(bool))
+    return mask.view(weight.shape).to(weight.device)
 
 
 def allocate(
@@ -169,6 +186,7 @@ def allocate(
     sparsity: float,
     method: str,
     profile: Mapping[str, float] | None = None,
+    nm: tuple[int, int] | None = None,
 ) -> dict[str, int]:
     """How many weights of each layer become zero.
 
@@ -178,6 +196,10 @@ def allocate(
 
     Shapes are (outputs, inputs). "Wanda" compares within rows, "Magnitude" within the layer.
     """
+    if nm:
+        if odd := [name for name, (_, inputs) in shapes.items() if inputs % nm[1]]:
+            raise UserError(f"nm: the inputs of {odd[0]} are no multiple of {nm[1]}; skip it")
+        return {name: o * i // nm[1] * (nm[1] - nm[0]) for name, (o, i) in shapes.items()}
     if profile is None:
         groups = {n: (o, i) if method == "Wanda" else (1, o * i) for n, (o, i) in shapes.items()}
         return {name: rows * int(columns * sparsity) for name, (rows, columns) in groups.items()}
@@ -219,61 +241,91 @@ def inverse(profile: Mapping[str, float]) -> dict[str, float]:
 
 
 def input_norms(
-    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable
+    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable, run: Callable
 ) -> dict[str, Tensor]:
     """||x_j|| (inputs,): the norm of each input feature over all tokens of all samples.
 
-    One pass, in the order of first calls; layers that are not called are missing. `out_proj` of
-    torch's MultiheadAttention is never called: its input is the attention's context.
+    In the order of first calls; layers that are not called are missing.
     """
     squares: dict[str, Tensor] = {}
-    padding: list[Tensor | None] = [None]  # attention_mask of the batch
 
     def add(name: str, x: Tensor) -> None:
-        if padding[0] is not None and padding[0].shape == x.shape[:-1]:
-            x = x[padding[0].to(x.device).bool()]
-        found = precise(x).square().reshape(-1, x.shape[-1]).sum(0)
+        found = precise(x).square().sum(0)
         squares[name] = squares[name] + found if name in squares else found
 
-    def add_context(attention: nn.MultiheadAttention, arguments, options, name: str) -> None:
-        """The context is what an identity for `out_proj` puts out."""
-        plain = attention.out_proj
-        identity = {"out_proj.weight": torch.eye(plain.in_features).to(plain.weight)}
-        if plain.bias is not None:
-            identity["out_proj.bias"] = torch.zeros_like(plain.bias)
-        with _without_hooks(attention):
-            add(name, functional_call(attention, identity, arguments, options)[0])
-
-    hooks = []
-    for name, layer in layers.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
-            watch = lambda module, a, o, name=name: add_context(module, a, o, name)  # noqa: E731
-            hooks.append(parent.register_forward_pre_hook(watch, with_kwargs=True))
-        else:
-            watch = lambda module, a, o, name=name: add(name, (*a, *o.values())[0])  # noqa: E731
-            hooks.append(layer.register_forward_pre_hook(watch, with_kwargs=True))
-    try:
-        with _evaluating(model):
-            for batch in batches:
-                padding[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                _run(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    bad = [name for name, square in squares.items() if not square.isfinite().all()]
-    if bad:
+    each_input(model, layers, batches, run, add)
+    if bad := [name for name, square in squares.items() if not square.isfinite().all()]:
         raise UserError(f"the inputs of {bad[0]} are not finite in the calibration samples")
     return {name: square.sqrt() for name, square in squares.items()}
 
 
-@contextmanager
-def _without_hooks(module: nn.Module):
-    hooks, module._forward_pre_hooks = module._forward_pre_hooks, type(module._forward_pre_hooks)()
+def output_errors(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    removed: dict[str, np.ndarray],
+    batches: Iterable,
+    run: Callable,
+) -> dict[str, float]:
+    """Relative error of each layer's output without the removed weights, whose bits are given."""
+    sums: dict[str, list[float]] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        layer = layers[name]
+        lost = matrix(layer).masked_fill(~unpacked(removed[name], matrix(layer)), 0)
+        outputs = nn.functional.linear(x, matrix(layer), layer.bias)
+        for place, values in enumerate((nn.functional.linear(x, lost), outputs)):
+            sums.setdefault(name, [0.0, 0.0])[place] += float(precise(values).square().sum())
+
+    each_input(model, layers, batches, run, add)
+    return {name: sqrt(error / all_) if all_ else 0.0 for name, (error, all_) in sums.items()}
+
+
+def each_input(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: Iterable,
+    run: Callable,
+    see: Callable[[str, Tensor], None],
+) -> None:
+    """One pass, in which `see` gets each input (tokens, inputs) of each layer, without padding.
+
+    `out_proj` of torch's MultiheadAttention is never called: its input is the attention's context.
+    """
+    padding: list[Tensor | None] = [None]  # attention_mask of the batch
+
+    def watch(module: nn.Module, arguments: tuple, options: dict, name: str) -> None:
+        x = (*arguments, *options.values())[0]
+        if padding[0] is not None and padding[0].shape == x.shape[:-1]:
+            x = x[padding[0].to(x.device).bool()]
+        see(name, x.reshape(-1, x.shape[-1]))
+
+    def watch_context(module: nn.Module, arguments: tuple, options: dict, name: str) -> None:
+        """The context is what an identity for `out_proj` puts out."""
+        plain, width = module.out_proj, module.embed_dim
+        module.out_proj = nn.Linear(width, width, bias=False).to(plain.weight)
+        nn.init.eye_(module.out_proj.weight)
+        try:
+            watch(plain, module.forward(*arguments, **options)[:1], {}, name)
+        finally:
+            module.out_proj = plain
+
+    hooks = []
+    for name, layer in layers.items():
+        places = [(layer, watch)]
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            places.append((parent, watch_context))
+        for module, hook in places:
+            hook = partial(hook, name=name)
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        yield
+        with _evaluating(model):
+            for batch in batches:
+                padding[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                run(batch)
     finally:
-        module._forward_pre_hooks = hooks
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -291,7 +343,7 @@ def _evaluating(model: nn.Module):
             module.training = mode
 
 
-def _run(model: nn.Module, batch) -> None:
+def call(model: nn.Module, batch) -> None:
     """Calls the model with a tensor, a tuple or list of arguments, or a mapping of them."""
     device = next(model.parameters()).device
 

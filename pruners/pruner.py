@@ -22,10 +22,10 @@ class NonFiniteScores(FloatingPointError):
 
 
 class Pruner:
-    """Prunes weights and biases of linear layers by one global threshold, one for a whole run.
+    """Prunes weights and biases of linear layers by one global threshold, during a whole run.
 
     Weights are not frozen: a later update may revive a pruned one. Layers that share their weights
-    are left out, with a warning that names them (`left_out`).
+    are left out, with a warning that names them.
 
     Args:
         model: on its final device; plain or in DistributedDataParallel. Changed in place.
@@ -34,13 +34,8 @@ class Pruner:
         delta_t: steps in PLATON's window, and between mask events.
         beta1: decay of PLATON's importance, in (0, 1).
         beta2: decay of PLATON's uncertainty, in [0, 1).
-        layer_id: intrinsic dimension by layer name, to weight scores with; None weights none.
-        schedule: `total_steps`, `final_threshold`, `warmup_steps`, `initial_warmup`, `final_warmup`
-            and more of `CubicSchedule`.
-
-    Raises:
-        UserError: an argument is out of range, a layer cannot be pruned, `layer_id` is not of these
-            layers, or the run would not end at the final threshold.
+        layer_id: intrinsic dimension by layer name, which multiplies scores; None: unweighted.
+        schedule: `total_steps`, `final_threshold` and the other fields of `CubicSchedule`.
 
     Source: PLATON (Zhang et al., ICML 2022), and the ID weighting of Wang et al. (ICML 2024).
     Unlike the original code, all averages last for the whole run, and IDs go by layer name.
@@ -66,8 +61,6 @@ class Pruner:
         self.layers, self.left_out = choose_layers(model, layers)
         if layer_id is not None:
             check_profile(layer_id, self.layers, self.left_out)
-        first_scored = METHODS[method].first_scored(delta_t)
-        self.schedule = CubicSchedule(delta_t=delta_t, first_scored=first_scored, **schedule)
         self.parameters = {
             f"{layer}.{kind}": parameter
             for layer, module in self.layers.items()
@@ -75,6 +68,8 @@ class Pruner:
         }
         self.numel = sum(parameter.numel() for parameter in self.parameters.values())
         self.score = METHODS[method](self.parameters, layer_id, delta_t, beta1, beta2)
+        first = self.score.first_scored
+        self.schedule = CubicSchedule(delta_t=delta_t, first_scored=first, **schedule)
         self.tied = 0  # scores equal to the threshold of the last mask event
         self._found: tuple[int, tuple[float, int]] | None = None  # rank, threshold of these scores
         self._order = _Order(self.parameters.values())
@@ -90,8 +85,8 @@ class Pruner:
             global_step: from 1. The optimizer has stepped; the gradients are still in place.
 
         Returns:
-            The share of the parameters that should remain, and the score below which parameters
-            were zeroed, None where none were to be.
+            The share of the parameters that should remain; and the score below which parameters
+            were zeroed, None without a mask event.
 
         Raises:
             UserError: a gradient is missing, all are zero, or the optimizer has not stepped.
@@ -102,9 +97,8 @@ class Pruner:
             raise UserError(f"global_step counts optimizer steps from 1, got {global_step}")
         if self.score.update_(global_step):
             self._found = None
-        ratio = self.schedule.remaining_ratio(global_step)
+        ratio, threshold = self.schedule.remaining_ratio(global_step), None
         rank = int(self.numel * (1 - ratio))
-        threshold = None
         if rank >= 1 and self.schedule.masks_at(global_step):
             self._order.check()
             threshold, self.tied = self.threshold(rank)
@@ -118,7 +112,7 @@ class Pruner:
                 self.check_masks_equal()
         if global_step == self.schedule.total_steps and (note := self.note()):
             warnings.warn(note, stacklevel=2)
-        self._order.stepped()
+        self._order.see("after step")
         return ratio, threshold
 
     def threshold(self, rank: int) -> tuple[float, int]:
@@ -126,8 +120,8 @@ class Pruner:
         if self._found is None or self._found[0] != rank:
             found = kth_smallest(self.score, rank)
             if math.isnan(found[0]):
-                pieces = ((n, s) for n in self.parameters for _, s in self.score.scores(n))
-                broken = next(name for name, score in pieces if score.isnan().any())
+                scores = ((name, s) for name in self.parameters for _, s in self.score.scores(name))
+                broken = next(name for name, piece in scores if piece.isnan().any())
                 raise NonFiniteScores(
                     f"the scores of {broken} are not numbers: its weights or gradients became "
                     "infinite or NaN. Resume from an earlier checkpoint with a lower learning rate"
@@ -182,22 +176,21 @@ class _Order:
     def __init__(self, parameters: Iterable[nn.Parameter]):
         trained = (p for p in parameters if p.requires_grad)
         self.watched = min(trained, key=Tensor.numel, default=None)
-        self.after_step = self.at_backward = None
+        self.seen: dict[str, Tensor] = {}  # its values, by moment
         if self.watched is not None:
-            self.hook = self.watched.register_post_accumulate_grad_hook(self._saw_backward)
+            see = self.watched.register_post_accumulate_grad_hook
+            self.hook = see(lambda _: self.see("at backward"))
 
-    def _saw_backward(self, parameter: nn.Parameter) -> None:
-        self.at_backward = parameter.detach().clone()
-
-    def stepped(self) -> None:
+    def see(self, moment: str) -> None:
         if self.watched is not None:
-            self.after_step = self.watched.detach().clone()
+            self.seen[moment] = self.watched.detach().clone()
 
     def check(self) -> None:
-        if self.watched is None or self.after_step is None or self.at_backward is None:
+        if self.watched is None or len(self.seen) < 2:
             return
-        changed_before = not torch.equal(self.after_step, self.at_backward)
-        if changed_before and torch.equal(self.at_backward, self.watched):
+        at_backward = self.seen["at backward"]
+        changed_before = not torch.equal(self.seen["after step"], at_backward)
+        if changed_before and torch.equal(at_backward, self.watched):
             raise UserError(
                 "the optimizer has not stepped since backward(): call pruner.step after "
                 "optimizer.step() and before zero_grad(), else the optimizer revives what is zeroed"

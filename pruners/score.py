@@ -59,10 +59,10 @@ class Score:
         beta1: float = 0.85,
         beta2: float = 0.95,
     ):
-        self.parameters = parameters
-        self.layer_id = layer_id
+        self.parameters, self.layer_id = parameters, layer_id
         self.delta_t, self.beta1, self.beta2 = delta_t, beta1, beta2
         self.state: dict[str, dict[str, Tensor]] = {}  # averages, by parameter name
+        self.first_scored = 1  # the first step at whose end scores are not all zero
 
     def scores(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """S = |a * b| * ID of a parameter; yields each piece of it and the piece's scores.
@@ -71,17 +71,14 @@ class Score:
         Taylor    a, b = p, grad
         magnitude a, b = p, 1
         """
+        layer_id = 1.0 if self.layer_id is None else self.layer_id[name.rpartition(".")[0]]
         for p, a, b in pieces(self.parameters[name], *self.factors(name)):
-            yield p, (a.float() * b.float()).abs_().mul_(self.id_of(name))
+            yield p, (a.float() * b.float()).abs_().mul_(layer_id)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The pieces and scores of all parameters."""
         for name in self.parameters:
             yield from self.scores(name)
-
-    def id_of(self, name: str) -> float:
-        """The intrinsic dimension of a parameter's layer, or 1 without ID weighting."""
-        return 1.0 if self.layer_id is None else self.layer_id[name.rpartition(".")[0]]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The tensors a and b of a parameter."""
@@ -91,20 +88,15 @@ class Score:
         """Takes in the gradients of a step, from 1; returns whether scores may change."""
         return True
 
-    @staticmethod
-    def first_scored(delta_t: int) -> int:
-        """The first step at whose end scores are not all zero."""
-        return 1
-
     def with_gradient(self, name: str) -> tuple[Tensor, Tensor]:
         """A parameter and its gradient."""
-        parameter = self.parameters[name]
-        if parameter.grad is None:
+        p = self.parameters[name]
+        if p.grad is None:
             raise UserError(
                 f"{name} has no gradient: call the pruner after backward() and before "
                 "zero_grad(), and leave out layers that take no part in the loss"
             )
-        return parameter, parameter.grad
+        return p, p.grad
 
 
 class Magnitude(Score):
@@ -112,8 +104,8 @@ class Magnitude(Score):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The parameter and 1."""
-        parameter = self.parameters[name]
-        return parameter, torch.ones((), device=parameter.device).expand_as(parameter)
+        p = self.parameters[name]
+        return p, torch.ones((), device=p.device).expand_as(p)
 
 
 class Taylor(Score):
@@ -122,7 +114,7 @@ class Taylor(Score):
     factors = Score.with_gradient
 
     def update_(self, step: int) -> bool:
-        """Checks that there are gradients."""
+        """Only checks that there are gradients."""
         return all(self.with_gradient(name) for name in self.parameters)
 
 
@@ -142,15 +134,12 @@ class Platon(Score):
             )
         if not 0 <= self.beta2 < 1:
             raise UserError(f"beta2 decays an average: choose 0 <= beta2 < 1, got {self.beta2}")
+        # the first fold of a window with a step: with delta_t 1, step 1 folds the one before it
+        self.first_scored = max(self.delta_t, 2)
         self.state = {
             kind: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
             for kind in ("ipt", "avg", "unc")
         }
-
-    @staticmethod
-    def first_scored(delta_t: int) -> int:
-        """The step of the first fold of a window that has a step."""
-        return max(delta_t, 2)  # with delta_t 1, step 1 folds the window before the first step
 
     def update_(self, step: int) -> bool:
         """Averages this step's sensitivity; the first step of a window folds the window before."""

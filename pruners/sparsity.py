@@ -13,24 +13,22 @@ UNTOLD = 1e-3  # a difference from the asked-for share that is not worth a sente
 def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None = None) -> dict:
     """Counts the zeros of layers, weights and biases. Fit for JSON.
 
-    Args:
-        layers: layers by name.
-        kinds: modality by layer name; None knows "vision" and "language" of our models, and calls
-            the layers of any other model "other".
+    `kinds` is the modality by layer name; without it, layers of other models than ours are "other".
 
     Returns:
         `overall`, `by_modality`, `by_layer`: shares of zeros, in [0, 1]; `pruned` of `prunable`
-        parameters; `vision_share_of_pruned`: share of all zeros that lie in vision layers.
+        parameters; `vision_share_of_pruned`: share of all zeros that lie in vision layers; `kinds`,
+        if given.
     """
     nonzero = torch.stack(
         [sum(p.count_nonzero() for p in layer.parameters()) for layer in layers.values()]
     ).tolist()
     numel = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
     zeros = {name: numel[name] - count for name, count in zip(layers, nonzero, strict=True)}
+    kinds = kinds or {n: modality(n) if n.startswith(TOWERS) else "other" for n in layers}
     members = defaultdict(list)
     for name in layers:
-        known = modality(name) if name.startswith(TOWERS) else "other"
-        members[known if kinds is None else kinds[name]].append(name)
+        members[kinds[name]].append(name)
 
     def share(names) -> float:
         return sum(zeros[n] for n in names) / sum(numel[n] for n in names)
@@ -43,7 +41,7 @@ def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None =
         "pruned": pruned,
         "prunable": sum(numel.values()),
         "by_layer": {name: share([name]) for name in layers},
-    }
+    } | ({"kinds": kinds} if kinds else {})
 
 
 def off_target(report: dict, final_threshold: float, tied: int) -> str | None:

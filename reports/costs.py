@@ -7,9 +7,9 @@ import timeit
 from contextlib import ExitStack
 from functools import partial
 
-import llvmlite.binding
 import psutil
 import torch
+from matplotlib.ticker import EngFormatter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +25,7 @@ REPEATS = 5  # timed calls
 
 
 def example(model: nn.Module, task: str, image_size: int, device: str = "cpu") -> tuple:
-    """One sample of `infer`: random images, and a text of as many tokens as UPop's counts take."""
+    """Random images, and a text of as many tokens as UPop's counts take, for a forward pass."""
     images, length = len(TASKS[task].images), TASKS[task].tokens or model.context_length
     texts = 3  # ids, mask, targets
     if hasattr(model, "logits_from_ids"):
@@ -34,18 +34,13 @@ def example(model: nn.Module, task: str, image_size: int, device: str = "cpu") -
     return *pixels, *torch.ones(texts, 1, length, dtype=torch.int64, device=device)
 
 
-def infer(model: nn.Module, tensors: tuple) -> Tensor:
-    """A forward pass to the logits, or to a captioner's loss."""
-    return getattr(model, "logits_from_ids", model)(*tensors)
-
-
 @torch.no_grad()
 def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, dict[str, int]]:
-    """Counts the multiply-adds of a forward pass, as UPop does (Shi et al., ICML 2023).
+    """Counts the multiply-adds of a forward pass to the logits, or to a captioner's loss.
 
-    Linear layers, convolutions and products of attention are counted; norms and activations, below
-    0.2 % of BLIP's, are not. Returns "dense" and "effective" counts by modality; effective ones
-    leave out products by zero.
+    Linear layers, convolutions and products of attention are counted, as UPop does (Shi et al.,
+    ICML 2023); norms and activations, below 0.2 % of BLIP's, are not. Returns "dense" and
+    "effective" counts by modality; effective ones leave out products by zero.
     """
     saved = dict.fromkeys(("vision", "language"), 0)
     with ExitStack() as stack:
@@ -59,7 +54,7 @@ def multiply_adds(model: nn.Module, tensors: tuple[Tensor, ...]) -> dict[str, di
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         counter = stack.enter_context(FlopCounterMode(display=False))
-        infer(model, tensors)
+        getattr(model, "logits_from_ids", model)(*tensors)
     counts = {name: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items()}
     encoder = "visual_encoder" if hasattr(model, "visual_encoder") else "visual"
     # the counter names modules from the outermost one that was called
@@ -107,7 +102,7 @@ def report(model: nn.Module, config: dict) -> dict:
 @torch.no_grad()
 def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict:
     """Milliseconds of a sample (a caption or a forward pass), their spread, and resident bytes."""
-    call = partial(infer, model, sample)
+    call = partial(getattr(model, "logits_from_ids", model), *sample)
     if config["task"] == "caption":
         length = min(sample[1].shape[1], config["max_length"])  # the same for every model
         lengths = {"num_beams": config["num_beams"], "max_length": length, "min_length": length}
@@ -121,6 +116,25 @@ def measured(model: nn.Module, config: dict, sample: tuple[Tensor, ...]) -> dict
     }
 
 
-def processor() -> str:
-    """The processor's family as compilers name it, such as znver4 or apple-m1."""
-    return llvmlite.binding.get_host_cpu_name()
+def lines(found: dict) -> dict[str, str]:
+    """A `report` in words: counts with their parts, bytes, times."""
+    counts = {what: found[what] for what in ("parameters", "nonzeros")}
+    counts |= {f"multiply-adds, {form}": parts for form, parts in found["multiply_adds"].items()}
+    shown = {}
+    for what, parts in counts.items():
+        each = ", ".join(f"{part} {with_prefix(count)}" for part, count in parts.items())
+        shown[what] = f"{with_prefix(sum(parts.values()))} ({each})"
+    shown |= {f"bytes, {form}": with_prefix(count) for form, count in found["bytes"].items()}
+    shown |= {f"ms a sample, {form}": times(found[form]) for form in ("dense", "sparse")}
+    return shown | {"sparse layers": found["sparse_layers"].split(" linear")[0]}
+
+
+def times(found: dict) -> str:
+    """Milliseconds of a `measured` form: median (least–most)."""
+    values = (found["milliseconds"], *found["spread"])
+    return "{:g} ({:g}–{:g})".format(*(float(f"{value:.3g}") for value in values))
+
+
+def with_prefix(count: float) -> str:
+    """Three digits and a prefix, such as 1.13 M."""
+    return EngFormatter()(float(f"{count:.3g}"))  # rounded first, because 999,600 is 1 M

@@ -11,7 +11,9 @@ from models.layers import modality
 ANY = OTHER["other"]
 
 
-def plot_sparsity(reports: dict[str, dict], lowest: float = 0.0) -> Figure:
+def plot_sparsity(
+    reports: dict[str, dict], lowest: float = 0.0, what: str = "share of zeros"
+) -> Figure:
     """Draws each layer's share of zeros, from `lowest` on, by depth; one panel a report."""
     figure = Figure(figsize=(1.5 + 5 * len(reports), 4.2), layout="constrained")
     panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
@@ -25,18 +27,19 @@ def plot_sparsity(reports: dict[str, dict], lowest: float = 0.0) -> Figure:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         panel.legend(title="lines: mean of a block", fontsize="small", title_fontsize=8)
-    panels[0].set_ylabel("share of zeros")
+    panels[0].set_ylabel(what)
     return figure
 
 
 def _plot_modality(panel, report: dict, name: str, label: str) -> None:
     """A marker for each layer, by kind as in `ID.png`, and a line through the blocks' means."""
     blocks, block, known = defaultdict(list), 0, list(report["by_modality"])
+    kinds = report.get("kinds", {})  # of a foreign model
     for layer, share in report["by_layer"].items():
-        ours = modality(layer) in known  # or a foreign model's
+        ours = not kinds and modality(layer) in known
         if (number := re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)) is not None:
             block = int(number[1])  # a layer without a number stands with the one before it
-        if name == (modality(layer) if ours else known[-1]):
+        if name == (modality(layer) if ours else kinds.get(layer, known[-1])):
             blocks[block].append((layer_kind(layer) if ours else name, share))
     points = [(block, *layer) for block, layers in blocks.items() for layer in layers]
     for kind in dict.fromkeys(kind for _, kind, _ in points):

@@ -7,20 +7,22 @@ import shlex
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from jinja2 import Template
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 from data.image_dataset import BadImageError, open_image
 from data.records import CAPTION_EVALUATION, read_records
 from dimension.figures import plot_comparison, plot_depth
 from dimension.profile import IDProfile, load_profile
+from engine.processes import machine_of
 from engine.tasks import TASKS
 from models.checkpoint import load_trained
 from reports import costs
+from reports.costs import times, with_prefix
 from reports.figures import plot_sparsity
 from reports.runs import RunFolder
 from utils import UserError
@@ -44,6 +46,7 @@ def build_page(runs: Runs, found: Costs, command: str) -> bytes:
             "rows": rows([run.shares for run in runs.values()]),
             "figures": _sparsity(runs),
         },
+        "Error of each layer's output": {"figures": _errors(runs)},
         "Intrinsic dimension by layer": _profiles(runs),
         "Size and speed": _costs(found),
         "Test pictures": _captions(runs),
@@ -107,6 +110,23 @@ def _sparsity(runs: Runs) -> list[tuple[str, str]]:
     ]
 
 
+def _errors(runs: Runs) -> list[tuple[str, str]]:
+    """A figure for each model pruned at once."""
+    figures = []
+    for name, run in runs.items():
+        errors = {layer: x["error"] for layer, x in run.at_once.items() if "error" in x}
+        kinds = {layer: run.at_once[layer]["kind"] for layer in errors}
+        if errors:
+            means = {
+                kind: fmean(error for layer, error in errors.items() if kinds[layer] == kind)
+                for kind in dict.fromkeys(kinds.values())
+            }
+            report = {"overall": fmean(errors.values()), "by_modality": means, "kinds": kinds}
+            figure = plot_sparsity({name: report | {"by_layer": errors}}, 0, "relative error")
+            figures.append((image(figure), f"relative error of each layer's output, {name}"))
+    return figures
+
+
 def _profiles(runs: Runs) -> dict[str, list]:
     """Figures of the IDs that weighted scores, and what is wrong with other profiles."""
     figures, notes = [], []
@@ -127,9 +147,7 @@ def measure_costs(runs: Runs) -> Costs:
     for name, run in runs.items():
         try:
             if run.config is None:
-                raise UserError("its folder has no record of a command")
-            if not run.weights.exists():
-                raise UserError(f"{run.weights} was not found")
+                raise UserError("its folder names no config of this project")
             model = TASKS[run.config["task"]].build_model(run.config).eval()
             load_trained(model, str(run.weights))
             found[name] = costs.report(model, run.config)
@@ -145,38 +163,20 @@ def short_costs(found: dict) -> dict[str, str]:
         "bytes": with_prefix(found["bytes"]["dense float32"]),
         "compressed": with_prefix(found["bytes"]["compressed float32"]),
         "multiply-adds": with_prefix(sum(found["multiply_adds"]["effective"].values())),
-        "ms": _time(found["dense"]),
-        "ms sparse": _time(found["sparse"]),
+        "ms": times(found["dense"]),
+        "ms sparse": times(found["sparse"]),
     }
-
-
-def all_costs(found: dict) -> dict[str, str]:
-    """Costs for the page, by line."""
-    counts = {what: found[what] for what in ("parameters", "nonzeros", "bytes")}
-    counts |= {f"multiply-adds, {form}": x for form, x in found["multiply_adds"].items()}
-    lines = {f"{x}, {part}": with_prefix(n) for x, of in counts.items() for part, n in of.items()}
-    times = {f"ms a sample, {form}": _time(found[form]) for form in ("dense", "sparse")}
-    return lines | times | {"sparse layers": found["sparse_layers"].split(" linear")[0]}
 
 
 def _costs(found: Costs) -> dict:
     notes = [f"Without {name}: {why}." for name, why in found.items() if isinstance(why, str)]
     if len(notes) < len(found):
-        here = f"{costs.processor()}, threads: {torch.get_num_threads()}"
+        cpu = machine_of(torch.device("cpu"))
+        here = f"{cpu['processor']}, threads: {cpu['threads']}"
         repeats = f"median (least–most) of {costs.REPEATS} repeats"
         notes.insert(0, f"Milliseconds of one sample on {here}; {repeats}.")
-    columns = [{} if isinstance(x, str) else all_costs(x) for x in found.values()]
+    columns = [{} if isinstance(x, str) else costs.lines(x) for x in found.values()]
     return {"rows": rows(columns), "notes": notes}
-
-
-def _time(measured: dict) -> str:  # median (least–most)
-    times = (measured["milliseconds"], *measured["spread"])
-    return "{:g} ({:g}–{:g})".format(*(float(f"{time:.3g}") for time in times))
-
-
-def with_prefix(count: float) -> str:
-    """Three digits and a prefix, such as 1.13 M."""
-    return EngFormatter()(float(f"{count:.3g}"))  # rounded first, because 999,600 is 1 M
 
 
 def _captions(runs: Runs) -> dict[str, list]:
@@ -205,8 +205,8 @@ def _captions(runs: Runs) -> dict[str, list]:
         pictures.append(picture)
     notes = ["Marked words stand in none of a picture's references."] * bool(references)
     notes += [f"Not found or not readable: {', '.join(dict.fromkeys(lost))}."] * bool(lost)
-    if others := [name for name in captioned if name not in shown]:
-        notes.append(f"Without runs of another ann_root or image_root: {', '.join(others)}.")
+    if others := ", ".join(name for name in captioned if name not in shown):
+        notes.append(f"Without runs of another ann_root or image_root: {others}.")
     return {"pictures": pictures, "notes": notes}
 
 

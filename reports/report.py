@@ -8,30 +8,27 @@ test pictures), and each model's size and speed on this machine's CPU.
 
 import argparse
 import shlex
+from pathlib import Path
 
 from reports.runs import read_run
 from reports.tables import markdown
-from utils import atomic_write, launch, user_path
+from utils import atomic_write, launch, script_parser, user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folders of runs")
-    parser.add_argument(
-        "--out", type=user_path, help="page (default: report.html beside the first run)"
-    )
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=user_path, metavar="RUN", help="folders of runs")
+    add("--out", type=user_path, help="page (default: report.html beside the first run)")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Measures the models, prints the table and the finding, and writes the page."""
-    runs = [read_run(folder) for folder in args.runs]
+    runs = [read_run(Path(folder)) for folder in args.runs]
     names = [run.name for run in runs]
-    labels = names if len(set(names)) == len(names) else map(str, args.runs)
-    runs = dict(zip(labels, runs, strict=True))
+    runs = dict(zip(names if len(set(names)) == len(names) else args.runs, runs, strict=True))
     # imported here, because a mistaken folder is reported before what takes seconds to import
     from reports.page import build_page, finding, measure_costs, short_costs
 
@@ -42,9 +39,9 @@ def main(args: argparse.Namespace) -> None:
         for name, run in runs.items()
     ]
     print(markdown(rows), finding(runs), sep="\n")
-    command = ["python", "-m", "reports.report", *map(str, args.runs)]
-    command += ["--out", str(args.out)] if args.out else []
-    out = args.out or args.runs[0].resolve().parent / "report.html"
+    command = ["python", "-m", "reports.report", *args.runs]
+    command += ["--out", args.out] if args.out else []
+    out = args.out or Path(args.runs[0]).resolve().parent / "report.html"
     with atomic_write(out, "wb") as file:
         file.write(build_page(runs, found, shlex.join(command)))
     print(f"wrote {out}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from utils import UserError, write_json
 
 PRUNED_FILE = "pruned.safetensors"
+PRUNING_FILE = "pruning.json"  # of `prune.py`
 CHECKPOINTS = "checkpoints"  # a folder
 LOG_FILE = "log.txt"  # a line of JSON for each epoch
 # what an evaluation writes into results/, and a validation during training does not
@@ -37,6 +38,7 @@ class RunFolder:
     captions: dict[int, str]  # test split, by image id
     references: dict[int, list[str]]  # test split, by image id
     remarks: list[str]  # sentences on scores or weights that may mislead
+    at_once: dict[str, dict]  # what `prune.py` recorded, by layer name
 
     @property
     def name(self) -> str:
@@ -66,11 +68,10 @@ def read_run(folder: Path) -> RunFolder:
     """Reads a run's folder, also of an earlier version. UserError: no run, or a damaged file."""
     sparsity = _read(folder / "sparsity.json")
     trained, evaluated = (_record(folder / f"{name}.json") for name in ("config", "evaluation"))
+    trained = trained or _record(folder / PRUNING_FILE)
     if sparsity is None and trained is None:
-        raise UserError(
-            f"{folder} holds no run: name folders that the training scripts wrote, of training or "
-            "of --evaluate"
-        )
+        remedy = "name folders that the training scripts or prune.py wrote"
+        raise UserError(f"{folder} holds no run: {remedy}")
     flags, config = (trained[key] if trained else {} for key in ("flags", "config"))
     profile = flags.get("id_profile") or (config["id_profile"] if flags.get("useID") else "")
     weights = folder / PRUNED_FILE
@@ -89,6 +90,7 @@ def read_run(folder: Path) -> RunFolder:
         {row["image_id"]: row["caption"] for row in captions},
         {row["image_id"]: row["references"] for row in images},
         list(_remarks(folder, flags.get("final_threshold"))),
+        (trained or {}).get("layers", {}),
     )
 
 
@@ -123,17 +125,13 @@ def _remarks(folder: Path, final_threshold: float | None) -> Iterator[str]:
     if final_threshold is not None:
         left = (_read(folder / LOG_FILE, last_line=True) or {}).get("remaining_ratio", 1.0)
         if left > final_threshold + 1e-6:
-            yield (
-                f"The training of {name} has not ended: {left:.0%} of the weights remain, "
-                f"{final_threshold:.0%} are asked for."
-            )
+            shares = f"{left:.0%} of the weights remain, {final_threshold:.0%} are asked for"
+            yield f"The training of {name} has not ended: {shares}."
     shown = [folder / "results" / name for name in EVALUATED]
     written = [path.stat().st_mtime for path in shown if path.exists()]
     if written and weights.exists() and min(written) < weights.stat().st_mtime:
-        yield (
-            f"The scores and captions of {name} are older than its weights: run --evaluate again "
-            "if it was trained again."
-        )
+        again = "run --evaluate again if it was trained again"
+        yield f"The scores and captions of {name} are older than its weights: {again}."
 
 
 def _results(folder: Path) -> dict[str, dict[str, float]]:

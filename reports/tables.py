@@ -7,10 +7,11 @@
 
 import argparse
 from collections import defaultdict
+from pathlib import Path
 from statistics import mean
 
 from reports.runs import read_run
-from utils import UserError, launch, user_path
+from utils import UserError, launch, script_parser, user_path
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -27,9 +28,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("folder", type=user_path, help="folder of the runs, their --output_dir")
     parser.add_argument("runs", nargs="+", help="names of the runs, their --model_dir")
     parser.add_argument("--ids", type=user_path, help="profile that weighted the scores")
@@ -38,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Prints the table, the mean IDs, and the paths of figures."""
-    runs = [read_run(args.folder / run) for run in args.runs]
+    runs = [read_run(Path(args.folder, run)) for run in args.runs]
     for run in runs:
         if run.sparsity is None or not run.scores:
             raise UserError(f"{run.folder} holds no evaluated run: run --evaluate")

@@ -11,6 +11,7 @@ import compat  # noqa: F401
 import pytest
 import torch
 from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -19,6 +20,7 @@ OF_USERS = {"annotation", "datasets", "output", "ID"}  # what the README lays in
 
 def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="files and tests in random order")
+    parser.addoption("--accelerator", action="store_true", help="scripts take a simulated GPU")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,6 +45,20 @@ def checkout(tmp_path_factory):
     os.chdir(ROOT)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def accelerator(request):
+    """With --accelerator, a simulated device for `--device auto` where torch has no real one."""
+    if not request.config.getoption("--accelerator") or torch.accelerator.is_available():
+        yield
+        return
+    from tests.simulated import attached
+
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        with attached(patch):
+            yield
+
+
 @pytest.fixture(autouse=True)
 def seeded(checkout):
     """A seed for each test, which leaves nothing in the working folder."""
@@ -63,9 +79,19 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def small_segments(monkeypatch):
+    """Captures keep segments of a token or a few, and the budget holds nothing but what is kept."""
+    from dimension import budget
+
+    monkeypatch.setattr(budget, "SEGMENT_ELEMENTS", 3000)
+    for name in ("WORKSPACE", "MATRICES", "BATCH_OUTPUTS"):
+        monkeypatch.setattr(budget, name, 0)
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """The embedded data, few of them, which no test changes."""
+    """A folder of 48 training scenes and 6 in each held-out split, for reading."""
     from tests.runs import make_scenes
 
     return make_scenes(tmp_path_factory.mktemp("data") / "scenes")

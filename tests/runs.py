@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import raise_signal
 
@@ -17,32 +17,19 @@ import torch.distributed as dist
 import torch.multiprocessing
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
+from torch import nn
 
+from dimension.profile import IDProfile
 from pruners import Pruner
 from reports.runs import LOG_FILE, PRUNED_FILE
 from utils import launch
 
 TINY_VIT = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TINY_TEXT = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
-TINY_CLIP = {
-    "embed_dim": 16,
-    "patch_size": 16,
-    "vision_width": 32,
-    "vision_layers": 2,
-    "vision_heads": 2,
-    "context_length": 32,
-    "vocab_size": 128,
-    "text_width": 32,
-    "text_layers": 2,
-    "text_heads": 2,
-}
+TINY_TEXT = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
+TINY_TEXT |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+TINY_CLIP = {"embed_dim": 16, "patch_size": 16, "context_length": 32, "vocab_size": 128}
+TINY_CLIP |= {"vision_width": 32, "vision_layers": 2, "vision_heads": 2}
+TINY_CLIP |= {"text_width": 32, "text_layers": 2, "text_heads": 2}
 
 # A server process imports everything once; the runs are forked from it.
 FORKED = "forkserver"
@@ -88,14 +75,9 @@ def _blip(dropout: float) -> dict:
 
 
 def _write(path: Path, data: Path, *parts: dict) -> str:
-    config = {
-        "image_root": str(data / "images"),
-        "ann_root": str(data / "annotation"),
-        "tokenizer": str(data / "tokenizer"),
-        "image_size": 32,
-        "init_lr": 1e-3,
-        "num_workers": 0,
-    }
+    places = {"image_root": "images", "ann_root": "annotation", "tokenizer": "tokenizer"}
+    config = {key: str(data / folder) for key, folder in places.items()}
+    config |= {"image_size": 32, "init_lr": 1e-3, "num_workers": 0}
     for part in parts:
         config |= part
     yaml = YAML()
@@ -104,10 +86,46 @@ def _write(path: Path, data: Path, *parts: dict) -> str:
     return str(path)
 
 
+def write_model(build: Callable, config: dict, folder: Path) -> tuple[torch.nn.Module, list[str]]:
+    """A model of a config's sizes with 80 % of each matrix zero, and the flags that name it."""
+    places = dict.fromkeys(("image_root", "ann_root"), "x")
+    config = {**places, "init_lr": 0.1, "max_epoch": 1, "batch_size": 1, **config}
+    (folder / "model.yaml").write_text(json.dumps(config))
+    model = build(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data[torch.rand_like(parameter) < 0.8] = 0
+    torch.save(model.state_dict(), folder / "model.pth")
+    return model, ["--config", str(folder / "model.yaml"), "--pruned", str(folder / "model.pth")]
+
+
 def run(script: str, argv: list[str]) -> None:
     """A script as it is run, in this process."""
     module = importlib.import_module(script)
     module.main(module.parse_args(argv))
+
+
+def compute_id(folder: Path, *flags) -> IDProfile:
+    """The profile that ComputeID.py measures on the CPU, or estimates again."""
+    run("ComputeID", ["--Path", str(folder), "--cpu", *map(str, flags)])
+    return IDProfile.read(folder)
+
+
+def ids(profile: IDProfile) -> dict[str, float]:
+    """Layer name to ID."""
+    return {name: layer.id for name, layer in profile.layers.items()}
+
+
+def outputs_of(layers: dict[str, nn.Module], work: Callable) -> dict[str, list]:
+    """What each layer gives, call by call, while work() runs without gradients."""
+    outputs: dict[str, list] = {}
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            outputs[name] = []
+            hook = layer.register_forward_hook(lambda *call, to=outputs[name]: to.append(call[2]))
+            hooks.enter_context(hook)
+        work()
+    return outputs
 
 
 def free_port() -> int:
@@ -176,7 +194,13 @@ def start(
     log: Path | None = None,
     before: Callable[[int], None] | None = None,
 ) -> list:
-    """Starts a script in one process or several, which call before(rank); stderr goes to `log`."""
+    """Starts a script in one process or several, which call before(rank); stderr goes to `log`.
+
+    On an accelerator each process wants one of its own; other processes see no simulated one.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device and (device.type == "sim" or torch.accelerator.device_count() < world_size):
+        pytest.skip(f"{world_size} process(es) do not have a {device.type} each")
     port = free_port()
     started = [
         processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log, before))
@@ -239,9 +263,3 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps of a run's checkpoints."""
     names = (path.stem for path in (folder / "checkpoints").glob("step_*.pt"))
     return sorted(int(name.removeprefix("step_")) for name in names)
-
-
-def wait_for_step(folder: Path, process, step: int) -> None:
-    """Waits until a checkpoint of at least `step` appears, or the process ends."""
-    while max(saved_steps(folder), default=0) < step and process.is_alive():
-        time.sleep(0.002)

@@ -24,21 +24,23 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
 
 
-def test_the_layout_is_the_documented_one(tmp_path):
-    sparse = torch.zeros(20, 50)
-    sparse[0, 3], sparse[0, 8], sparse[19, 49] = 1.5, -2.0, 3.0
-    compressed.write(tmp_path / "m.safetensors", {"a.weight": sparse, "b": torch.ones(5)}.items())
-    with safe_open(tmp_path / "m.safetensors", "pt") as file:
-        metadata = file.metadata()
-    shapes = json.dumps({"a.weight": [20, 50]})
-    assert metadata == {"format": "bitmask", "format_version": "1", "shapes": shapes}
-    stored = load_file(tmp_path / "m.safetensors")
-    assert set(stored) == {"a.weight.bitmask", "a.weight.values", "b"}
-    assert stored["a.weight.values"].tolist() == [1.5, -2.0, 3.0]
-    expected = torch.zeros(125, dtype=torch.uint8)
-    expected[0], expected[1], expected[124] = 0b1000, 0b1, 0b10000000
-    assert torch.equal(stored["a.weight.bitmask"], expected)
-    assert torch.equal(stored["b"], torch.ones(5))
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "m.safetensors"
+
+
+def test_the_layout_is_the_documented_one(path):
+    """The README's four lines read it."""
+    sparse = torch.randn(20, 51).relu()
+    compressed.write(path, {"a.weight": sparse, "b": torch.ones(5)}.items())
+    with safe_open(path, "np") as f:
+        shapes = json.dumps({"a.weight": [20, 51]})
+        assert f.metadata() == {"format": "bitmask", "format_version": "1", "shapes": shapes}
+        assert set(f.keys()) == {"a.weight.bitmask", "a.weight.values", "b"}
+        bits = np.unpackbits(f.get_tensor("a.weight.bitmask"), bitorder="little")[: 20 * 51]
+        dense = np.zeros((20, 51), "float32")
+        dense.flat[bits == 1] = f.get_tensor("a.weight.values")
+        assert np.array_equal(dense, sparse.numpy()) and (f.get_tensor("b") == 1).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,35 +69,22 @@ def test_every_bit_pattern_that_is_not_zero_is_kept():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_file_gives_back_what_was_written(tmp_path, dtype):
-    sparse = torch.randn(60, 70).to(dtype)
-    sparse[torch.rand(60, 70) < 0.8] = 0
-    tensors = {
-        "sparse": sparse,
-        "transposed": sparse.T,
-        "dense": torch.randn(60, 70).to(dtype),
-        "scalar": torch.tensor(0.5).to(dtype),
-        "zeros": torch.zeros(50, 80, dtype=dtype),
-    }
-    compressed.write(tmp_path / "m.safetensors", tensors.items())
-    entries = open_weights(tmp_path / "m.safetensors")
+def test_a_file_gives_back_what_was_written_in_bitmask_values_and_rest(path, dtype):
+    """What bits would not make smaller is the rest."""
+    sparse = torch.randn(600, 700).to(dtype)
+    sparse[torch.rand(600, 700) < 0.8] = 0
+    rest = {"dense": torch.randn(60, 70).to(dtype), "scalar": torch.tensor(0.5).to(dtype)}
+    tensors = {"sparse": sparse, "transposed": sparse.T, **rest}
+    compressed.write(path, tensors.items())
+    entries = open_weights(path)
     assert set(entries) == set(tensors)
     for name, tensor in tensors.items():
-        found = entries[name].dense() if isinstance(entries[name], Packed) else entries[name]
+        assert isinstance(entries[name], Packed) == (name not in rest)
+        found = entries[name] if name in rest else entries[name].dense()
         assert same_bits(found, tensor.contiguous())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("sparsity", [0.0, 0.8])
-def test_bytes_are_bitmask_values_and_rest(tmp_path, dtype, sparsity):
-    weights = torch.randn(800, 1000).to(dtype)
-    weights[torch.rand(800, 1000) < sparsity] = 0
-    rest = torch.randn(50, 1000).to(dtype)
-    compressed.write(tmp_path / "m.safetensors", {"weights": weights, "rest": rest}.items())
-    size = (tmp_path / "m.safetensors").stat().st_size
-    packed = int(weights.count_nonzero()) * dtype.itemsize + weights.numel() / 8
-    least = min(packed, weights.numel() * dtype.itemsize) + rest.numel() * dtype.itemsize
-    assert least <= size <= 1.02 * least
+    packed = int(sparse.count_nonzero()) * dtype.itemsize + sparse.numel() / 8
+    least = 2 * packed + 4201 * dtype.itemsize
+    assert least <= path.stat().st_size <= 1.02 * least
 
 
 def beyond_the_end(bitmask):
@@ -120,8 +109,7 @@ def beyond_the_end(bitmask):
         ("w.bitmask", lambda x: x | 1, "w: .* values do not fit the bitmask"),
     ],
 )
-def test_damaged_files_are_named(tmp_path, part, change, message):
-    path = tmp_path / "m.safetensors"
+def test_damaged_files_are_named(path, part, change, message):
     sparse = torch.zeros(60, 71)
     sparse[::2, 1::3] = 1
     compressed.write(path, {"w": sparse}.items())
@@ -137,18 +125,6 @@ def test_damaged_files_are_named(tmp_path, part, change, message):
     save_file(tensors, path, metadata)
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*{message}"):
         open_weights(path)["w"].dense()
-
-
-def test_a_reader_of_five_lines_reads_it(tmp_path):
-    """What the README tells other people's programs to do."""
-    sparse = torch.randn(60, 71).relu()
-    compressed.write(tmp_path / "m.safetensors", {"w": sparse}.items())
-    with safe_open(tmp_path / "m.safetensors", "np") as file:
-        shape = json.loads(file.metadata()["shapes"])["w"]
-        bits = np.unpackbits(file.get_tensor("w.bitmask"), bitorder="little")[: math.prod(shape)]
-        dense = np.zeros(shape, "float32")
-        dense.flat[bits == 1] = file.get_tensor("w.values")
-    assert np.array_equal(dense, sparse.numpy())
 
 
 def test_a_target_that_fits_is_written_and_keeps_nothing():

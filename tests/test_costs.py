@@ -33,15 +33,15 @@ def test_base_models_count_as_upop_published(golden_tokenizer, task, adds, param
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.001)
 
 
+@torch.no_grad()
 def test_a_small_clip_by_hand_and_zeros_of_its_attention_save_their_products():
     model = build_clip({"clip": SMALL_CLIP, "image_size": 32, "queue_size": 8}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter[parameter == 0] = 1.0
-        block = model.visual.transformer.resblocks[1]
-        block.attn.in_proj_weight[:5] = 0
-        block.attn.out_proj.weight[0] = 0
-        model.transformer.resblocks[0].mlp.c_fc.weight[:, 2] = 0
+    for parameter in model.parameters():
+        parameter[parameter == 0] = 1.0
+    block = model.visual.transformer.resblocks[1]
+    block.attn.in_proj_weight[:5] = 0
+    block.attn.out_proj.weight[0] = 0
+    model.transformer.resblocks[0].mlp.c_fc.weight[:, 2] = 0
     dense = costs.multiply_adds(model, costs.example(model, "retrieval", 32))["dense"]
     image, text = (12 * tokens * 32**2 + 2 * tokens**2 * 32 for tokens in (17, 12))  # of a block
     assert dense["vision"] == 16 * (3 * 8 * 8) * 32 + 2 * image + 32 * 16
@@ -57,7 +57,8 @@ def tiny(caption_tiny_config):
     return model
 
 
-def test_a_small_captioner_by_hand(tiny):
+@torch.no_grad()
+def test_a_small_captioner_by_hand_and_zeros_save_their_products(tiny):
     """16 patches of 8 x 8 x 3, 17 tokens, width 48, two blocks; 15 tokens, width 32, 3 layers."""
     counts = costs.multiply_adds(tiny, costs.example(tiny, "caption", 32))
     block = 17 * 48 * 48 * (3 + 1 + 4 + 4)  # qkv, proj, fc1, fc2
@@ -69,25 +70,21 @@ def test_a_small_captioner_by_hand(tiny):
     head = tokens * width * (width + 160)
     assert counts["dense"]["language"] == 3 * (layer + products) + head
     assert counts["effective"] == counts["dense"]
-
-
-def test_zeros_save_their_products(tiny):
-    with torch.no_grad():
-        tiny.visual_encoder.blocks[0].mlp.fc1.weight[:, :5] = 0
-        tiny.visual_encoder.patch_embed.proj.weight[0] = 0
-        attention = tiny.text_decoder.bert.encoder.layer[1].crossattention.self
-        attention.key.weight[3] = 0
-        attention.query.weight[3] = 0
-        attention.query.bias.zero_()  # an addition, no product
+    tiny.visual_encoder.blocks[0].mlp.fc1.weight[:, :5] = 0
+    tiny.visual_encoder.patch_embed.proj.weight[0] = 0
+    attention = tiny.text_decoder.bert.encoder.layer[1].crossattention.self
+    attention.key.weight[3] = 0
+    attention.query.weight[3] = 0
+    attention.query.bias.zero_()  # an addition, no product
     language = 17 * 48 + 15 * 32
     assert saved(tiny, "caption") == {"vision": 17 * 5 * 192 + 16 * 192, "language": language}
 
 
+@torch.no_grad()
 def test_sizes(tiny):
-    with torch.no_grad():
-        for parameter in tiny.parameters():
-            parameter.fill_(1.0)
-        tiny.visual_encoder.blocks[0].mlp.fc1.weight[:150] = 0  # of 192 x 48
+    for parameter in tiny.parameters():
+        parameter.fill_(1.0)
+    tiny.visual_encoder.blocks[0].mlp.fc1.weight[:150] = 0  # of 192 x 48
     found = costs.sizes(tiny)
     parameters = sum(p.numel() for p in tiny.parameters())  # tied ones once
     vision = sum(p.numel() for p in tiny.visual_encoder.parameters())

@@ -8,35 +8,34 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train_caption
 from data.samplers import TrainBatchSampler
 from engine import loop
 from engine.loop import is_best
-from engine.stopping import EXIT_STOPPED
-from models import Captioner, vit
-from tests.runs import finish, log_of, make_scenes, result, same, start, write_config
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+from models import Captioner
+from tests import runs
+from tests.runs import log_of, result, write_config
 
 
 @pytest.fixture
 def train(scenes, tmp_path):
     """Trains a small captioner, without validation, in one process or several."""
 
-    def run(name, flags, processes=1, **changes):
-        config = write_config(tmp_path / f"{name}.yaml", scenes, **{"max_epoch": 1, **changes})
+    def run(flags, processes=1, **changes):
+        config = write_config(tmp_path / "run.yaml", scenes, **{"max_epoch": 1, **changes})
         argv = ["--config", config, "--output_dir", str(tmp_path), "--eval_epochs", "0"]
-        argv += flags.split()
+        argv += ["--resume", "off", "--final_threshold", "1", *flags.split()]
         if processes == 1:
-            train_caption.main(train_caption.parse_args(argv))
+            runs.run("train_caption", argv)
         else:
-            assert finish(start(argv, processes)) == [0] * processes
-        return tmp_path / name
+            assert runs.finish(runs.start(argv, processes)) == [0] * processes
+        return tmp_path / "run"
 
     return run
+
+
+def printed_losses(folder):
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}
 
 
 def test_best_epoch_is_one_at_the_final_ratio():
@@ -57,32 +56,15 @@ def test_a_step_does_not_depend_on_the_spread_of_its_batch(train):
     in another order differ by a few times 2^-24 = 6e-8 of the whole.
     """
 
-    def loss(name, flags, processes=1):
-        folder = train(name, f"--final_threshold 1 --max_steps 1 {flags}", processes, dropout=0.0)
-        (line,) = log_of(folder)
+    def loss(flags, processes=1):
+        (line,) = log_of(train(f"--max_steps 1 {flags}", processes, dropout=0.0))
         return line["loss"]
 
-    whole = loss("one", "--batch_size 8")
-    assert loss("other", "--batch_size 4") != pytest.approx(whole, rel=1e-4)
-    for spread in [
-        loss("accumulated", "--batch_size 2 --gradient_accumulation_steps 4"),
-        loss("two", "--batch_size 2 --gradient_accumulation_steps 2", processes=2),
-    ]:
+    whole = loss("--batch_size 8")
+    assert loss("--batch_size 4") != pytest.approx(whole, rel=1e-4)
+    accumulated = "--batch_size 2 --gradient_accumulation_steps"
+    for spread in (loss(f"{accumulated} 4"), loss(f"{accumulated} 2", processes=2)):
         assert spread == pytest.approx(whole, rel=1e-6)
-
-
-def test_recomputed_blocks_change_nothing(train, monkeypatch):
-    """With drop path, so that recomputation must restore the random state."""
-    recomputed = []
-    checkpoint_seq = vit.checkpoint_seq
-    monkeypatch.setattr(
-        vit, "checkpoint_seq", lambda b, x: recomputed.append(len(b)) or checkpoint_seq(b, x)
-    )
-    flags = "--final_threshold 1 --max_steps 4"
-    plain = train("plain", flags)
-    one = train("one", flags, vit_grad_ckpt=True, vit_ckpt_layer=1)
-    assert recomputed == [1] * 4
-    assert same(result(plain), result(one))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -94,9 +76,9 @@ def test_loss_that_is_not_finite_names_its_images(train, scenes, monkeypatch, ac
         return forward(self, *inputs) * (math.nan if step == 6 else 1)
 
     monkeypatch.setattr(Captioner, "forward", bad_at_sixth_step)
-    flags = f"--gradient_accumulation_steps {accumulation} --checkpoint_steps 4 --warmup_steps 2"
+    flags = f"--gradient_accumulation_steps {accumulation} --checkpoint_steps 4"
     with pytest.raises(FloatingPointError) as raised:
-        train("bad", flags, max_epoch=4)
+        train(flags, max_epoch=4)
     message = str(raised.value)
     assert "the loss of step 6 is nan" in message and "step_00000004.pt" in message
     named = message.split("Images of the step: ")[1].split(". Last checkpoint")[0].split(", ")
@@ -109,31 +91,22 @@ def test_loss_that_is_not_finite_names_its_images(train, scenes, monkeypatch, ac
 
 def test_tensorboard_holds_all_when_a_run_is_stopped(train, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "LOG_SECONDS", 0.0)
-    train_step = loop.train_step
-
-    def stopped(run, of_run, parts, weights):
-        train_step(run, of_run, parts, weights)
-        if of_run.progress.step == 5:
-            raise SystemExit(EXIT_STOPPED)
-
-    monkeypatch.setattr(loop, "train_step", stopped)
-    with pytest.raises(SystemExit):
-        train("run", "--final_threshold 1")
-    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 5))
+    with runs.stopped_at(5, SystemExit), pytest.raises(SystemExit):
+        train("--final_threshold 0.9 --warmup_steps 1")
+    assert list(printed_losses(tmp_path / "run")) == [1, 2, 3, 4]
 
 
 def test_printed_losses_are_means_over_their_steps(train):
     """Of an epoch that ends early, too."""
-    flags = "--final_threshold 1 --max_steps 9 --checkpoint_steps 3 --batch_size 8"
-    folder = train("run", flags)
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    printed = {event.step: event.value for event in events.Scalars("train/loss")}
+    folder = train("--max_steps 9 --checkpoint_steps 3 --batch_size 8")
+    printed = printed_losses(folder)
     expected = [(printed[3] + printed[6]) / 2, printed[9]]  # kept in float32
     assert [line["loss"] for line in log_of(folder)] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("off", torch.float32)])
+@pytest.mark.parametrize(
+    ("amp", "dtype"), [("bf16", torch.bfloat16), ("off", torch.float32), ("auto", torch.float32)]
+)
 def test_amp_chooses_the_precision_of_products(train, monkeypatch, amp, dtype):
     seen, forward = set(), torch.nn.Linear.forward
 
@@ -143,6 +116,6 @@ def test_amp_chooses_the_precision_of_products(train, monkeypatch, amp, dtype):
         return out
 
     monkeypatch.setattr(torch.nn.Linear, "forward", noted)
-    folder = train("run", f"--final_threshold 1 --max_steps 1 --amp {amp}")
+    folder = train(f"--max_steps 1 --amp {amp}")
     assert seen == {dtype}
     assert {tensor.dtype for tensor in result(folder).values()} == {torch.float32}

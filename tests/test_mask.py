@@ -7,12 +7,13 @@ from pruners.score import PIECE_ON_CPU as PIECE
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_zeroes_what_is_strictly_below_and_what_has_no_score(dtype):
-    p = torch.tensor([1.0, -2.0, 3.0, -4.0, -5.0, torch.inf], dtype=dtype)
-    scores = torch.tensor([1.0, 4.0, 6.0, 0.0, torch.nan, torch.inf])
+    inf = torch.inf
+    p = torch.tensor([1.0, -2.0, 3.0, -4.0, -5.0, inf, inf, -inf, torch.nan], dtype=dtype)
+    scores = torch.tensor([1.0, 4.0, 6.0, 0.0, torch.nan, inf, 3.0, 0.0, 1.0])
     mask_([(p[:2], scores[:2]), (p[2:], scores[2:])], 4.0)
-    assert p.tolist() == [0.0, -2.0, 3.0, 0.0, 0.0, torch.inf]
+    assert p.tolist() == [0.0, -2.0, 3.0, 0.0, 0.0, inf, 0.0, 0.0, 0.0]
     # a negative zero is no zero to a file that stores what is not all bits 0
-    assert p.signbit().tolist() == [False, True, False, False, False, False]
+    assert p.signbit().tolist() == [False, True] + [False] * 7
 
 
 @pytest.mark.parametrize("dimension", [1.0, 1 / 3])

@@ -1,15 +1,14 @@
 """Atomic files, downloads, and how a script ends."""
 
+import io
 import multiprocessing
 import os
 import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import nullcontext, suppress
 
 import psutil
 import pytest
@@ -48,46 +47,40 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 SAFETENSORS = struct.pack("<Q", 0x3C20) + b'{"a":{"dtype":"F32"'  # its length reads " <"
 
 
-def test_what_is_no_data_is_known_at_a_glance(tmp_path):
-    for content, clause in {
-        b"": "empty",
-        b" \n": "empty",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n": "git lfs pull",
-        b"\xef\xbb\xbf\r\n<!DOCTYPE html>": "page",
-        b"<?xml version='1.0'?><Error>": "page",
-        b"PK\3\4": "unpack",
-        b"\x1f\x8b\x08": "unpack",
-    }.items():
-        (tmp_path / "file").write_bytes(content)
-        assert clause in mistaken_for(tmp_path / "file")
-    for data in (b"[1]", b"[PAD]\n", b"\x80\x02}", b"\x89PNG", SAFETENSORS):
-        (tmp_path / "file").write_bytes(data)
-        assert mistaken_for(tmp_path / "file") == mistaken_for(tmp_path / "absent") == ""
+@pytest.mark.parametrize(
+    ("content", "clause"),
+    [
+        (b" \n", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+        (b"\xef\xbb\xbf\r\n<!DOCTYPE html>", "page"),
+        (b"<?xml version='1.0'?><Error>", "page"),
+        (b"PK\3\4", "unpack"),
+        (b"\x1f\x8b\x08", "unpack"),
+        *((data, "") for data in (b"[1]", b"[PAD]\n", b"\x80\x02}", b"\x89PNG", SAFETENSORS)),
+    ],
+)
+def test_what_is_no_data_is_known_at_a_glance(tmp_path, content, clause):
+    (tmp_path / "file").write_bytes(content)
+    found = mistaken_for(tmp_path / "file")
+    assert clause in found and bool(found) == bool(clause)
+    assert mistaken_for(tmp_path / "absent") == ""
 
 
-def test_downloads_are_whole_files_and_no_pages(tmp_path):
-    answers = {"/weights": SAFETENSORS, "/page": b"\r\n<html>", "/cut": b"half"}
-
-    class Server(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", len(answers[self.path]) + 4 * (self.path == "/cut"))
-            self.end_headers()
-            self.wfile.write(answers[self.path])
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("localhost", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://localhost:{server.server_port}"
-        download(f"{address}/weights", tmp_path / "weights")
-        for name, why in (("page", "is a page"), ("cut", "broke after 4 of 8|IncompleteRead")):
-            with pytest.raises(OSError, match=why):
-                download(f"{address}/{name}", tmp_path / name)
-        server.shutdown()
-    assert (tmp_path / "weights").read_bytes() == SAFETENSORS
-    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+@pytest.mark.parametrize(
+    ("content", "size", "why"),
+    [
+        (SAFETENSORS, len(SAFETENSORS), ""),
+        (b"\r\n<html>", 8, "is a page"),
+        (b"half", 8, "broke after 4 of 8"),
+    ],
+)
+def test_downloads_are_whole_files_and_no_pages(tmp_path, monkeypatch, content, size, why):
+    answer = io.BytesIO(content)
+    answer.headers = {"Content-Length": str(size)}
+    monkeypatch.setattr("urllib.request.urlopen", lambda address, timeout: answer)
+    with pytest.raises(OSError, match=why) if why else nullcontext():
+        download("http://x/file", tmp_path / "file")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [content] * (not why)
 
 
 # --- how a script ends ---------------------------------------------------------------------------
@@ -97,21 +90,23 @@ def fail(error):
     raise error
 
 
-def test_a_users_mistake_is_a_sentence_that_names_its_rank(capsys, monkeypatch):
-    for rank, where in (("", ""), ("0", ""), ("3", " (rank 3)")):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stop:
-            launch(fail, UserError("no such file"))
-        assert stop.value.code == 2
-        assert capsys.readouterr().err == f"error{where}: no such file\n"
+@pytest.mark.parametrize(("rank", "where"), [("", ""), ("0", ""), ("3", " (rank 3)")])
+def test_a_users_mistake_is_a_sentence_that_names_its_rank(capsys, monkeypatch, rank, where):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        launch(fail, UserError("no such file"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error{where}: no such file\n"
 
 
-def test_other_errors_stay_what_they_are():
+@pytest.mark.parametrize(
+    "error", [ValueError("ours"), RuntimeError("ours"), KeyboardInterrupt(), SystemExit(75)]
+)
+def test_other_errors_stay_what_they_are(error):
     """Also a ValueError, which many mistakes of users are."""
-    for error in (ValueError("ours"), RuntimeError("ours"), KeyboardInterrupt(), SystemExit(75)):
-        with pytest.raises(type(error)) as raised:
-            launch(fail, error)
-        assert raised.value is error
+    with pytest.raises(type(error)) as raised:
+        launch(fail, error)
+    assert raised.value is error
 
 
 class KilledDataset(torch.utils.data.Dataset):
@@ -124,30 +119,20 @@ class KilledDataset(torch.utils.data.Dataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def load_killed(args):
-    list(torch.utils.data.DataLoader(KilledDataset(), num_workers=1))
-
-
 def test_the_death_of_a_loading_process_is_a_sentence(capfd):
-    with pytest.raises(SystemExit) as stop:
-        launch(load_killed, None)
-    assert stop.value.code == 2
+    loader = torch.utils.data.DataLoader(KilledDataset(), num_workers=1)
+    with pytest.raises(SystemExit, match="2"):
+        launch(list, loader)
     assert "error: an image loading process died" in capfd.readouterr().err
 
 
-def test_a_screen_that_lacks_a_letter_ends_no_run():
-    script = "from utils import launch\nlaunch(lambda args: print('caf\xe9'), None)"
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
-    assert (done.returncode, done.stdout) == (0, b"caf\\xe9\n")
-
-
-def test_the_process_group_ends_with_a_script_that_succeeds(tmp_path):
-    def main(args):
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
-
-    launch(main, None)
-    assert not dist.is_initialized()
+def test_a_screen_without_a_letter_and_a_missing_backend_end_no_run():
+    """Matplotlib refuses a notebook's backend that is not installed when it is imported."""
+    show = "print('caf\xe9', __import__('matplotlib').get_backend())"
+    script = f"from utils import launch\nlaunch(lambda args: {show}, None)"
+    wrong = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://of_a_notebook.backend"}
+    printed = subprocess.check_output([sys.executable, "-c", script], env=os.environ | wrong)
+    assert printed == b"caf\\xe9 agg\n"
 
 
 def one_of_several(error, folder):
@@ -187,12 +172,3 @@ def test_a_failing_process_of_several_prints_and_leaves_at_once(error, code, pri
                 return  # until the process that adopted it buries it
             time.sleep(0.05)
         pytest.fail("a loading process outlived its trainer")
-
-
-def test_figures_do_without_the_backend_of_a_notebook(monkeypatch):
-    """Matplotlib refuses a backend that is not installed when it is imported."""
-    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook.backend")
-    command = [sys.executable, "-c", "import matplotlib; print(matplotlib.get_backend())"]
-    seen = []
-    launch(lambda args: seen.append(subprocess.run(command, capture_output=True, text=True)), None)
-    assert seen[0].stdout == "agg\n"

@@ -10,11 +10,11 @@ from pathlib import Path
 from data.scenes.pictures import Scene, random_scene, render
 from data.scenes.statements import random_pairs
 from data.scenes.words import describe, vocabulary
-from utils import UserError, write_json
+from utils import UserError, atomic_write, write_json
 
 VERSION = 3  # raise when the same arguments give other data
 FIRST_ID = {"train": 0, "val": 1_000_000, "test": 2_000_000}  # no two images share a COCO id
-TRAIN_CAPTIONS, REFERENCES = 1, 5  # captions an image
+REFERENCES = 5  # captions of a held-out image
 
 
 def generate(settings: dict, root: Path) -> None:
@@ -25,15 +25,13 @@ def generate(settings: dict, root: Path) -> None:
         (root / "images" / split).mkdir(parents=True)
         for number in range(settings[split]):
             rng = random.Random(f"{seed} {split} {number}")
-            scene = random_scene(rng)
+            scenes.append(random_scene(rng))
             path = root / "images" / image_name(split, first + number)
-            render(scene, rng).save(path, compress_level=1)
-            scenes.append(scene)
+            render(scenes[-1], rng).save(path, compress_level=1)
         write_captions(split, scenes, random.Random(f"{seed} {split} captions"), root)
         write_statements(split, scenes, settings, root)
-    tokenizer = root / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
+    with atomic_write(root / "tokenizer" / "vocab.txt") as file:
+        file.writelines(f"{word}\n" for word in vocabulary())
     write_json(root / "settings.json", settings)
 
 
@@ -49,7 +47,7 @@ def write_captions(split: str, scenes: list[Scene], rng: random.Random, root: Pa
         coco_id = FIRST_ID[split] + number
         name = image_name(split, coco_id)
         attributes = [item.attributes for item in scene.objects]
-        wanted = TRAIN_CAPTIONS if split == "train" else REFERENCES
+        wanted = 1 if split == "train" else REFERENCES
         captions = describe(attributes, scene.side, scene.background, wanted, rng)
         truth.append({"image_id": coco_id, "image": name, **asdict(scene)})
         images.append({"image": name, "caption": captions})

@@ -93,7 +93,7 @@ def random_scene(rng: random.Random) -> Scene:
     background = rng.choice(BACKGROUNDS)
     attributes = rng.sample(list(product(SIZES, COLOURS, KINDS)), count)
     while True:
-        objects = [place(*words, rng) for words in attributes]
+        objects = [place(words, rng) for words in attributes]
         if count == 1:
             return Scene(background, objects, None)
         if is_clear(objects):
@@ -103,11 +103,10 @@ def random_scene(rng: random.Random) -> Scene:
             return Scene(background, [objects[first], *rest], side)
 
 
-def place(size: str, colour: str, kind: str, rng: random.Random) -> SceneObject:
+def place(words: Attributes, rng: random.Random) -> SceneObject:
     """Puts an object anywhere inside the picture."""
-    radius = rng.uniform(*RADII[size])
-    x, y = (rng.uniform(radius + 1, SIDE - radius - 1) for _ in range(2))
-    return SceneObject(size, colour, kind, x, y, radius)
+    radius = rng.uniform(*RADII[words[0]])
+    return SceneObject(*words, *(rng.uniform(radius + 1, SIDE - radius - 1) for _ in "xy"), radius)
 
 
 def is_clear(objects: list[SceneObject]) -> bool:
@@ -121,12 +120,8 @@ def is_clear(objects: list[SceneObject]) -> bool:
 
 def in_reading_order(objects: list[SceneObject]) -> list[SceneObject]:
     """From left to right, or from top to bottom where that spreads the objects more."""
-
-    def spread(axis: str) -> float:
-        values = [getattr(item, axis) for item in objects]
-        return max(values) - min(values)
-
-    return sorted(objects, key=attrgetter(max("xy", key=spread)))
+    across, down = np.ptp([(item.x, item.y) for item in objects], axis=0)
+    return sorted(objects, key=attrgetter("x" if across >= down else "y"))
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
@@ -160,23 +155,14 @@ def paint(draw: ImageDraw.ImageDraw, item: SceneObject, colour: tuple[int, ...])
         draw.polygon([(x + radius * u, y + radius * v) for u, v in OUTLINES[item.kind]], colour)
 
 
-def star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
-    """Corners of a star in the unit circle, its first point up."""
-    corners = []
-    for index in range(2 * points):
-        length = 1.0 if index % 2 == 0 else inner
-        angle = math.pi * index / points
-        corners.append((length * math.sin(angle), -length * math.cos(angle)))
-    return corners
-
-
 ARM = 0.32  # half the width of a cross's arms
-OUTLINES = {
+STAR = [((1.0, 0.42)[i % 2], math.pi * i / 5) for i in range(10)]  # radius and angle of corners
+OUTLINES = {  # in the square around the unit circle; y is down
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
     "cross": [
         *[(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM)],
         *[(ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)],
     ],
-    "star": star(),
+    "star": [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in STAR],
 }

@@ -19,11 +19,6 @@ def descriptions(item: SceneObject) -> list[Description]:
     return [(item.colour, "shape"), (item.colour, item.kind)]
 
 
-def count_descriptions(scene: Scene) -> Counter:
-    """How many objects of a scene fit each description."""
-    return Counter(words for item in scene.objects for words in descriptions(item))
-
-
 @dataclass(frozen=True)
 class Statement:
     """A statement about two images; see `STATEMENTS` for the wording of each family."""
@@ -49,25 +44,21 @@ class Statement:
     def holds(self, left: Counter, right: Counter) -> bool:
         """Whether the statement is true of two images, given as counts of descriptions."""
         this, that = (left, right) if self.side == "left" else (right, left)
-        x, y = self.x, self.y
-        match self.family:
-            case "left and right" | "one and other":
-                return this[x] > 0 and that[y] > 0
-            case "both":
-                return this[x] > 0 and that[x] > 0
-            case "neither":
-                return this[x] == 0 and that[x] == 0
-            case "either":
-                return this[x] > 0 or that[x] > 0
-            case "only":
-                return this[x] > 0 and that[x] == 0
-            case "more":
-                return this[x] > that[x]
-            case "fewer":
-                return this[x] < that[x]
-            case "total":
-                return this[x] + that[x] == self.number
-        raise AssertionError(self.family)
+        return MEANINGS[self.family](this[self.x], that[self.x], that[self.y], self.number)
+
+
+# by family, from the counts of x in `side` and in the other image, of y in the other, the number
+MEANINGS = {
+    "left and right": lambda this, that, y, number: this > 0 and y > 0,
+    "one and other": lambda this, that, y, number: this > 0 and y > 0,
+    "both": lambda this, that, y, number: this > 0 and that > 0,
+    "neither": lambda this, that, y, number: this == that == 0,
+    "either": lambda this, that, y, number: this > 0 or that > 0,
+    "only": lambda this, that, y, number: this > 0 and that == 0,
+    "more": lambda this, that, y, number: this > that,
+    "fewer": lambda this, that, y, number: this < that,
+    "total": lambda this, that, y, number: this + that == number,
+}
 
 
 def with_article(words: Description) -> str:
@@ -77,7 +68,7 @@ def with_article(words: Description) -> str:
 
 def random_statement(items: list[SceneObject], rng: random.Random) -> Statement:
     """A statement of any family that speaks of some of these objects, true or not."""
-    family = rng.choice([name for name in STATEMENTS if name != "total one"])
+    family = rng.choice(list(MEANINGS))
     x, y = (rng.choice(descriptions(rng.choice(items))) for _ in range(2))
     return Statement(family, x, y, rng.choice(list(OTHER_SIDE)), rng.randint(1, 3))
 
@@ -94,7 +85,7 @@ def random_pairs(
     Returns:
         (statement, indices of the left and the right scene, truth), in random order.
     """
-    counts = [count_descriptions(scene) for scene in scenes]
+    counts = [Counter(x for item in scene.objects for x in descriptions(item)) for scene in scenes]
     showing = defaultdict(list)  # scenes by what they show
     for index, shown in enumerate(counts):
         for words in shown:
@@ -110,32 +101,16 @@ def random_pairs(
         items = [item for index in pair for item in scenes[index].objects]
         statement = random_statement(items, rng)
         truth = statement.holds(*(counts[index] for index in pair))
-        other = contrasting_pair(statement, pair, truth, counts, showing, rng)
-        failed = failed + 1 if other is None else 0
-        if other is not None:
-            rows += [(statement, pair, truth), (statement, other, not truth)]
+        failed += 1
+        for attempt in range(TRIES):  # half of the images show what it speaks of; few others do
+            spoken_of = showing[rng.choice([statement.x, statement.y])]
+            image = rng.randrange(len(counts)) if attempt % 2 else rng.choice(spoken_of)
+            other = list(pair)
+            other[rng.randrange(2)] = image
+            left, right = other
+            if left != right and statement.holds(counts[left], counts[right]) != truth:
+                rows += [(statement, pair, truth), (statement, (left, right), not truth)]
+                failed = 0
+                break
     rng.shuffle(rows)
     return rows
-
-
-def contrasting_pair(
-    statement: Statement,
-    pair: tuple[int, int],
-    truth: bool,
-    counts: list[Counter],
-    showing: dict[Description, list[int]],
-    rng: random.Random,
-) -> tuple[int, int] | None:
-    """A pair that differs in one image and has the other truth value; None if none is found.
-
-    Half of the images tried show what the statement speaks of; few images at random do.
-    """
-    for attempt in range(TRIES):
-        spoken_of = showing[rng.choice([statement.x, statement.y])]
-        other = list(pair)
-        image = rng.randrange(len(counts)) if attempt % 2 else rng.choice(spoken_of)
-        other[rng.randrange(2)] = image
-        left, right = other
-        if left != right and statement.holds(counts[left], counts[right]) != truth:
-            return left, right
-    return None

@@ -1,0 +1,182 @@
+"""What IDs are of: text lengths of neighbours, single channels, samples of one length."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import ComputeID
+from configs import load_config
+from data.caption_dataset import build_caption_datasets
+from dimension import measure
+from dimension.profile import IDProfile, LayerID, make_remarks
+from models import build_captioner
+from tests.runs import make_scenes, write_config
+from utils import UserError
+
+N = 60
+LENGTHS = 3 + torch.arange(N) % 6
+MASK = (torch.arange(8) < LENGTHS[:, None]).long()
+
+
+class Texts(nn.Module):
+    """Tokens that differ; tokens of which one channel is huge; the mean token of a text."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(40, 16)
+        self.plain, self.massive, self.pooled = (nn.Linear(16, 8) for _ in range(3))
+        nn.init.constant_(self.massive.bias[3:4].data, 50.0)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.table(input_ids)
+        self.massive(x)
+        mask = attention_mask[..., None]
+        self.pooled((x * mask).sum(1) / mask.sum(1))
+        return self.plain(x)
+
+
+def batches(mask, size=7):
+    ids = torch.randint(0, 40, mask.shape)
+    parts = zip(ids.split(size), mask.split(size), strict=True)
+    return ids, [{"input_ids": ids, "attention_mask": mask} for ids, mask in parts]
+
+
+def test_each_layer_has_the_lengths_of_neighbours_and_its_largest_channel():
+    """Of all samples and in any number of batches, against plain formulas on whole outputs."""
+    model = Texts()
+    ids, given = batches(MASK)
+    profile = measure(model, given, memory_gb=1)
+    with torch.no_grad():
+        x = model.table(ids)
+        outputs = {name: getattr(model, name)(x) * MASK[..., None] for name in ("plain", "massive")}
+        outputs["pooled"] = model.pooled((x * MASK[..., None]).sum(1) / LENGTHS[:, None])[:, None]
+    chance = sum(int((LENGTHS == x).sum()) - 1 for x in LENGTHS) / (N * (N - 1))
+    for name, output in outputs.items():
+        layer, points = profile.layers[name], output.double()
+        apart = torch.cdist(points.flatten(1), points.flatten(1)).fill_diagonal_(torch.inf)
+        same = (LENGTHS[apart.argmin(1)] == LENGTHS).double().mean().item()
+        assert layer.same_length == pytest.approx(same)
+        assert layer.by_chance == pytest.approx(chance)
+        variance = points.var(0).sum(0)
+        assert layer.largest_channel == pytest.approx(
+            (variance.max() / variance.sum()).item(), rel=1e-5
+        )
+    assert profile.layers["massive"].same_length == 1 and profile.layers["massive"].id < 50
+    found = {
+        x.split(" (most in ")[0].split("layers ")[1]: x for x in profile.remarks if "most" in x
+    }
+    lengths, channel = "neighbours have texts", "a single channel"
+    (lengths,) = [x for key, x in found.items() if key.startswith(lengths)]
+    (channel,) = [x for key, x in found.items() if key.startswith(channel)]
+    for remark in (lengths, channel):
+        assert remark.startswith("in 1 of 3 layers") and remark.endswith(": massive")
+        assert "--one_length" in remark
+
+
+def test_without_texts_and_with_texts_of_one_length_nothing_is_remarked():
+    profile = measure(nn.Linear(16, 8), torch.randn(N, 4, 16).split(7))
+    (layer,) = profile.layers.values()
+    assert layer.same_length is layer.by_chance is None
+    assert not any("length" in remark for remark in profile.remarks)
+    profile = measure(Texts(), batches(torch.ones(N, 8, dtype=torch.long))[1])
+    assert {(x.same_length, x.by_chance) for x in profile.layers.values()} == {(1.0, 1.0)}
+    assert not any("length far" in remark for remark in profile.remarks)
+
+
+def test_an_error_bar_near_the_id_is_remarked():
+    bars = {"a": 4.9, "b": 5.1, "c": 9.0, "d": None}
+    layers = {name: LayerID(10.0, bar, [], 400, 0, 64) for name, bar in bars.items()}
+    (remark,) = make_remarks(400, layers)
+    assert "most in c: 90%" in remark and remark.endswith(": b, c") and "more samples" in remark
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("caption")
+    config = write_config(folder / "config.yaml", make_scenes(folder / "scenes", train=400))
+    torch.manual_seed(0)
+    model = build_captioner(load_config(config))
+    torch.save({"model": model.state_dict()}, folder / "weights.pt")
+    return ["--config", config, "--pretrained", str(folder / "weights.pt"), "--cpu"]
+
+
+def run(to, *flags):
+    ComputeID.main(ComputeID.parse_args([*map(str, flags), "--Path", str(to)]))
+    return IDProfile.read(to)
+
+
+@pytest.mark.parametrize("given", [[], ["15"]])
+def test_a_task_with_texts_of_one_length(captioner, given, tmp_path):
+    config = load_config(captioner[1])
+    model, dataset = build_captioner(config), build_caption_datasets(config)[0]
+    lengths = model.tokenize([dataset.text(i) for i in range(len(dataset))])[1].sum(1)
+    wanted = int(given[0]) if given else int(lengths.mode().values)
+    profile = run(tmp_path, *captioner, "-n", 25, "--one_length", *given)
+    assert profile.settings["one_length"] == wanted
+    name = "text_decoder.bert.encoder.layer.0.intermediate.dense"
+    assert profile.layers[name].features == wanted * 64  # no padding
+    assert {x.by_chance for x in profile.layers.values()} == {1.0}
+    count = int((lengths == wanted).sum())
+    with pytest.raises(UserError, match=f"{count} texts have {wanted} tokens, and {count + 1} sam"):
+        run(tmp_path, *captioner, "-n", count + 1, "--one_length", *given)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder of a model, and a file of texts: 30 of 3 words, 25 of 4, 5 of 9."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(30))]
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.BertConfig(**sizes, num_attention_heads=2, vocab_size=len(words))
+    for part in (transformers.BertModel(config), tokenizer):
+        part.save_pretrained(folder)
+    counts = [3] * 30 + [4] * 25 + [9] * 5
+    lines = [" ".join(f"word{int(i)}" for i in torch.randint(0, 30, (n,))) for n in counts]
+    (folder / "texts.txt").write_text("\n".join(lines))
+    return ["--hf", folder, "--texts", folder / "texts.txt", "--cpu"]
+
+
+def test_a_hugging_face_model_with_texts_of_one_length(bert, tmp_path, capsys):
+    name = "encoder.layer.0.output.dense"
+    for flags, length, n in ((["--one_length"], 5, 30), (["--one_length", "6"], 6, 25)):
+        profile = run(tmp_path, *bert, *flags)
+        assert (profile.settings["one_length"], profile.settings["nsamples"]) == (length, n)
+        assert profile.layers[name].features == length * 16
+        assert "padding takes" not in capsys.readouterr().out
+    for flags in (["-n", "31", "--one_length"], ["--one_length", "10"]):
+        with pytest.raises(UserError, match="give a smaller -n, or another length .30 have 5, 25"):
+            run(tmp_path, *bert, *flags)
+
+
+def test_longer_texts_are_left_out_and_padding_is_told_before(bert, tmp_path, capsys):
+    profile = run(tmp_path / "all", *bert)
+    out = capsys.readouterr().out
+    share = 1 - (30 * 5 + 25 * 6 + 5 * 11) / (60 * 11)
+    assert f"padding takes {share:.0%} of the work" in out
+    assert out.index("padding takes") < out.index("forward work")
+    profile = run(tmp_path / "short", *bert, "--max_tokens", "6")
+    assert profile.settings["nsamples"] == 55
+    assert "5 samples have longer texts than --max_tokens 6" in profile.remarks
+    assert f"padding takes {1 - 300 / 330:.0%} of the work" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max_tokens 4 leaves 0 samples"):
+        run(tmp_path / "none", *bert, "--max_tokens", "4")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["-s", "--one_length"], "-s has the samples of the run before"),
+        (["--hf", "x", "--images", "x", "--one_length"], "without --texts"),
+        (["--hf", "x", "--images", "x", "--max_tokens", "9"], "without --texts"),
+        (["--max_tokens", "9"], "max_tokens goes with --hf"),
+        (["--one_length", "0"], "a whole number from 1"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        ComputeID.parse_args(flags)
+    assert re.search(message, capsys.readouterr().err)
