@@ -177,6 +177,7 @@ elif flags["init_lr"] == "0":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     (folder / "waits").touch()
     time.sleep(60)
+    print("it slept enough")
 else:
     print("trained", flush=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
@@ -261,6 +262,7 @@ def test_a_signal_stops_the_commands_that_run(scripts):
         run(scripts, "--processes=2", lr=0)
     assert ended.value.code == 75
     assert not list((scripts / "out").glob("*-1"))
+    assert [file.with_name("output.txt").read_text() for file in waiting] == ["", ""]
 
 
 def test_a_cell_through_the_trainers_themselves(tmp_path, scenes):
