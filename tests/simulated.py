@@ -52,9 +52,6 @@ class SimTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return DEVICE.run(func, args, kwargs or {})
 
-    def data_ptr(self) -> int:
-        return self.inner.data_ptr()
-
     def __getitem__(self, index):
         return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
 

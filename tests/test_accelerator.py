@@ -171,7 +171,11 @@ def test_resumes_on_another_kind_of_device(folder, device, back):
     agree(result(whole), result(run(folder, "caption", name, f"{flags} {then}")))
 
 
-def test_an_accelerator_trains_in_bfloat16_and_keeps_the_weights_types(folder, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("accelerated", "amp", "half"),
+    [(True, "auto", True), (False, "auto", False), (False, "bf16", True)],
+)
+def test_amp_chooses_the_precision_of_products(folder, device, monkeypatch, accelerated, amp, half):
     linear, types = nn.Linear.forward, set()
 
     def noted(self, x):
@@ -180,9 +184,11 @@ def test_an_accelerator_trains_in_bfloat16_and_keeps_the_weights_types(folder, d
         return out
 
     monkeypatch.setattr(nn.Linear, "forward", noted)
-    done = run(folder, "caption", "bf16", f"{PRUNE} --device {device}")
-    assert types == {torch.bfloat16}
-    assert {x.dtype for x in result(done).values()} == {torch.get_default_dtype()}
+    flags = f"--device {device if accelerated else 'cpu'} --amp {amp} --max_steps 4"
+    done = run(folder, "caption", f"{accelerated}_{amp}", f"{PRUNE} {flags}")
+    own = torch.get_default_dtype()
+    assert types == {torch.bfloat16 if half else own}
+    assert {x.dtype for x in result(done).values()} == {own}
     assert log_of(done)[-1]["loss"] < 10 and log_of(done)[-1]["val_CIDEr"] >= 0
 
 

@@ -5,7 +5,6 @@ import math
 from itertools import count
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.samplers import TrainBatchSampler
@@ -13,7 +12,7 @@ from engine import loop
 from engine.loop import is_best
 from models import Captioner
 from tests import runs
-from tests.runs import log_of, result, write_config
+from tests.runs import log_of, write_config
 
 
 @pytest.fixture
@@ -102,20 +101,3 @@ def test_printed_losses_are_means_over_their_steps(train):
     printed = printed_losses(folder)
     expected = [(printed[3] + printed[6]) / 2, printed[9]]  # kept in float32
     assert [line["loss"] for line in log_of(folder)] == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("amp", "dtype"), [("bf16", torch.bfloat16), ("off", torch.float32), ("auto", torch.float32)]
-)
-def test_amp_chooses_the_precision_of_products(train, monkeypatch, amp, dtype):
-    seen, forward = set(), torch.nn.Linear.forward
-
-    def noted(self, x):
-        out = forward(self, x)
-        seen.add(out.dtype)
-        return out
-
-    monkeypatch.setattr(torch.nn.Linear, "forward", noted)
-    folder = train(f"--max_steps 1 --amp {amp}")
-    assert seen == {dtype}
-    assert {tensor.dtype for tensor in result(folder).values()} == {torch.float32}
