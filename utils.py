@@ -50,8 +50,8 @@ def lazy_names(places: dict[str, str]) -> Callable[[str], object]:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator:
-    """Opens a file that appears under its name whole, on disk, or not at all."""
-    path = Path(path)
+    """Opens a file that appears under its name whole, on disk, or not at all; links stay links."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,11 @@ def peak_memory(device: str | torch.device, field: str = "VmHWM") -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024
 
 
+def document(benchmark: str, device: str | torch.device = "cpu", **results) -> dict:
+    """What was measured and where."""
+    return {"benchmark": benchmark, "machine": machine_of(torch.device(device)), **results}
+
+
 def print_document(benchmark: str, device: str | torch.device = "cpu", **results) -> None:
-    """Prints what was measured and where, one line of JSON, the last of a benchmark."""
-    machine = machine_of(torch.device(device))
-    print(json.dumps({"benchmark": benchmark, "machine": machine, **results}))
+    """Prints the document, one line of JSON, the last of a benchmark."""
+    print(json.dumps(document(benchmark, device, **results)))

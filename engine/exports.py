@@ -9,9 +9,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.tasks import TASKS
-from models import compressed
+from models import compressed, huggingface, onnx
 from models.checkpoint import load_trained, stored_tensors
-from models.huggingface import write_folder
 from reports import costs
 from utils import UserError, whole_folder
 
@@ -28,8 +27,12 @@ def export(args: argparse.Namespace, config: dict) -> None:
                 compressed.write(out, weights)
             else:
                 with whole_folder(out) as folder:
-                    write_folder(model, config, folder, dict(weights))
-                reader += f", or BlipForConditionalGeneration.from_pretrained('{out}')"
+                    if args.to == "onnx":
+                        print(onnx.write_folder(model, config, folder))
+                        reader = "onnxruntime, as docs/onnx.md shows"
+                    else:
+                        huggingface.write_folder(model, config, folder, dict(weights))
+                        reader += f", or BlipForConditionalGeneration.from_pretrained('{out}')"
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write {out} ({error}): make room, or choose --out") from error
         size = sum(file.stat().st_size for file in (out, *out.rglob("*")) if file.is_file())

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from data.samplers import derived_seed
 from engine import checkpoints
 from engine.digests import content_hash, data_digests, model_hash
 from engine.experiment import Run
@@ -96,7 +97,7 @@ def build_state(
         checkpoints.check_disk_space(run.folder, model, pruner, max(1, flags.keep_checkpoints))
     identity = {
         **run.identity(),
-        "processes": process.world_size,
+        "samples of a step": run.samples_per_step,
         "samples": len(dataset),
         **asdict(plan),
         **data_digests(config, dataset.records),
@@ -190,12 +191,20 @@ def resume(run: Run, state: TrainState, found: dict | None) -> None:
         if state.pruner:
             state.pruner.load_state_dict(found["pruner"])
         state.progress = Progress(**found["progress"])
-        rng, device = found["rng"][run.process.rank], run.process.device
-        torch.set_rng_state(rng["cpu"])
-        if device.type != "cpu" and device.type in rng:  # else the run was on another kind
-            torch.get_device_module(device).set_rng_state(rng[device.type], device)
         done, total = state.progress.step, state.plan.total_steps
         run.say(f"resumed from {found['path']}: {done} of {total} steps done")
+        before, now = len(found["rng"]), run.process.world_size
+        if before == now:
+            rng, device = found["rng"][run.process.rank], run.process.device
+            torch.set_rng_state(rng["cpu"])
+            if device.type != "cpu" and device.type in rng:  # else the run was on another kind
+                torch.get_device_module(device).set_rng_state(rng[device.type], device)
+        else:
+            seed_everything(derived_seed(run.flags.seed, done, run.process.rank) % 2**32)
+            run.say(
+                f"{now} process(es) where there were {before}: the same samples in each step, but "
+                "sums of another order, and other draws of dropout"
+            )
     # which would pass for the newest of this run
     state.replaced = checkpoints.step_files(run.checkpoints, after=state.progress.step)
 

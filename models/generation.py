@@ -180,6 +180,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """
     float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     dense = isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32
-    if float32 and dense and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    here = x.device.type == "cpu" and not torch.compiler.is_exporting()
+    if float32 and dense and here and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
     return layer(x)

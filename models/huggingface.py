@@ -11,6 +11,8 @@ from transformers import BlipConfig, BlipImageProcessor, BlipProcessor, Generati
 from data.transforms import CLIP_MEAN, CLIP_STD
 from models.captioner import Captioner
 from models.checkpoint import hugging_face_name
+from models.text import write_vocabulary
+from utils import write_json
 
 _HEAD = "text_decoder.cls.predictions"
 _TIED = {  # names that transformers 4 wants in the file, and version 5 ties
@@ -50,10 +52,10 @@ def write_folder(model: Captioner, config: dict, folder: Path, weights: dict[str
     size = dict.fromkeys(("height", "width"), config["image_size"])
     images = BlipImageProcessor(size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD))
     BlipProcessor(images, tokenizer).save_pretrained(folder)
-    images.save_pretrained(folder)  # `preprocessor_config.json`, which transformers 4 reads
-    words = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
-    # a config of ours may name the folder as its tokenizer
-    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    images.save_pretrained(folder)  # `preprocessor_config.json`, which all versions read
+    # in version 5 the processor's file repeats it, on which 4.46 stumbles
+    write_json(folder / "processor_config.json", {"processor_class": "BlipProcessor"})
+    write_vocabulary(tokenizer, folder)  # a config of ours may name the folder as its tokenizer
     weights = weights | {name: weights[source].clone() for name, source in _TIED.items()}
     renamed = {hugging_face_name(name): value.contiguous() for name, value in weights.items()}
     safetensors.torch.save_file(renamed, folder / "model.safetensors", {"format": "pt"})

@@ -121,3 +121,9 @@ def vocabulary_file(name: str) -> Path:
 
 def _address(name: str) -> str:
     return f"{constants.ENDPOINT}/{name}/resolve/main/vocab.txt"
+
+
+def write_vocabulary(tokenizer: BertTokenizer, folder: Path) -> None:
+    """Writes the `vocab.txt` that `load_tokenizer` reads."""
+    words = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")

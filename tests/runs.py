@@ -194,7 +194,13 @@ def start(
     log: Path | None = None,
     before: Callable[[int], None] | None = None,
 ) -> list:
-    """Starts a script in one process or several, which call before(rank); stderr goes to `log`."""
+    """Starts a script in one process or several, which call before(rank); stderr goes to `log`.
+
+    On an accelerator each process wants one of its own; other processes see no simulated one.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device and (device.type == "sim" or torch.accelerator.device_count() < world_size):
+        pytest.skip(f"{world_size} process(es) do not have a {device.type} each")
     port = free_port()
     started = [
         processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log, before))

@@ -249,6 +249,8 @@ def test_mistakes(captioner, tmp_path, flags, message):
         compute_id(tmp_path, *captioner, *flags)
 
 
+@pytest.mark.cpu
+@pytest.mark.cpu
 def test_one_gpu_for_several_processes(monkeypatch):
     flags = {(False, 3): "cuda:3", (False, None): "auto", (True, None): "cpu"}
     assert [profiling.chosen_device(*given) for given in flags] == [*flags.values()]

@@ -132,6 +132,8 @@ def test_the_folder_holds_how_we_caption_and_what_transformers_4_looks_for(expor
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     size = json.loads((folder / "preprocessor_config.json").read_text())["size"]
     assert size == {"height": 32, "width": 32}
+    processor = json.loads((folder / "processor_config.json").read_text())
+    assert processor == {"processor_class": "BlipProcessor"}  # 4.46 takes no more
     weights, name = load_file(folder / "model.safetensors"), "text_decoder.cls.predictions.decoder"
     head = model.text_decoder.cls.predictions.decoder  # whose weight it does not tie
     assert torch.equal(weights[f"{name}.weight"], head.weight)

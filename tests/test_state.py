@@ -237,8 +237,8 @@ def test_what_a_name_stands_for_counts_and_not_the_name(scenes, tmp_path):
 
 
 IDENTITY_FLAGS = "seed amp pruner_name beta1 beta2 deltaT initial_threshold final_threshold".split()
-IDENTITY_FLAGS += "initial_warmup final_warmup gradient_accumulation_steps".split()
-IDENTITY_KEYS = "image_size vit prompt max_words max_tokens augment batch_size".split()
+IDENTITY_FLAGS += "initial_warmup final_warmup".split()
+IDENTITY_KEYS = "image_size vit prompt max_words max_tokens augment".split()
 IDENTITY_KEYS += "init_lr min_lr weight_decay".split()
 
 
@@ -254,9 +254,10 @@ def test_the_flags_and_keys_that_make_another_run(plain):
         assert (changed.identity() != run.identity()) == (key in IDENTITY_KEYS), key
 
 
-def test_processes_and_steps_make_another_run(plain):
+def test_samples_and_steps_make_another_run(plain):
     own = plain[1].identity
-    for key in ("processes", "samples", "steps_per_epoch", "epochs", "total_steps", "warmup_steps"):
+    keys = "samples,samples of a step,steps_per_epoch,epochs,total_steps,warmup_steps".split(",")
+    for key in keys:
         with pytest.raises(UserError, match=f"another run: {key} was {own[key]}, is 99"):
             check_identity(own, own | {key: 99}, "path")
 
@@ -285,7 +286,7 @@ def test_checkpoints_of_earlier_versions_are_compared_by_what_they_hold(plain, t
     with pytest.raises(UserError, match="seed was 1, is 2"):
         check_identity({"seed": 1}, {"seed": 2, "new": 2}, tmp_path)
     of_files = "starting weights|tokenizer|training annotation|ID profile".split("|")
-    earlier = {*IDENTITY_FLAGS, *IDENTITY_KEYS, "processes", "samples", "content of med_config"}
+    earlier = {*IDENTITY_FLAGS, *IDENTITY_KEYS, "samples", "content of med_config"}
     assert earlier | {f"content of the {name}" for name in of_files} <= plain[1].identity.keys()
 
 

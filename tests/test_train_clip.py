@@ -14,6 +14,7 @@ from utils import UserError
 
 SCRIPT = "train_clip_flickr30k"
 PRUNE = ["--warmup_steps", "2", "--deltaT", "2", "--final_threshold", "0.4", "--final_warmup", "1"]
+PRUNE += ["--amp", "off"]
 
 
 @pytest.fixture(scope="module")

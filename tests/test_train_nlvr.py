@@ -12,6 +12,7 @@ from utils import UserError
 
 HELD_OUT = {"dev": 11, "test": 6}  # which do not divide by 2 processes and batches of 4
 PRUNE = ["--final_threshold", "0.4", "--warmup_steps", "2", "--final_warmup", "2", "--deltaT", "3"]
+PRUNE += ["--amp", "off"]
 
 
 @pytest.fixture(scope="module")
