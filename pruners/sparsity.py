@@ -25,10 +25,10 @@ def sparsity_report(layers: dict[str, nn.Module], kinds: dict[str, str] | None =
     ).tolist()
     numel = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
     zeros = {name: numel[name] - count for name, count in zip(layers, nonzero, strict=True)}
-    kinds = kinds or {n: modality(n) if n.startswith(TOWERS) else "other" for n in layers}
     members = defaultdict(list)
     for name in layers:
-        members[kinds[name]].append(name)
+        known = modality(name) if name.startswith(TOWERS) else "other"
+        members[kinds[name] if kinds else known].append(name)
 
     def share(names) -> float:
         return sum(zeros[n] for n in names) / sum(numel[n] for n in names)

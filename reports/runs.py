@@ -70,7 +70,7 @@ def read_run(folder: Path) -> RunFolder:
     trained, evaluated = (_record(folder / f"{name}.json") for name in ("config", "evaluation"))
     trained = trained or _record(folder / PRUNING_FILE)
     if sparsity is None and trained is None:
-        remedy = "name folders that the training scripts or prune.py wrote"
+        remedy = "name folders that the training scripts (also with --evaluate) or prune.py wrote"
         raise UserError(f"{folder} holds no run: {remedy}")
     flags, config = (trained[key] if trained else {} for key in ("flags", "config"))
     profile = flags.get("id_profile") or (config["id_profile"] if flags.get("useID") else "")

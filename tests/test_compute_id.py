@@ -97,7 +97,7 @@ def test_captioner(captioner, whole):
     assert all(layer.id > 1 for layer in profile.layers.values())
     assert profile.settings["nsamples"] == N
     files = {"ID.txt", "result_id.txt", "result_bar.txt", "dim.txt", "profile.json"}
-    files |= {"ID.png", "scale.png", "distances"}
+    files |= {"ID.png", "scale.png", "estimators.png", "distances"}
     assert {path.name for path in folder.iterdir()} == files
 
 
