@@ -19,6 +19,7 @@ from configs import COUNT, FROM_ZERO, Number, load_config
 from utils import launch, lazy_names, user_path
 
 DEFAULT_CONFIG = "configs/caption_coco.yaml"
+HUB_ONLY = "images texts decoder_texts max_tokens".split()
 OURS_ONLY = "skip keep_padding skip_bad_images pretrained pruned".split()  # not with --hf
 __getattr__ = lazy_names({"PartialProfile": "dimension.profile"})
 
@@ -30,21 +31,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add, path = parser.add_argument, user_path
     samples = Number(int, 3)  # an ID needs three points
-    add(
-        "-n",
-        "--nsamples",
-        type=samples,
-        help="samples of the training set (2000; with --hf at most)",
-    )
+    add("-n", "--nsamples", type=samples, help="training samples (2000; with --hf at most)")
     add("--Path", type=path, help="folder of results (ID/Blip_coco, or ID/ and the model's name)")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="the CPU as device")
-    device.add_argument(
-        "--gpu",
-        type=FROM_ZERO,
-        metavar="N",
-        help="index of the GPU; default: a GPU if there is one",
-    )
+    device.add_argument("--gpu", type=FROM_ZERO, metavar="N", help="GPU's index (one, if any)")
     add("-s", "--skip", action="store_true", help="other estimates from kept distances, no model")
     add("--save_distances", action="store_true", help="keep distances for -s, 4 n^2 bytes a layer")
     fraction = Number(float, 0, 1)
@@ -52,14 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     estimators = {"choices": ["twonn", "gride", "mle"], "default": "twonn"}
     add("--estimator", **estimators, help="TwoNN, Gride or maximum likelihood (twonn)")
     one = {"nargs": "?", "type": COUNT, "const": 0, "metavar": "TOKENS"}
-    add(
-        "--one_length", **one, help="samples whose texts have as many tokens (the commonest number)"
-    )
+    add("--one_length", **one, help="samples with texts of one length only (the commonest)")
     add("--keep_padding", action="store_true", help="a batch's padding counts, like the original's")
     add("--skip_bad_images", action="store_true", help="other samples for unreadable images")
-    memory = (
-        "GB for activations, states and matrices of a process; default: a share of what is free"
-    )
+    memory = "GB for outputs, states and matrices of a process (a share of what is free)"
     add("--memory_gb", type=Number(float, 0), help=memory)
     beside = {"nargs": "+", "type": path, "default": [], "metavar": "PROFILE"}
     add("--compare", **beside, help="profiles to draw beside it")
@@ -74,9 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decoder_texts", type=path, metavar="FILE", help="with --hf: a decoder's text for each")
     add("--max_tokens", type=COUNT, metavar="N", help="with --hf: no samples with longer texts")
     args = parser.parse_args(argv)
-    for flag in (
-        ("images", "texts", "decoder_texts", "max_tokens") if args.hf is None else OURS_ONLY
-    ):
+    for flag in HUB_ONLY if args.hf is None else OURS_ONLY:
         if getattr(args, flag):
             how = "goes with --hf" if args.hf is None else "does not go with --hf"
             parser.error(f"argument --{flag} {how}")

@@ -84,8 +84,7 @@ def measure(
         names = list(dict.fromkeys(layer.name for layer in shape.layers))
         plan = plan_capture([shape], set(names), inputs, inputs.n, budget, to_the_end=True)
         print(f"{inputs.n} samples, {len(names)} layers\n{plan}", flush=True)
-        for sentence in [*remarks, *left_out_remarks(left_out)]:
-            print(sentence, flush=True)
+        print("\n".join([*remarks, *left_out_remarks(left_out)]), flush=True)
         capture = Capture(plan, modules, inputs, inputs.device)
         for name, features, distances in capture:
             try:
@@ -169,14 +168,9 @@ def reseed(device: torch.device, *parts: int) -> None:
 
 
 class Batches:
-    """The inputs of any model, as `Capture` reads them.
+    """The inputs of any model, as `Capture` reads them: n samples at most, on the model's device.
 
-    Attributes:
-        device: the model's device.
-        first: the first batch, on the device.
-        batch_size: number of its samples.
-        n: number of samples to measure with, at most.
-        tensors: inputs that stay in memory: none.
+    `first` is the first batch, of `batch_size` samples; no inputs (`tensors`) stay in memory.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable, n: int, seed: int):
@@ -308,17 +302,11 @@ def _mark(batch: dict) -> list[int]:
 
 
 class _Output(NamedTuple):
-    """What a call of a layer gave for a few samples.
+    """What a call of a layer gave for a few samples."""
 
-    Attributes:
-        flops: floating-point operations of all samples from the start of the forward.
-        size: tokens and width of a sample's representation; None where `problem` says why.
-        prints: (B, at most PRINT_SIZE) elements of the representations.
-    """
-
-    flops: int
-    size: tuple[int, ...] | None
-    prints: Tensor | None
+    flops: int  # of all samples from the start of the forward
+    size: tuple[int, ...] | None  # tokens and width of a sample; None where there is a problem
+    prints: Tensor | None  # (B, at most PRINT_SIZE) elements of the representations
     problem: str = ""
 
     def same_sample(self, other: "_Output | None", row: int) -> bool:
@@ -339,16 +327,13 @@ def trace_forward(
 ) -> tuple[StageShape, dict[str, str], list[str]]:
     """Runs two samples to learn which layers run, in what order, and what they give.
 
-    Returns:
-        The forward as a stage, in which all calls of a layer stand where its last one is. Layer
-        name to reason, for the layers left out. Sentences for the profile's reader.
+    Returns the forward as a stage, in which all calls of a layer stand where its last one is; layer
+    name to reason, for the layers left out; sentences for the profile's reader.
     """
     counter = FlopCounterMode(display=False)
 
     def run(batch, draws: int = 0) -> dict[Call, _Output]:
-        found: dict[Call, _Output] = {}
-        calls: Counter[str] = Counter()
-        samples = count_samples(batch)
+        found, calls, samples = {}, Counter(), count_samples(batch)
 
         def note(name: str, module, args, output) -> None:
             flops, key = counter.get_total_flops(), (name, calls[name])
@@ -427,8 +412,7 @@ def _masks(outputs: dict[Call, _Output], batch, run: Run) -> tuple[dict[Call, st
 
     These outputs are as long as a mask and become shorter when its texts do.
     """
-    found: dict[Call, str] = {}
-    remarks = []
+    found, remarks = {}, []
     for name, mask in text_masks(batch).items():
         length, shorter = mask.shape[1], None
         for labels in (False, True):  # of the decoder, or of the texts themselves

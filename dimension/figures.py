@@ -54,12 +54,11 @@ def plot_depth(profile: IDProfile) -> Figure:
     """ID of each layer with its error bar, against its position in the model."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    kinds = profile.kinds()
     for kind, (colour, marker, fill) in STYLES.items():
         layers = [
             (position, layer.id, math.nan if layer.error is None else layer.error)
             for position, (name, layer) in enumerate(profile.layers.items())
-            if (kinds.get(name) or layer_kind(name)) == kind
+            if (layer.kind or layer_kind(name)) == kind
         ]
         if layers:
             x, y, error = zip(*layers, strict=True)
@@ -73,9 +72,8 @@ def plot_comparison(
 ) -> Figure:
     """IDs of several models against relative depth, overlaid as in the paper's figure.
 
-    Args:
-        profiles: label to a mapping from layer name to ID, layers in forward order.
-        kinds: label to a mapping from layer name to kind, where the names do not tell it.
+    `profiles` has layer names to IDs, in forward order, by label; `kinds` has layer names to kinds
+    by label, where the names do not show them.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()

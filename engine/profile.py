@@ -63,14 +63,14 @@ def run(args: argparse.Namespace, config: dict | None) -> None:
     """Measures or estimates again, then writes and draws; `config` is None with --hf and -s."""
     for path in args.compare:
         load_profile(path)  # a mistake here must not wait for the end
-    folder = Path(args.Path)
+    estimation, folder = Estimation(args.fraction, args.seed, args.estimator), Path(args.Path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write to --Path {folder}: {error}; choose another") from error
     if args.skip:
-        profile = estimate_again(folder, Estimation(args.fraction, args.seed, args.estimator))
+        profile = estimate_again(folder, estimation)
     else:
         process = init_distributed(chosen_device(args.cpu, args.gpu), timeout_s=PATIENCE_S)
         keep_freed_memory(process.device)

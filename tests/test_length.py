@@ -8,13 +8,14 @@ import transformers
 from torch import nn
 
 import ComputeID
+import study
 from configs import load_config
 from data.caption_dataset import build_caption_datasets
 from dimension import measure
-from dimension.profile import IDProfile, LayerID, make_remarks
+from dimension.profile import IDProfile, LayerID, load_profile, make_remarks
 from models import build_captioner
 from tests.runs import make_scenes, write_config
-from utils import UserError
+from utils import UserError, write_json
 
 N = 60
 LENGTHS = 3 + torch.arange(N) % 6
@@ -61,26 +62,17 @@ def test_each_layer_has_the_lengths_of_neighbours_and_its_largest_channel():
         assert layer.same_length == pytest.approx(same)
         assert layer.by_chance == pytest.approx(chance)
         variance = points.var(0).sum(0)
-        assert layer.largest_channel == pytest.approx(
-            (variance.max() / variance.sum()).item(), rel=1e-5
-        )
-    assert profile.layers["massive"].same_length == 1 and profile.layers["massive"].id < 50
-    found = {
-        x.split(" (most in ")[0].split("layers ")[1]: x for x in profile.remarks if "most" in x
-    }
-    lengths, channel = "neighbours have texts", "a single channel"
-    (lengths,) = [x for key, x in found.items() if key.startswith(lengths)]
-    (channel,) = [x for key, x in found.items() if key.startswith(channel)]
-    for remark in (lengths, channel):
-        assert remark.startswith("in 1 of 3 layers") and remark.endswith(": massive")
-        assert "--one_length" in remark
+        largest = (variance.max() / variance.sum()).item()
+        assert layer.largest_channel == pytest.approx(largest, rel=1e-5)
+    assert profile.layers["massive"].same_length == 1
+    for sign in ("neighbours have texts of the same length", "a single channel has most"):
+        (remark,) = [x for x in profile.remarks if x.startswith(f"in 1 of 3 layers {sign}")]
+        assert remark.endswith(": massive") and "--one_length" in remark
 
 
-def test_without_texts_and_with_texts_of_one_length_nothing_is_remarked():
-    profile = measure(nn.Linear(16, 8), torch.randn(N, 4, 16).split(7))
-    (layer,) = profile.layers.values()
+def test_texts_of_one_length_are_not_remarked_on_and_pictures_have_none():
+    (layer,) = measure(nn.Linear(16, 8), torch.randn(N, 4, 16).split(7)).layers.values()
     assert layer.same_length is layer.by_chance is None
-    assert not any("length" in remark for remark in profile.remarks)
     profile = measure(Texts(), batches(torch.ones(N, 8, dtype=torch.long))[1])
     assert {(x.same_length, x.by_chance) for x in profile.layers.values()} == {(1.0, 1.0)}
     assert not any("length far" in remark for remark in profile.remarks)
@@ -180,3 +172,15 @@ def test_flags_that_do_not_go_together(flags, message, capsys):
     with pytest.raises(SystemExit):
         ComputeID.parse_args(flags)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_study_weighs_with_the_profile_of_one_length(tmp_path):
+    """It stands beside the profile of the IDs."""
+    write_json(tmp_path / "ids.json", {"a": 1.0, "b": 2.0})
+    write_json(tmp_path / "ids_one_length.json", {"a": 3.0, "b": 2.5})
+    cell = study.Cell("caption", "PLATON", 0.1, "ID, one length", 0)
+    setting = {"config": "c", "id_profile": str(tmp_path / "ids.json"), "flags": []}
+    args = study.parse_args(["--preset=embedded", f"--output_dir={tmp_path}"])
+    training, _ = study.commands(cell, setting | {"validation": 1}, args)
+    (profile,) = [x.partition("=")[2] for x in training if x.startswith("--id_profile")]
+    assert load_profile(profile) == {"a": 3.0, "b": 2.5}

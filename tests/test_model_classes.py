@@ -53,7 +53,10 @@ def pictures(size=16):
 
 
 def both(image_tokens=0):
-    return texts(image_tokens=image_tokens) | pictures()
+    given = texts(image_tokens=image_tokens) | pictures()
+    last = given["attention_mask"].sum(1) - 1
+    given["input_ids"][torch.arange(N), last] = WORDS - 1  # the end, where CLIP looks for it
+    return given
 
 
 def two_texts():
@@ -65,21 +68,15 @@ def inputs_of_perceiver():
     return {"inputs": given["input_ids"], "attention_mask": given["attention_mask"]}
 
 
-def clip_texts():
-    given = both()
-    given["input_ids"][torch.arange(N), given["attention_mask"].sum(1) - 1] = WORDS - 1
-    return given
-
-
 def of(name, inputs, *parts, model="Model", **sizes):
     """A class of transformers with its config's sizes, and what makes its inputs."""
-    made = [getattr(transformers, f"{part}Config")(**given) for part, given in parts]
     keys = ("text_config", "vision_config", "qformer_config")
-    config = {} if not made else dict(zip(keys, made, strict=False))
+    made = (getattr(transformers, f"{part}Config")(**given) for part, given in parts)
+    config = dict(zip(keys, made, strict=False)) | sizes
 
     def make():
         kind = getattr(transformers, f"{name}Config")
-        return getattr(transformers, name + model)(kind(**config, **sizes))
+        return getattr(transformers, name + model)(kind(**config))
 
     return make, inputs
 
@@ -99,7 +96,7 @@ def of_timm(name, size=16, **sizes):
 SMALL = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 CLASSES = {
     "SigLIP": of("Siglip", both, ("SiglipText", SHORT), ("SiglipVision", BLOCK | IMAGE)),
-    "CLIP": of("CLIP", clip_texts, ("CLIPText", SHORT | {"eos_token_id": WORDS - 1}),
+    "CLIP": of("CLIP", both, ("CLIPText", SHORT | {"eos_token_id": WORDS - 1}),
                ("CLIPVision", BLOCK | IMAGE)),
     "CaiT": of_timm("cait_xxs24_224", **SMALL),
     "EVA-02": of_timm("eva02_tiny_patch14_224", **SMALL),
