@@ -43,7 +43,15 @@ from engine.tasks import TASKS, later
 from evaluation.ptb import ptb_tokenize
 from reports.runs import CHECKPOINTS, PRUNED_FILE
 from reports.tables import markdown
-from utils import UserError, atomic_write, available_cpus, launch, user_path, write_json
+from utils import (
+    UserError,
+    atomic_write,
+    available_cpus,
+    launch,
+    script_parser,
+    user_path,
+    write_json,
+)
 
 ROOT = Path(__file__).parent
 SCORES = {task: ("loss", TASKS[task].best_by) for task in ("caption", "nlvr")}
@@ -64,6 +72,7 @@ Group = tuple[str, str, tuple[float, ...]]  # task, method, and fractions that r
 modality, load_profile = later("models.layers:modality"), later("dimension.profile:load_profile")
 choose_device = later("engine.processes:choose_device")
 machine_of = later("engine.processes:machine_of")
+modality_means = later("pruners.oneshot:modality_means")
 new_figure, settings = later("matplotlib.figure:Figure"), later("matplotlib:rc_context")
 
 
@@ -175,16 +184,15 @@ def weigh(weighting: str, ids: dict[str, float], seed: int) -> dict[str, float]:
 
     Only the ratios of its numbers matter, because the threshold is global.
     """
-    if weighting in (SHUFFLED, WITHIN, MEAN):
+    if weighting == MEAN:
+        return modality_means(ids, {name: modality(name) for name in ids})
+    if weighting in (SHUFFLED, WITHIN):
         parts, profile = defaultdict(list), {}
         for name in ids:
             parts[weighting == SHUFFLED or modality(name)].append(name)
         for names in parts.values():
             values = [ids[name] for name in names]
-            if weighting == MEAN:
-                values = [sum(values) / len(values)] * len(values)
-            else:
-                random.Random(seed).shuffle(values)
+            random.Random(seed).shuffle(values)
             profile |= zip(names, values, strict=True)
         return profile
     try:
@@ -391,7 +399,7 @@ def report(study: Study, path: Path) -> Path:
         fractions = tuple(fraction for fraction in study.pooled if fraction in known)
         head = {"task": task, "method": method, "sparsity": pruned(fractions)}
         verdicts += [head | row for row in comparisons(study, (task, method, fractions))]
-    for plot in (plot_scores, plot_differences, plot_sparsity) if found else ():
+    for plot in (plot_scores, plot_differences) if found else ():
         sentence = " ".join(plot.__doc__.split())
         picture = page.with_name(f"{path.stem}_{plot.__name__.removeprefix('plot_')}.png")
         with settings({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
@@ -469,23 +477,6 @@ def plot_differences(study: Study):
     return figure
 
 
-def plot_sparsity(study: Study):
-    """Share pruned in vision and language layers: means over seeds."""
-    found = groups(study)
-    rows, columns = -(-len(found) // 4), min(len(found), 4)
-    figure = new_figure(figsize=(3.2 * columns, 3.4 * rows + 0.4), layout="constrained")
-    for place, (title, group) in enumerate(found.items(), start=1):
-        panel = figure.add_subplot(rows, columns, place, title=title, ylabel="pruned, %")
-        for kind, marker in (("vision", "o"), ("language", "s")):
-            shares = matched(study, group, kind)
-            means = [100 * values.mean() for values in shares.values()]
-            panel.plot(means, marker, label=f"{kind} layers")
-        panel.axhline(100 * (1 - group[2][0]), color="gray", ls="--", lw=1, label="all layers")
-        panel.set_xticks(range(len(shares)), shares, rotation=60, ha="right")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
-
-
 def main(args: argparse.Namespace) -> None:
     """Runs the cells that have no result, and reports."""
     if args.preset:  # small models are slower on more threads; before torch is imported
@@ -503,10 +494,8 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, path = parser.add_argument, user_path
+    parser, path = script_parser(__doc__), user_path
+    add = parser.add_argument
     add("--preset", choices=["embedded"], help="study of configs/studies")
     add("--config", type=path, help="YAML file of an experiment (captions, NLVR2), for a new study")
     add("--id_profile", type=path, help="IDs by layer, for a new study")

@@ -132,7 +132,7 @@ def read_allocation(
     path = args.id_profile or config["id_profile"]
     profile = load_profile(path)
     if args.allocation == "inverse":
-        return path, oneshot.inverse(profile)
+        return path, {name: 1 / value for name, value in profile.items()}
     kinds = {name: modality(name) for name in profile} | load_kinds(path)
     return path, oneshot.modality_means(profile, kinds)
 

@@ -217,11 +217,6 @@ def modality_means(profile: Mapping[str, float], kinds: Mapping[str, str]) -> di
     return {name: fmean(members[kinds[name]]) for name in profile}
 
 
-def inverse(profile: Mapping[str, float]) -> dict[str, float]:
-    """1 / w of each layer: the control that prunes where the profile spares."""
-    return {name: 1 / value for name, value in profile.items()}
-
-
 def input_norms(
     model: nn.Module, layers: dict[str, nn.Module], batches: Iterable, run: Callable
 ) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from models.captioner import build_captioner
-from pruners.oneshot import allocate, inverse, lowest, modality_means, prune_
+from pruners.oneshot import allocate, lowest, modality_means, prune_
 from utils import UserError
 
 N = 6  # samples
@@ -213,7 +213,6 @@ def test_allocation_keeps_more_where_the_profile_is_higher(sparsity):
 def test_profiles_of_controls():
     profile, kinds = {"a": 1.0, "b": 3.0, "c": 8.0}, {"a": "vision", "b": "vision", "c": "text"}
     assert modality_means(profile, kinds) == {"a": 2.0, "b": 2.0, "c": 8.0}
-    assert inverse(profile) == {"a": 1.0, "b": 1 / 3, "c": 0.125}
 
 
 def test_heads_and_tied_weights_are_left_out_and_said():

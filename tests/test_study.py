@@ -363,7 +363,7 @@ def test_the_page_of_the_repositorys_study_is_the_one_in_docs(embedded, tmp_path
     (tmp_path / "study.md").write_text(page)
     assert study.report(embedded, tmp_path / "study.json").read_text() == page
     figures = {path.name for path in tmp_path.glob("*.png")}
-    assert figures == {f"study_{name}.png" for name in ("scores", "differences", "sparsity")}
+    assert figures == {"study_scores.png", "study_differences.png"}
 
 
 def test_a_page_keeps_what_people_wrote(tmp_path):
@@ -376,13 +376,11 @@ def test_a_page_keeps_what_people_wrote(tmp_path):
 
 def test_figures_draw_means_differences_and_shares():
     losses = {(f, w, s): f + s - (w == ID) for f in (0.2, 0.1) for w in (NONE, ID) for s in (0, 1)}
-    scores, differences, shares = (
-        plot(study_of(losses)).axes[0].lines
-        for plot in (study.plot_scores, study.plot_differences, study.plot_sparsity)
+    scores, differences = (
+        plot(study_of(losses)).axes[0].lines for plot in (study.plot_scores, study.plot_differences)
     )
     assert [line.get_ydata().tolist() for line in scores] == [
         pytest.approx([0.7, 0.6]),
         pytest.approx([-0.3, -0.4]),
     ]
     assert differences[0].get_xydata().tolist() == [[pytest.approx(-1), 1]] * 2
-    assert [line.get_ydata()[0] for line in shares] == pytest.approx([90, 70, 80])
