@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.scenes.words import vocabulary
+from engine.processes import machine_of
 from models import compressed
 from models.captioner import build_captioner
 from models.checkpoint import load_checkpoint, stored_tensors
 from models.layers import modality, prunable_layers
-from reports.costs import processor
 from sparse.linear import SparseLinear, gains, sparsify_
 
 # Percent of zeros to the shares that PLATON keeps in vision and language, up to a factor.
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
-    document = {"processor": processor(), "threads": torch.get_num_threads()}
+    document = machine_of(torch.device("cpu"))
     print(*document.values(), sep=", ")
     for part in args.parts or ("layers", "captioning", "reading"):
         document[part] = []
