@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from configs import COUNT, FROM_ZERO, Number, load_config
-from utils import launch, lazy_names, user_path
+from utils import launch, lazy_names, script_parser, user_path
 
 DEFAULT_CONFIG = "configs/caption_coco.yaml"
 HUB_ONLY = "images texts decoder_texts max_tokens".split()
@@ -26,10 +26,8 @@ __getattr__ = lazy_names({"PartialProfile": "dimension.profile"})
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, path = parser.add_argument, user_path
+    parser, path = script_parser(__doc__), user_path
+    add = parser.add_argument
     samples = Number(int, 3)  # an ID needs three points
     add("-n", "--nsamples", type=samples, help="training samples (2000; with --hf at most)")
     add("--Path", type=path, help="folder of results (ID/Blip_coco, or ID/ and the model's name)")
@@ -39,9 +37,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-s", "--skip", action="store_true", help="other estimates from kept distances, no model")
     add("--save_distances", action="store_true", help="keep distances for -s, 4 n^2 bytes a layer")
     fraction = Number(float, 0, 1)
-    add("--fraction", type=fraction, default=1.0, help="share of the points that is fitted (1)")
+    add("--fraction", type=fraction, default=1.0, help="share of the points that is fitted")
     estimators = {"choices": ["twonn", "gride", "mle"], "default": "twonn"}
-    add("--estimator", **estimators, help="TwoNN, Gride or maximum likelihood (twonn)")
+    add("--estimator", **estimators, help="TwoNN, Gride or maximum likelihood")
     one = {"nargs": "?", "type": COUNT, "const": 0, "metavar": "TOKENS"}
     add("--one_length", **one, help="samples with texts of one length only (the commonest)")
     add("--keep_padding", action="store_true", help="a batch's padding counts, like the original's")
@@ -51,8 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     beside = {"nargs": "+", "type": path, "default": [], "metavar": "PROFILE"}
     add("--compare", **beside, help="profiles to draw beside it")
     add("--batch_size", type=COUNT, help="samples in a forward pass (the config's; 8 with --hf)")
-    add("--seed", type=FROM_ZERO, default=0, help="seed of the choice of samples and blocks (0)")
-    add("--config", type=path, default=DEFAULT_CONFIG, help=f"YAML of the model ({DEFAULT_CONFIG})")
+    add("--seed", type=FROM_ZERO, default=0, help="seed of the choice of samples and blocks")
+    add("--config", type=path, default=DEFAULT_CONFIG, help="YAML file of the model")
     add("--pretrained", type=path, help="weights instead of the config's")
     add("--pruned", type=path, help="pruned weights to measure (a file, or a run's folder)")
     add("--hf", type=path, metavar="NAME_OR_FOLDER", help="a model of Hugging Face's")

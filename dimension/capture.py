@@ -126,10 +126,8 @@ def _channel_variances(values: Tensor) -> Tensor:
     squares = torch.zeros_like(values[0])
     for rows in values.split(max(1, ROWS_ELEMENTS // squares.numel())):  # which stay in cache
         squares += rows.square().sum(0)
-    variances = squares.div_(len(values)).sub_(values.mean(0).square_())
-    return (variances if has_float64(values.device) else variances.cpu()).sum(
-        0, dtype=torch.float64
-    )
+    found = squares.div_(len(values)).sub_(values.mean(0).square_())
+    return (found if has_float64(found.device) else found.cpu()).sum(0, dtype=torch.float64)
 
 
 class NotBySample(ValueError):

@@ -170,15 +170,6 @@ def test_flags_that_do_not_fit(configs, tmp_path, task, more, message):
         run(flags, *more.split())
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch):
-    """Shells leave that of --flag=~/x as it is."""
-    monkeypatch.setenv("HOME", "/home/me")
-    argv = ["--config=~/c.yaml", "--pruned=https://x.org/~me/w", "--out=~/x"]
-    args = export.parse_args(argv)
-    assert args.config == "/home/me/c.yaml" and args.out == "/home/me/x"
-    assert args.pruned == "https://x.org/~me/w"
-
-
 @pytest.mark.parametrize("to", ["compressed", "huggingface"])
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(captioner, tmp_path, to):
     folder = tmp_path / "full"

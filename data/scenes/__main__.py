@@ -14,22 +14,21 @@ writes, in half a minute and always the same for the same settings:
 """
 
 import argparse
-from os.path import expanduser
 
 from data.scenes.generate import make
-from utils import launch
+from utils import launch, script_parser, user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Generates the embedded data.")
-    parser.add_argument("--out", type=expanduser, default="datasets/scenes", help="folder to write")
-    parser.add_argument("--train", type=int, default=20000, help="scenes with a caption (20000)")
+    parser = script_parser(__doc__)
+    parser.add_argument("--out", type=user_path, default="datasets/scenes", help="folder to write")
+    parser.add_argument("--train", type=int, default=20000, help="scenes with a caption")
     parser.add_argument("--val", type=int, default=500, help="scenes with 5 references")
     parser.add_argument("--test", type=int, default=500, help="scenes with 5 references")
     parser.add_argument("--statements", type=int, default=40000, help="about training pairs")
     parser.add_argument("--heldout_statements", type=int, default=1000, help="in dev, and in test")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     return parser.parse_args(argv)
 
 
