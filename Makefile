@@ -59,6 +59,7 @@ demo: scenes
 	rm -f output/demo/PLATON90-ID.safetensors
 	$(RUN) export.py --config configs/caption_demo.yaml --pruned output/demo/PLATON90-ID --to compressed --out output/demo/PLATON90-ID.safetensors
 	$(RUN) -m reports.report $(RUNS)
+	@echo "next: open the page; prune a model of your own (python prune.py --help); README.md has the paper's commands"
 
 demo-ID:
 	$(RUN) ComputeID.py --config configs/caption_demo.yaml -n 500 --Path output/demo/ID

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from dimension.profile import IDProfile, load_kinds, load_profile
 from dimension.twonn import ESTIMATORS
@@ -113,7 +114,11 @@ def plot_scale(profile: IDProfile) -> Figure:
         labelled.add(kind)
         axes.plot(sizes, means, color=STYLES[kind][0], lw=0.6, alpha=0.6, label=label)
     labels = {"xlabel": "points in a block", "ylabel": "mean intrinsic dimension"}
-    return _finished(figure, **labels, xscale="log")
+    _finished(figure, **labels, xscale="log")
+    ticks = [profile.settings["nsamples"] // blocks for blocks in (1, 2, 5, 10, 20)]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    return figure
 
 
 def _finished(figure: Figure, **settings: str) -> Figure:

@@ -87,9 +87,10 @@ class Run:
         return self.config["batch_size"] * batches
 
     def say(self, message: str) -> None:
-        """Prints on the main process only."""
+        """Prints on the main process only; lines begin with the run, as several share a screen."""
         if self.process.is_main:
-            print(message, flush=True)
+            lines = [f"{self.folder.name}: {line}" for line in message.split("\n")]
+            print("\n".join(lines), flush=True)
 
 
 def read_experiment(args: argparse.Namespace, task: str) -> Run:

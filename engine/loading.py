@@ -85,9 +85,12 @@ class EvalOptions:
             sampler=EvalSampler(len(dataset), *place_among_processes(), size),
             **_loader_options(self.config, self.device, seed=0),
         )
-        bar = {"desc": what, "total": len(loader), "disable": not is_main(), "mininterval": 5.0}
-        for batch, _ in tqdm(read(loader), **bar):
-            yield move(batch, self.device)
+        what = f"{self.results.parent.name}: {what}" if self.results else what
+        shown = {"desc": what, "total": len(loader.sampler), "mininterval": 5.0}
+        with tqdm(**shown, disable=not is_main()) as bar:
+            for batch, _ in read(loader):
+                yield move(batch, self.device)
+                bar.update(len(batch[0]))
 
 
 def eval_options(run: Run, **scorers: bool) -> EvalOptions:

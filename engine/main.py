@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +23,7 @@ from engine.processes import (
     main_process_first,
     seed_everything,
 )
+from engine.reporter import screen
 from engine.state import build_state, find_checkpoint, resume
 from models.checkpoint import load_checkpoint, load_trained
 from models.layers import prunable_layers
@@ -167,6 +167,6 @@ def evaluate(run: Run, model: nn.Module, held_out: dict[str, Dataset]) -> None:
         report = run.task.evaluate(model, dataset, split, options)
         if run.process.is_main:
             write_scores(results, split, report["scores"], *run.task.results)
-        run.say(f"{split}: {json.dumps(report['scores'])}")
+        run.say(f"{split}: {screen(report['scores'])}")
         notes |= dict.fromkeys(report.get("notes", []))
     run.say("\n".join([*notes, f"wrote {results}"]))

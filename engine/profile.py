@@ -3,6 +3,7 @@
 import argparse
 import os
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -359,4 +360,6 @@ def summary(profile: IDProfile) -> str:
     for name, layer in profile.layers.items():
         ids.setdefault(layer.kind or modality(name), []).append(layer.id)
     lines = [f"{k}: {len(v)} layers, mean ID {sum(v) / len(v):.2f}" for k, v in ids.items()]
-    return "\n".join([*lines, *(f"remark: {remark}" for remark in profile.remarks)])
+    more = " ... (whole in profile.json)"
+    remarks = (textwrap.shorten(remark, 400, placeholder=more) for remark in profile.remarks)
+    return "\n".join([*lines, *(f"remark: {remark}" for remark in remarks)])

@@ -14,6 +14,12 @@ from reports.runs import LOG_FILE
 from utils import atomic_write, write_json
 
 
+def screen(record: dict) -> str:
+    """A record as JSON whose numbers have four digits."""
+    exact = json.dumps(record)
+    return json.dumps(json.loads(exact, parse_float=lambda x: float(f"{float(x):.4g}")))
+
+
 class Reporter:
     """Reports of one run of a training script."""
 
@@ -61,7 +67,7 @@ class Reporter:
         save_figure(plot_sparsity({folder.name: sparsity}), folder / "sparsity.png")
         with atomic_write(folder / LOG_FILE) as file:
             file.writelines(json.dumps(earlier) + "\n" for earlier in history)
-        self.run.say(json.dumps(record))
+        self.run.say(screen(record))
         numbers = {f"epoch/{key}": x for key, x in record.items() if isinstance(x, float)}
         shares = {"overall": sparsity["overall"], **sparsity["by_modality"]}
         for name, value in (numbers | {f"sparsity/{key}": x for key, x in shares.items()}).items():

@@ -125,7 +125,7 @@ def test_statements_are_judged_and_their_loss_is_that_of_training(scenes, tmp_pa
     [("caption", write_config), ("nlvr", write_nlvr_config), ("retrieval", write_clip_config)],
 )
 def test_evaluation_computes_in_the_precision_that_is_asked_for(
-    task, write, bf16, dtype, scenes, tmp_path
+    task, write, bf16, dtype, scenes, tmp_path, capsys
 ):
     config, task = load_config(write(tmp_path / "p.yaml", scenes)), TASKS[task]
     model, split = task.build_model(config).eval(), task.build_datasets(config, 0)[1]
@@ -134,6 +134,7 @@ def test_evaluation_computes_in_the_precision_that_is_asked_for(
         layer.register_forward_hook(lambda layer, inputs, output: precisions.add(output.dtype))
     task.evaluate(model, split, task.held_out[0], EvalOptions(config, bf16=bf16))
     assert precisions == {dtype}
+    assert f" {len(split)}/{len(split)} [" in capsys.readouterr().err  # a bar of samples
 
 
 @pytest.fixture
@@ -155,15 +156,15 @@ def test_scores_are_printed_and_written(begin, tmp_path, capsys):
 
     def score(model, dataset, split, options):
         asked.append((split, options.meteor, options.spice, options.results))
-        return {"scores": {"CIDEr": 0.5}, "notes": ["tokens: x", f"note: {dataset}"]}
+        return {"scores": {"CIDEr": 1 / 3}, "notes": ["tokens: x", f"note: {dataset}"]}
 
     run = begin("--spice", score)
     model = CAPTION.build_model(run.config)
     evaluate(run, model, {"val": 1, "test": 1})
     assert asked == [(split, True, True, results) for split in ("val", "test")]
-    scores = ['val: {"CIDEr": 0.5}', 'test: {"CIDEr": 0.5}']
+    lines = ['val: {"CIDEr": 0.3333}', 'test: {"CIDEr": 0.3333}', "tokens: x", "note: 1"]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-5:] == [*scores, "tokens: x", "note: 1", f"wrote {results}"]
+    assert printed[-5:] == [f"c: {line}" for line in (*lines, f"wrote {results}")]
     sparsity = json.loads((tmp_path / "c/sparsity.json").read_text())
     assert sparsity == sparsity_report(prunable_layers(model))
 

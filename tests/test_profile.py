@@ -12,6 +12,7 @@ from dimension.profile import (
     measure_layer,
 )
 from dimension.twonn import block_analysis, draw_permutations, pairwise_distances
+from engine.profile import summary
 
 NAMES = [
     "visual_encoder.blocks.0.attn.qkv",
@@ -80,6 +81,13 @@ def test_measure_layer(samples, levels):
         measure_layer("some.name", 5, pairwise_distances(points[:2]), 1.0, permutations[:, :2])
 
 
+def test_a_long_remark_is_cut_on_the_screen(profile):
+    profile.remarks = ["few layers", "a " * 300]
+    shown = summary(profile).splitlines()
+    assert shown[-2] == "remark: few layers"
+    assert len(shown[-1]) <= 408 and shown[-1].endswith(" a ... (whole in profile.json)")
+
+
 def test_remarks():
     def remarks(samples, *duplicates, bad=0):
         found = zip("abc", duplicates, strict=False)
@@ -123,6 +131,7 @@ def test_scale_figure_has_a_line_of_means_a_layer(profile):
     figure = plot_scale(profile)
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_xscale()) == ("points in a block", "log")
+    assert list(axes.get_xticks()) == [100, 50, 20, 10, 5] and not axes.get_xticks(minor=True).size
     assert legend(figure) == list(KINDS)
     first, *others = axes.lines
     assert list(zip(*first.get_data(), strict=True)) == [(100, 9.0), (50, 8.0), (33, 7.0)]

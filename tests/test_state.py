@@ -332,7 +332,7 @@ def test_epochs_between_validations(flags, more, splits):
 def test_a_checkpoint_by_time_where_it_is_cheap(flags, monkeypatch):
     run, of_run = built(flags)
     seconds = [0.0, loop.CHECKPOINT_SECONDS, loop.CHECKPOINT_SECONDS, loop.CHECKPOINT_SECONDS + 20]
-    found = []
+    found, of_run.saved_at = [], 1000.0
     for of_run.save_seconds, later in zip((0, 0, 31, 31), seconds, strict=True):
         now = of_run.saved_at + later
         monkeypatch.setattr(loop.time, "monotonic", lambda now=now: now)
