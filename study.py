@@ -4,7 +4,7 @@ r"""Does weighting by ID prune better than other weights? Runs the cells of a st
     python study.py --preset embedded                  # the cells that docs/study.json lacks
     python study.py --preset embedded --report         # the page and its figures alone, in seconds
     python study.py --config configs/caption_coco.yaml --id_profile configs/id/blip_coco.json \
-        --file output/coco/study.json --cells 3/16 --num_workers 8 -- --batch_size 32
+        --file output/coco/study.json --cells 3/16 -- --num_workers 8 --batch_size 32
     python study.py --file output/coco/study.json --report
 
 configs/studies/ plans the cells. A cell is a training and an evaluation command, and its folder
@@ -35,7 +35,7 @@ import psutil
 from pycocoevalcap.cider.cider import Cider
 from ruamel.yaml import YAML
 
-from configs import COUNT, FROM_ZERO, load_config
+from configs import COUNT, load_config
 from data.records import read_json
 from engine.flags import trainer_parser
 from engine.stopping import EXIT_STOPPED, exit_stopped, stop_signals_to
@@ -207,8 +207,7 @@ def commands(cell: Cell, setting: dict, args: argparse.Namespace) -> list[list[s
     """The training command, unless the cell is dense, and the evaluation command."""
     task, folder = TASKS[cell.task], args.output_dir / cell.name
     flags = {"config": setting["config"], "output_dir": args.output_dir, "model_dir": cell.name}
-    flags |= {"seed": cell.seed, "device": args.device, "num_workers": args.num_workers}
-    own = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    own = [f"--{name}={value}" for name, value in (flags | {"seed": cell.seed}).items()]
     start = [sys.executable, str(ROOT / task.script), *setting["flags"], *own]
     evaluation = [flag for flag in start if flag not in ("--compile", "--eval_test")]
     evaluation += ["--evaluate", f"--split={task.held_out[0]}"]
@@ -228,8 +227,7 @@ def commands(cell: Cell, setting: dict, args: argparse.Namespace) -> list[list[s
 def run_cell(cell: Cell, setting: dict, args: argparse.Namespace) -> dict:
     """The result of a cell's commands."""
     folder, begun = args.output_dir / cell.name, time.monotonic()
-    device = args.device or trainer_flags(cell.task, setting["flags"]).device
-    machine = machine_of(choose_device(device, 1))
+    machine = machine_of(choose_device(trainer_flags(cell.task, setting["flags"]).device, 1))
     file, record = folder / "cell.json", {"setting": setting, "machine": machine}
     if file.exists() and read_json(file) != record:  # a result is from one machine
         shutil.rmtree(folder)
@@ -361,12 +359,16 @@ def comparisons(study: Study, group: Group) -> list[dict]:
             seeds = [{cell.seed for cell in cells if cell.weighting == name} for name in pair]
             n, planned = len(values), len(set.intersection(*seeds))
             to_come = {c for c in cells if c.weighting in pair} - study.results.keys()
-            row = {"weighting": pair[0], "against": pair[1], "score": f"{score} {ARROWS[score]}"}
-            row["pairs"] = f"{n} of {planned}" if n < planned else f"{n}"
-            row["mean difference"] = f"{values.mean():+.4f}"
-            row["95 % interval"] = f"{low:+.4f} to {high:+.4f}" if n > 1 else ""
-            row["sign test"] = f"p {p:.3f}"
-            row["verdict"] = verdict + " so far" * (verdict != UNSEEN and bool(to_come))
+            row = {
+                "weighting": pair[0],
+                "against": pair[1],
+                "score": f"{score} {ARROWS[score]}",
+                "pairs": f"{n} of {planned}" if n < planned else f"{n}",
+                "mean difference": f"{values.mean():+.4f}",
+                "95 % interval": f"{low:+.4f} to {high:+.4f}" if n > 1 else "",
+                "sign test": f"p {p:.3f}",
+                "verdict": verdict + " so far" * (verdict != UNSEEN and bool(to_come)),
+            }
             rows.append(row)
     return rows
 
@@ -424,8 +426,8 @@ def report(study: Study, path: Path) -> Path:
 def plot_scores(study: Study):
     """Scores against sparsity: means over the seeds that all weightings have.
 
-    Bands and bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which
-    pairs share: differences are in the next figure.
+    Bars are 95 % bootstrap intervals of the means. They hold the spread of seeds, which pairs
+    share: differences are in the next figure.
     """
     methods = list(dict.fromkeys(group[:2] for group in groups(study).values()))
     figure = new_figure(figsize=(4.5 * len(methods), 6.5), layout="constrained")
@@ -436,14 +438,12 @@ def plot_scores(study: Study):
         for group in groups(study).values():
             found = matched(study, group, score) if group[:2] == (task, method) else {}
             for name, values in found.items():
-                x = 100 * (1 - group[2][0])
-                lines[name].append((x, values.mean(), *interval(values[:, 0])))
+                bar = np.abs(np.subtract(interval(values[:, 0]), values.mean()))
+                lines[name].append((100 * (1 - group[2][0]), values.mean(), bar))
         for name, points in lines.items():
-            x, means, lows, highs = zip(*points, strict=True)
-            colour, marker, line = study.styles[name]
-            panel.plot(x, means, color=colour, marker=marker, ls=line, ms=4, label=name)
-            panel.fill_between(x, lows, highs, color=colour, alpha=0.12, lw=0)
-            panel.vlines(x, lows, highs, color=colour, lw=1, alpha=0.5)
+            x, means, bars = zip(*points, strict=True)
+            style = dict(zip(("color", "marker", "ls"), study.styles[name], strict=True))
+            panel.errorbar(x, means, np.transpose(bars), elinewidth=1, ms=4, label=name, **style)
         if start := study.results.get(Cell(task, DENSE, 1.0, NONE, 0)):
             panel.axhline(start[score], color="gray", lw=1, label="dense start")
         panel.set(title=f"{task}, {method}", ylabel=f"validation {score}", xlabel="pruned, %")
@@ -494,17 +494,15 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the flags."""
-    parser, path = script_parser(__doc__), user_path
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=["embedded"], help="study of configs/studies")
-    add("--config", type=path, help="YAML file of an experiment (captions, NLVR2), for a new study")
-    add("--id_profile", type=path, help="IDs by layer, for a new study")
+    add("--config", type=user_path, help="YAML file of captions or NLVR2, for a new study")
+    add("--id_profile", type=user_path, help="IDs by layer, for a new study")
     add("--file", type=user_path, help="JSON of the study (preset: docs/study.json)")
     add("--output_dir", type=user_path, default="output/study", help="folder of the cells")
     add("--cells", metavar="I/N", help="the I-th of N shares, without a report")
     add("--processes", type=COUNT, help="cells at a time (default: CPUs for the preset, else 1)")
-    add("--device", help="auto, cpu, cuda, cuda:N, mps or xpu")
-    add("--num_workers", type=FROM_ZERO, help="image loading processes")
     add("--report", action="store_true", help="page and figures of what has run")
     add("flags", nargs="*", help="after --: flags of the training script, for a new study")
     args = parser.parse_args(argv)

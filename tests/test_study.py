@@ -141,8 +141,8 @@ def test_flags_that_describe_no_study_are_refused(argv, sentence, capsys):
 def test_a_cell_is_a_training_and_an_evaluation_command(tmp_path):
     (tmp_path / "ids.json").write_text(json.dumps(IDS))
     setting = SETTING | {"id_profile": tmp_path / "ids.json"}
-    setting["flags"] = ["--seed=1", "--max_steps=9", "--compile"]
-    args = parse("--preset=embedded", "--output_dir", tmp_path, "--device=cpu")
+    setting["flags"] = ["--seed=1", "--max_steps=9", "--compile", "--device=cpu"]
+    args = parse("--preset=embedded", "--output_dir", tmp_path)
     cell = Cell("nlvr", "Magnitude", 0.25, SHUFFLED, 7)
     training, evaluation = study.commands(cell, setting, args)
     assert training[1] == evaluation[1] == str(ROOT / "train_nlvr.py")
