@@ -133,9 +133,9 @@ def sparsify_(model: nn.Module) -> SparsifyReport:
     """Makes linear layers `SparseLinear` in place where that makes them faster.
 
     A layer stays dense if it gains nothing (see `gains`), is not float32 on the CPU, shares its
-    weight, or if its class, its owner or a replaced `forward` may use the weight itself. All stay
-    dense under autocast, or where Numba has no compiler. If any layer is sparse, no parameter of
-    the model requires a gradient any more.
+    weight, or if its class, its owner, a pre-hook or a replaced `forward` may use the weight
+    itself. All stay dense under autocast, or where Numba has no compiler. If any layer is sparse,
+    no parameter of the model requires a gradient any more.
 
     Args:
         model: with its final weights. Layers stay the same objects, with their hooks; their class
@@ -219,8 +219,8 @@ def _unfit(name: str, modules: dict[str, nn.Module], owners: Counter) -> str:
             f"the weight is a {type(weight).__name__} ({weight.layout}) and no dense parameter: "
             "make it one (after torch.nn.utils.prune: prune.remove)"
         )
-    if "forward" in vars(layer):
-        return "its forward was replaced and may use the weight itself"
+    if "forward" in vars(layer) or layer._forward_pre_hooks:
+        return "its forward was replaced, or a pre-hook of it may use the weight itself"
     if name and _reads_weight(type(modules[owner]), attribute):
         return f"{type(modules[owner]).__name__} reads the weight itself"
     if owners[id(weight)] > 1:

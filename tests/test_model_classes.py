@@ -127,6 +127,7 @@ CLASSES = {
                 num_feat_extract_layers=2, max_bucket_distance=16),
     "BERT": of("Bert", texts, **TEXT),
     "MPNet": of("MPNet", texts, **TEXT),
+    "Bloom": of("Bloom", texts, vocab_size=WORDS, hidden_size=16, n_layer=1, n_head=2),
     "GPT-2": of("GPT2", texts, vocab_size=WORDS, n_embd=16, n_layer=1, n_head=2),
     "Qwen 3": of("Qwen3", texts, **GROUPED, head_dim=8),
     "DeBERTa": of("DebertaV2", texts, **TEXT, relative_attention=True, position_buckets=4,
