@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ FEWEST_POINTS = 3  # the last two ratios are dropped, so a fit needs three
 ENOUGH_POINTS = 20
 MOST_NEIGHBOURS = 20  # that any estimator asks for: scikit-dimension's default of the MLE
 GRIDE_NEIGHBOURS = 4  # k, of which 2k is in the smallest block
-NEWTON_STEPS = 10  # each doubles the digits
+NEWTON_STEPS = 4  # three give all digits, of heavy tails, too
 
 DIRECT_FEATURES = 64  # up to here differences cost no more than a matrix product
 PRODUCT_FEATURES = 8192  # summed in float32 before float64 takes over; narrower points: float64
@@ -30,6 +31,7 @@ RECOMPUTED_FEATURES = 1024  # of all close pairs of a point at a time
 CHUNK_ELEMENTS = 2**21  # centred at a time, if that is more than a product's: 8 MB stay in cache
 STRIP_ON_CPU, STRIP_ON_GPU = 192, 1024  # most columns of a product, which starts at the diagonal
 CENTRING_POINTS = 16  # their mean is near enough to that of all points, and quicker to take
+ROWS = 64  # of a block, in which neighbours are sought at a time: 1 MB of 2000 points
 CLOSE = 1e-2  # squared distance over summed squared norms below which a product loses digits
 
 
@@ -246,8 +248,8 @@ def block_analyses(
         size = n // count
         if size < (fewest if level else FEWEST_POINTS):
             break
-        blocks = permutations[level, : count * size].view(count, size).to(distances.device)
-        nearest = _nearest_in_blocks(distances, blocks)
+        blocks = permutations[level, : count * size].view(count, size).sort(1).values
+        nearest = _nearest_in_blocks(distances, blocks.to(distances.device))
         r = r if level else nearest[0]
         for name, levels in found.items():
             values = ESTIMATORS[name](nearest, fraction)
@@ -262,10 +264,21 @@ def block_analyses(
 
 
 def _nearest_in_blocks(distances: Tensor, blocks: Tensor) -> Tensor:
-    """Distances (b, m, at most 20) of points, (b, m) indices, to the nearest in their block."""
-    inside = distances[blocks[:, :, None], blocks[:, None, :]]
-    inside.diagonal(dim1=1, dim2=2).fill_(math.inf)
-    return inside.topk(min(MOST_NEIGHBOURS, blocks.shape[1] - 1), largest=False).values
+    """Distances (b, m, at most 20) of points, (b, m) ascending, to the nearest in their block."""
+    k = min(MOST_NEIGHBOURS + 1, blocks.shape[1])  # each point comes first itself
+    if distances.device.type != "cpu":
+        inside = distances[blocks[:, :, None], blocks[:, None, :]]
+        return inside.topk(k, largest=False).values[..., 1:]
+    nearest = np.empty((*blocks.shape, k))
+    for block, found in zip(blocks.numpy(), nearest, strict=True):
+        for start in range(0, len(block), ROWS):
+            rows = slice(start, start + ROWS)
+            inside = distances.numpy().take(block[rows], 0)
+            inside = inside.take(block, 1) if len(blocks) > 1 else inside
+            inside.partition(k - 1)  # several times as fast as topk
+            found[rows] = inside[:, :k]
+    nearest.sort()
+    return torch.from_numpy(nearest[..., 1:])
 
 
 def two_nn(nearest: Tensor, fraction: float = 1.0) -> Tensor:
@@ -295,22 +308,24 @@ def gride(nearest: Tensor, fraction: float = 1.0) -> Tensor:
     """Gride: the most likely dimension given mu = r8 / r4; of fewer neighbours r_2k / r_k.
 
     Source: Denti et al., Scientific Reports 12:20005, 2022, whose log-likelihood has the derivative
-    sum(1 / d + (k - 1) x / (1 - mu^-d) - (2k - 1) x), x = log mu. It is convex and falls in d. From
-    1 / (k mean(x)), where it is not negative, Newton's steps come to its root without overshooting.
-    Usable points have r_1 > 0 and r_2k > r_k.
+    sum(1 / d + (k - 1) x / (1 - mu^-d) - (2k - 1) x), x = log mu. It is convex and rises in 1 / d,
+    almost in a line, so that Newton's steps come to its root from anywhere; they begin at that of
+    its asymptote. Usable points have r_1 > 0 and r_2k > r_k.
     """
     k = min(GRIDE_NEIGHBOURS, nearest.shape[-1] // 2)
     near, far = nearest[..., k - 1], nearest[..., 2 * k - 1]
     usable = (nearest[..., 0] > 0) & (far > near)
     x = torch.where(usable, far / near, math.e).log()  # (..., m)
-    count = usable.sum(-1)
-    d = count / (k * (x * usable).sum(-1))
+    taken = x * usable
+    count, total = usable.sum(-1), taken.sum(-1)
+    inverse = (3 * k - 1) / (2 * k) * total / count
     for _ in range(NEWTON_STEPS):
-        rest = torch.exp(-x * d[..., None])  # mu^-d
-        slope = 1 / d[..., None] ** 2 + (k - 1) * rest * (x / (1 - rest)) ** 2
-        value = 1 / d[..., None] + (k - 1) * x / (1 - rest) - (2 * k - 1) * x
-        d = d + (value * usable).sum(-1) / (slope * usable).sum(-1)
-    return d.masked_fill(count < FEWEST_POINTS, math.nan)
+        rest = torch.exp(x / -inverse[..., None])  # mu^-d
+        terms = taken / (1 - rest)
+        value = count * inverse + (k - 1) * terms.sum(-1) - (2 * k - 1) * total
+        slope = count + (k - 1) * (rest * terms.square()).sum(-1) / inverse.square()
+        inverse = inverse - value / slope
+    return (1 / inverse).masked_fill(count < FEWEST_POINTS, math.nan)
 
 
 def mle(nearest: Tensor, fraction: float = 1.0) -> Tensor:

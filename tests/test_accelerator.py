@@ -201,6 +201,7 @@ def test_profile_is_that_of_the_cpu(folder, tmp_path, monkeypatch, capsys, has_f
     torch.save({"model": model.state_dict()}, tmp_path / "model.pt")
     monkeypatch.setattr(DEVICE, "has_float64", has_float64)
     monkeypatch.setattr(twonn, "PRODUCT_FEATURES", 100)
+    monkeypatch.setattr("dimension.profile.ENOUGH_POINTS", 5)  # of blocks of 6
     profiles = []
     for name, flags in (("sim", ["--gpu", "0"]), ("cpu", ["--cpu"])):
         argv = ["--config", str(folder / "caption.yaml"), "--pretrained", f"{tmp_path}/model.pt"]
