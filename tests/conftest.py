@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def float64(monkeypatch):
     train_in_float64(monkeypatch)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def full_disk():
+    """A limit of 30 kB on the size of files stands for the disk's end."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

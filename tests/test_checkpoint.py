@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from models import build_captioner, build_clip, build_nlvr, load_checkpoint, prunable_layers
-from models.checkpoint import hugging_face_name, load_trained
+from models.checkpoint import hugging_face_name
 from models.compressed import write as write_compressed
 from models.layers import modality
 from models.weight_files import INDEX, fetch, open_weights
@@ -173,15 +173,6 @@ def test_weights_that_are_not_finite_are_named(model, weights, tmp_path, write, 
     write(weights, tmp_path / "m")
     with pytest.raises(UserError, match=f"{tmp_path}/m: {NORM} holds values that are not finite"):
         load_checkpoint(model, tmp_path / "m")
-
-
-def test_a_start_for_training_is_no_trained_model(model, weights, tmp_path):
-    del weights[NORM]
-    model.adapt_weights = lambda weights: (weights, {NORM})
-    official(weights, tmp_path / "m")
-    assert load_checkpoint(model, tmp_path / "m").initialised == [NORM]
-    with pytest.raises(UserError, match=f"is a start for training, .* it lacks {NORM}"):
-        load_trained(model, tmp_path / "m")
 
 
 def test_the_index_says_which_file_holds_a_tensor(model, weights, tmp_path):

@@ -1,15 +1,21 @@
-"""The training loop: the spread of a batch does not change the result, bad losses are named."""
+"""The training loop: bad losses are named; the log, the progress line, and TensorBoard."""
 
+import dataclasses
 import json
 import math
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.samplers import TrainBatchSampler
-from engine import loop
+from engine import loop, reporter
 from engine.loop import is_best
+from engine.processes import Process
+from engine.reporter import Reporter
+from engine.state import Progress, StepPlan
 from models import Captioner
 from tests import runs
 from tests.runs import log_of, write_config
@@ -17,16 +23,12 @@ from tests.runs import log_of, write_config
 
 @pytest.fixture
 def train(scenes, tmp_path):
-    """Trains a small captioner, without validation, in one process or several."""
+    """Trains a small captioner, without validation."""
 
-    def run(flags, processes=1, **changes):
+    def run(flags, **changes):
         config = write_config(tmp_path / "run.yaml", scenes, **{"max_epoch": 1, **changes})
         argv = ["--config", config, "--output_dir", str(tmp_path), "--eval_epochs", "0"]
-        argv += ["--resume", "off", "--final_threshold", "1", *flags.split()]
-        if processes == 1:
-            runs.run("train_caption", argv)
-        else:
-            assert runs.finish(runs.start(argv, processes)) == [0] * processes
+        runs.run("train_caption", [*argv, "--final_threshold", "1", *flags.split()])
         return tmp_path / "run"
 
     return run
@@ -46,24 +48,6 @@ def test_best_epoch_is_one_at_the_final_ratio():
     assert is_best(pruned, [dense], "accuracy", final_ratio=0.2)
     assert not is_best(epoch(0.2, 0.4), [dense, pruned], "accuracy", final_ratio=0.2)
     assert not is_best({"remaining_ratio": 0.2}, [dense], "accuracy", final_ratio=0.2)
-
-
-def test_a_step_does_not_depend_on_the_spread_of_its_batch(train):
-    """Captions differ in length, so a mean of means would give another loss.
-
-    One step: before it the weights are equal. Each of some 24 texts adds its loss in float32; sums
-    in another order differ by a few times 2^-24 = 6e-8 of the whole.
-    """
-
-    def loss(flags, processes=1):
-        (line,) = log_of(train(f"--max_steps 1 {flags}", processes, dropout=0.0))
-        return line["loss"]
-
-    whole = loss("--batch_size 8")
-    assert loss("--batch_size 4") != pytest.approx(whole, rel=1e-4)
-    accumulated = "--batch_size 2 --gradient_accumulation_steps"
-    for spread in (loss(f"{accumulated} 4"), loss(f"{accumulated} 2", processes=2)):
-        assert spread == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -101,3 +85,49 @@ def test_printed_losses_are_means_over_their_steps(train):
     printed = printed_losses(folder)
     expected = [(printed[3] + printed[6]) / 2, printed[9]]  # kept in float32
     assert [line["loss"] for line in log_of(folder)] == pytest.approx(expected, rel=1e-6)
+
+
+# --- the reporter
+
+
+@pytest.fixture
+def run(tmp_path):
+    process, printed = Process(0, 1, torch.device("cpu")), []
+    run = SimpleNamespace(process=process, folder=tmp_path, samples_per_step=6, printed=printed)
+    run.say = printed.append
+    return run
+
+
+def report(run, first, last, loss=1.0):
+    """Reports of the steps after `first`."""
+    state = SimpleNamespace(progress=Progress(step=first), plan=StepPlan(50, 4, 720_201, 10))
+    reports = Reporter(run, state)
+    for step in range(first + 1, last + 1):
+        state.progress.step = step
+        reports.progress(loss=loss, lr=1e-4)
+    reports.close()
+
+
+def test_speed_is_that_of_the_steps_since_the_start(run, monkeypatch):
+    """Not of those before a resume, which were taken at another time."""
+    now = iter([1000.0, 1000.5])
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: next(now))
+    report(run, 109, 110, loss=1.25)
+    (line,) = run.printed
+    assert "step 110/720201  loss 1.2500  lr 1.00e-04  remaining 1.000  12.0 samples/s" in line
+    assert "ETA 100:00:45" in line  # 720,091 steps at 2 a second
+
+
+def test_a_resumed_run_takes_the_place_of_the_steps_that_it_takes_again(run):
+    report(run, 0, 12)
+    (file,) = (run.folder / "tensorboard").iterdir()
+    file.rename(file.with_name("events.out.tfevents.1.earlier"))  # by the second in their names
+    report(run, 10, 15, loss=2.0)
+    expected = [*enumerate([1.0] * 10 + [2.0] * 5, start=1)]
+    assert [*printed_losses(run.folder).items()] == expected
+
+
+def test_only_the_main_process_writes(run):
+    run.process = dataclasses.replace(run.process, rank=1, world_size=2)
+    report(run, 0, 1)
+    assert list(run.folder.iterdir()) == [] == run.printed

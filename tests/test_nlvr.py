@@ -98,17 +98,19 @@ def test_one_cross_attention_initialises_both_twins(model, nlvr_tiny_config, tmp
         assert torch.equal(value, single[name])
 
 
-@pytest.mark.parametrize("missing", ["cls_head.2.bias", "merge_layer.weight", "self0.query.bias"])
-def test_an_nlvr_checkpoint_must_be_complete(model, tmp_path, missing):
-    weights = {n: v for n, v in model.state_dict().items() if not n.endswith(missing)}
-    torch.save({"model": weights}, tmp_path / "nlvr.pth")
-    with pytest.raises(UserError, match="unset"):
-        load_checkpoint(model, tmp_path / "nlvr.pth")
-
-
-def test_a_base_checkpoint_must_be_complete_but_for_the_head(model, nlvr_tiny_config, tmp_path):
-    weights = build_captioner(nlvr_tiny_config).state_dict()
-    weights.pop("text_decoder.bert.encoder.layer.7.crossattention.self.value.bias")
-    torch.save({"model": weights}, tmp_path / "base.pth")
-    with pytest.raises(UserError, match=r"2 of .* unset.*self0\.value\.bias"):
-        load_checkpoint(model, tmp_path / "base.pth")
+@pytest.mark.parametrize(
+    ("build", "missing", "message"),
+    [
+        (build_nlvr, "cls_head.2.bias", "unset"),
+        (build_nlvr, "merge_layer.weight", "unset"),
+        (build_nlvr, "self0.query.bias", "unset"),
+        (build_captioner, "layer.7.crossattention.self.value.bias", r"2 of .*self0\.value\.bias"),
+    ],
+)
+def test_a_checkpoint_must_be_complete_but_for_a_captioners_head(
+    model, nlvr_tiny_config, tmp_path, build, missing, message
+):
+    weights = build(nlvr_tiny_config).state_dict()
+    torch.save({n: v for n, v in weights.items() if not n.endswith(missing)}, tmp_path / "m.pth")
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(model, tmp_path / "m.pth")

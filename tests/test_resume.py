@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from engine.stopping import EXIT_STOPPED
 from models import Captioner
@@ -94,13 +95,6 @@ def test_no_whole_checkpoint_is_an_error(train, whole):
         train("broken")
 
 
-def test_resume_from_a_file_and_keep_checkpoints(train, whole):
-    kept = train("kept", "--keep_checkpoints", "3", "--checkpoint_steps", "4")
-    assert runs.saved_steps(kept) == [6, 8, 12]
-    from_file = train("from_file", "--resume", str(kept / "checkpoints/step_00000008.pt"))
-    assert runs.same(runs.result(from_file), runs.result(whole))
-
-
 def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(scenes, tmp_path):
     """SIGTERM to all, also to loading processes; SIGINT to one, which stops the other; SIGKILL."""
     changes = {"batch_size": 1, "max_epoch": 1, "num_workers": 1}  # 24 steps
@@ -142,3 +136,59 @@ def test_a_finished_run_says_what_may_go_and_needs_it_no_more(train, capsys):
         train(folder.name, again)
         assert "already finished" not in capsys.readouterr().out
         assert (folder / "log.txt").stat().st_mtime_ns > written[folder]
+
+
+# --- with other processes, batches and accumulated parts that make the same step: in float64 and
+# without dropout, so that sums of another order change 1e-16 of a number
+
+OTHERS = ["--warmup_steps", "2", "--deltaT", "2", "--final_threshold", "0.4", "--amp", "off"]
+OTHERS += ["--checkpoint_steps", "5", "--keep_checkpoints", "9"]  # 5 is on the ramp
+SCRIPTS = {"caption": "train_caption", "clip": "train_clip_flickr30k"}
+
+
+@pytest.fixture(scope="module")
+def two_tasks(tmp_path_factory):
+    """Of runs of 12 steps in 2 epochs, by task: 4 samples a step on one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = runs.make_scenes(folder / "scenes", train=24)
+    changes = {"batch_size": 4, "max_epoch": 2}
+    configs = {
+        "caption": runs.write_config(folder / "caption.yaml", data, 0.0, **changes),
+        "clip": runs.write_clip_config(folder / "clip.yaml", data, **changes),
+    }
+    more = ["--output_dir", str(folder), "--eval_epochs", "0", *OTHERS]
+    return {task: ["--config", config, *more] for task, config in configs.items()}, folder
+
+
+def checkpoint(folder, step):
+    return folder / f"checkpoints/step_{step:08d}.pt"
+
+
+def same_end(whole, other):
+    """Whether the last checkpoints agree in all weights, queues and averages, and in the log."""
+    ends = [torch.load(checkpoint(f, 12), weights_only=True) for f in (whole, other)]
+    assert ends[0]["model"].keys() == ends[1]["model"].keys()
+    for name, value in ends[0]["model"].items():
+        torch.testing.assert_close(ends[1]["model"][name], value, rtol=1e-9, atol=1e-9)
+        assert torch.equal(ends[1]["model"][name] == 0, value == 0)
+    losses = [[line["loss"] for line in runs.log_of(f)] for f in (whole, other)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_goes_on_with_two_processes_and_with_one_again(two_tasks, float64, capsys, task):
+    """1 x 4 samples, then 2 x 2, then 1 x 2 x 2 accumulated."""
+    argv, folder = two_tasks[0][task], two_tasks[1]
+    whole, two, one = (folder / f"{task}_{name}" for name in ("whole", "two", "one"))
+    runs.run(SCRIPTS[task], [*argv, "--model_dir", whole.name])
+    more = ["--model_dir", two.name, "--batch_size", "2", "--resume", str(checkpoint(whole, 5))]
+    started = runs.start([*argv, *more], 2, SCRIPTS[task], before=runs.in_float64)
+    assert runs.finish(started) == [0, 0]
+    same_end(whole, two)
+    more = ["--model_dir", one.name, "--batch_size", "2", "--gradient_accumulation_steps", "2"]
+    capsys.readouterr()
+    runs.run(SCRIPTS[task], [*argv, *more, "--resume", str(checkpoint(two, 10))])
+    same_end(whole, one)
+    assert "1 process(es) where there were 2: the same samples" in capsys.readouterr().out
+    with pytest.raises(UserError, match="samples of a step was 4, is 2"):
+        runs.run(SCRIPTS[task], [*argv, *more[:4], "--resume", str(checkpoint(two, 10))])

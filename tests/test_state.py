@@ -112,14 +112,18 @@ def test_mistakes_in_the_schedule_name_flags(flags):
 
 
 def test_processes_draw_their_own_dropout(plain):
+    """Those of another number, in step 7, do not begin again with the draws of the first steps."""
     run, of_run = plain
-    drawn = []
-    for rank in (0, 1):
-        resume(replace(run, process=replace(run.process, rank=rank)), of_run, None)
-        drawn.append(torch.rand(3))
-    assert not torch.equal(*drawn)
-    torch.manual_seed(run.flags.seed + 1)
-    assert torch.equal(drawn[1], torch.rand(3))
+    parts = ("model", "optimizer", "pruner")
+    found = {part: getattr(of_run, part).state_dict() for part in parts}
+    found |= {"progress": {"step": 7}, "rng": [0, 1], "path": "x"}
+    for content, expected in ((None, {42, 43, 44}), (found, set())):
+        seeds = set()
+        for rank in range(3):
+            process = replace(run.process, rank=rank, world_size=3)
+            resume(replace(run, process=process), of_run, content)
+            seeds.add(torch.initial_seed())
+        assert len(seeds) == 3 and seeds & {42, 43, 44} == expected
 
 
 @pytest.mark.parametrize(("method", "averages"), [("PLATON", 3), ("Magnitude", 0)])
@@ -136,6 +140,12 @@ def test_the_disk_must_hold_all_checkpoints_and_averages(
     disk.free -= 1
     with pytest.raises(UserError, match="make room"):
         built(flags, *more)
+
+
+def test_a_disk_that_is_full_in_mid_run_is_a_sentence(flags, tmp_path, full_disk):
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}/run/checkpoints/step_00000002"):
+        train(flags, "--checkpoint_steps", "2")
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
 # --- a run owns its checkpoints ------------------------------------------------------------------

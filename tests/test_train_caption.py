@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -143,17 +142,3 @@ def test_an_image_that_breaks_in_mid_run_ends_all_processes_with_its_name(scenes
     log = (tmp_path / "log").read_text()
     sentence = log[log.index("error (rank 1)") :].splitlines()[0]
     assert f"cannot read image {victim}: " in sentence and "--skip_bad_images" in sentence
-
-
-def limit_files(rank: int) -> None:
-    """A limit on the size of files stands for the disk's end."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
-
-def test_a_disk_that_is_full_in_mid_run_is_a_sentence(config, tmp_path):
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "full", *PRUNE]
-    argv += ["--checkpoint_steps", "3"]
-    assert runs.finish(runs.start(argv, log=tmp_path / "log", before=limit_files)) == [2]
-    error = (tmp_path / "log").read_text().splitlines()[-1]
-    assert error.startswith(f"error: cannot write {tmp_path}/full/checkpoints/step_00000003.pt: ")
-    assert list((tmp_path / "full/checkpoints").iterdir()) == []
