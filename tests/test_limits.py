@@ -30,6 +30,7 @@ def group_v2(folder, maximum, current, high="max", cache=0):
 
 def test_a_job_below_a_user_below_a_node(tmp_path):
     """Version 2, as SLURM and systemd have it: each group's limit holds for all below it."""
+    assert left_in_groups(tmp_path) == []  # as on a Mac
     write(tmp_path / "proc/self", cgroup="0::/slurm/job_7/step_0")
     groups = tmp_path / "sys/fs/cgroup"
     group_v2(groups / "slurm/job_7/step_0", "max", 300 * MB)
@@ -37,6 +38,10 @@ def test_a_job_below_a_user_below_a_node(tmp_path):
     group_v2(groups / "slurm", 5000 * MB, 2000 * MB, high=3000 * MB)
     write(groups, memory__stat="anon 1")  # the uppermost has no limit
     assert left_in_groups(tmp_path) == [700 * MB, 3000 * MB, 1000 * MB]
+    write(tmp_path / "proc/self", cgroup="0::/")  # of a container, which is its own uppermost
+    assert left_in_groups(tmp_path) == []
+    group_v2(groups, 2048 * MB, 1024 * MB, cache=24 * MB)
+    assert left_in_groups(tmp_path) == [1048 * MB]
 
 
 @pytest.mark.parametrize("seen_as", ["docker/4fe1", ""])
@@ -48,14 +53,6 @@ def test_a_container_of_version_1(tmp_path, seen_as):
     stat = f"inactive_file 3\ntotal_inactive_file {50 * MB}"
     write(tmp_path / "sys/fs/cgroup/memory" / seen_as, memory__stat=stat, **sizes)
     assert left_in_groups(tmp_path) == [362 * MB]
-
-
-def test_a_container_of_version_2_is_its_own_uppermost_group(tmp_path):
-    assert left_in_groups(tmp_path) == []  # as on a Mac
-    write(tmp_path / "proc/self", cgroup="0::/")
-    assert left_in_groups(tmp_path) == []
-    group_v2(tmp_path / "sys/fs/cgroup", 2048 * MB, 1024 * MB, cache=24 * MB)
-    assert left_in_groups(tmp_path) == [1048 * MB]
 
 
 @pytest.mark.parametrize(

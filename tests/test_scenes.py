@@ -58,16 +58,11 @@ def test_layout_is_that_of_coco_karpathy_and_flickr30k(root, split):
     assert read(root, f"flickr30k_{split}") == rows
     with Image.open(files[0]) as image:
         assert (image.size, image.mode, image.format) == ((64, 64), "RGB", "PNG")
-    if split == "train":
-        expected = {"image_id": "scene_1", "image": "train/scene_0000001.png"}
-        assert rows[1] == expected | {"caption": rows[1]["caption"]}
-        return
-    assert all(len(set(row["caption"])) == 5 and set(row) == {"image", "caption"} for row in rows)
-    truth = read(root, f"coco_karpathy_{split}_gt")
-    listed = [(row["image_id"], row["caption"]) for row in truth["annotations"]]
-    assert listed == captions_of(root, split)
-    assert len({row["id"] for row in truth["annotations"]}) == len(listed)
-    assert [row["id"] for row in truth["images"]] == list(truth_of(root, split))
+    if split != "train":
+        truth = read(root, f"coco_karpathy_{split}_gt")
+        listed = [(row["image_id"], row["caption"]) for row in truth["annotations"]]
+        assert listed == captions_of(root, split)
+        assert [row["id"] for row in truth["images"]] == list(truth_of(root, split))
 
 
 def test_data_are_those_that_the_shipped_models_were_trained_on(root):
@@ -241,13 +236,3 @@ def test_every_label_is_true_of_the_scenes_and_the_text_says_nothing_about_it(ro
     assert len(rows) == SIZES["statements" if split == "train" else "heldout_statements"]
     assert families == FAMILIES.keys()
     assert all(found["True"] == found["False"] for found in labels.values())
-
-
-def test_one_image_does_not_decide(root):
-    """A statement's true and false pair share an image, on either side."""
-    shared = Counter()
-    rows = read(root, "nlvr_train")
-    for row, other in product(rows, rows):
-        if other["sentence"] == row["sentence"] and other["label"] != row["label"]:
-            shared.update(i for i in range(2) if row["images"][i] == other["images"][i])
-    assert sum(shared.values()) >= len(rows) and min(shared.values()) > 0.3 * len(rows)

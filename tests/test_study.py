@@ -359,19 +359,12 @@ def test_pairs_of_which_some_are_lost_or_to_come(lost, to_come, pairs, verdict):
 
 
 def test_the_page_of_the_repositorys_study_is_the_one_in_docs(embedded, tmp_path):
+    """What people wrote above the mark stays, what was below goes."""
     page = (ROOT / "docs" / "study.md").read_text()
-    (tmp_path / "study.md").write_text(page)
+    (tmp_path / "study.md").write_text(f"{page.split(study.MARK)[0]}{study.MARK}\nstale\n")
     assert study.report(embedded, tmp_path / "study.json").read_text() == page
     figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == {"study_scores.png", "study_differences.png"}
-
-
-def test_a_page_keeps_what_people_wrote(tmp_path):
-    page = tmp_path / "study.md"
-    page.write_text(f"# Ours\n\nWords.\n{study.MARK}\nstale\n")
-    text = study.report(study_of({(0.1, NONE, 0): None}), tmp_path / "study.json").read_text()
-    assert text.startswith(f"# Ours\n\nWords.\n{study.MARK}\n") and "stale" not in text
-    assert "0 of 1 planned cells" in text
 
 
 def test_figures_draw_means_differences_and_shares():

@@ -96,10 +96,12 @@ def test_a_users_mistake_is_a_sentence_that_names_its_rank(capsys, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("ours"), RuntimeError("ours"), KeyboardInterrupt(), SystemExit(75)]
+    "error",
+    [ValueError("ours"), RuntimeError(), KeyboardInterrupt(), SystemExit(75), BrokenPipeError()],
 )
-def test_other_errors_stay_what_they_are(error):
-    """Also a ValueError, which many mistakes of users are."""
+def test_other_errors_stay_what_they_are(error, monkeypatch, tmp_path):
+    """Also a ValueError, which many mistakes of users are; and a pipe that is not the output's."""
+    monkeypatch.setattr(sys, "stdout", open(tmp_path / "out", "w"))
     with pytest.raises(type(error)) as raised:
         launch(fail, error)
     assert raised.value is error
