@@ -11,11 +11,13 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 
 import export
 from data.transforms import CLIP_STD, build_transform
+from dimension import measure
 from models import build_captioner, build_clip, build_nlvr, load_checkpoint, prunable_layers
+from models.checkpoint import hugging_face_name
 from models.text import load_tokenizer
 from reports import costs
 from tests.conftest import ROOT, read_golden
-from tests.runs import TINY_CLIP, same, write_model
+from tests.runs import TINY_CLIP, compute_id, ids, same, write_model
 from utils import UserError
 
 PICTURE = Path(__file__).parent / "some.jpg"
@@ -121,6 +123,30 @@ def test_the_processor_gives_our_pixels_and_ids(exported):
     assert "token_type_ids" not in theirs
     assert processor.tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [158, 159]
     assert load_tokenizer(str(folder)).get_vocab() == tokenizer.get_vocab()
+
+
+def test_measuring_the_folder_measures_our_layers(exported, tmp_path):
+    """Outputs of float32 differ by 1e-6 of a distance: log ratios of some 0.1 by 1e-4 at most."""
+    model, folder, _, processor = exported
+    texts = [f"a word{i} picture " + "word9 " * (i % 4) + f"word{i + 20}" for i in range(20)]
+    (tmp_path / "texts").write_text("\n".join(texts))
+    pictures = [Image.fromarray(torch.randint(256, (32, 32, 3)).byte().numpy()) for _ in texts]
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "pictures" / f"{i:02}.png")
+    flags = "--images", tmp_path / "pictures", "--texts", tmp_path / "texts"
+    found = ids(compute_id(tmp_path, "--hf", folder, *flags))
+    batch = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+
+    def forward(pixel_values, input_ids, attention_mask):
+        states = model.encode_image(pixel_values)
+        model.text_decoder(input_ids, attention_mask, encoder_hidden_states=states)
+
+    model.forward = forward
+    ours = ids(measure(model, [dict(batch)]))
+    del model.forward
+    ours = {hugging_face_name(f"{name}.").rstrip("."): value for name, value in ours.items()}
+    assert ours == pytest.approx(found, rel=1e-3)
 
 
 def test_the_folder_holds_how_we_caption_and_what_transformers_4_looks_for(exported):
