@@ -26,7 +26,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 # On the accelerator that is there, else on a simulated one: what runs on a GPU, then the scripts.
-ON_GPU := test_train_caption test_trainers test_resume test_compute_id test_caption_script test_export
+ON_GPU := test_trainers test_resume test_compute_id test_caption_script test_export
 
 test-gpu: setup
 	$(BIN)/python -m pytest -rs -m "not slow" tests/test_accelerator.py tests/test_generation.py tests/test_gpu.py

@@ -105,6 +105,12 @@ def run(script: str, argv: list[str]) -> None:
     module.main(module.parse_args(argv))
 
 
+def train(config, folder: Path, name: str, *flags: str, script: str = "train_caption") -> Path:
+    """Trains or evaluates in this process, and returns the folder of the results."""
+    run(script, ["--config", f"{config}", "--output_dir", f"{folder}", "--model_dir", name, *flags])
+    return folder / name
+
+
 def compute_id(folder: Path, *flags) -> IDProfile:
     """The profile that ComputeID.py measures on the CPU, or estimates again."""
     run("ComputeID", ["--Path", str(folder), "--cpu", *map(str, flags)])
@@ -170,21 +176,21 @@ def in_float64(rank: int) -> None:
 
 
 @contextmanager
-def stopped_at(step: int, error: type[BaseException] | None = None, signal: int = 0) -> Iterator:
-    """Inside the block, a training meets an error or a signal at the end of a step."""
+def stopped_at(step: int, error: type[BaseException] = SystemExit, signal: int = 0) -> Iterator:
+    """A training inside the block ends with the error: it, or a signal, comes after a step."""
     prune = Pruner.step
 
     def stopped(self, global_step):
         found = prune(self, global_step)
-        if global_step == step and error:
-            raise error
-        if global_step == step:
+        if global_step == step and signal:
             raise_signal(signal)
+        elif global_step == step:
+            raise error
         return found
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error) as raised:
         patch.setattr(Pruner, "step", stopped)
-        yield
+        yield raised
 
 
 def start(

@@ -178,15 +178,13 @@ def test_weights_that_are_not_finite_are_named(model, weights, tmp_path, write, 
 def test_the_index_says_which_file_holds_a_tensor(model, weights, tmp_path):
     folder = tmp_path / "hf"
     hugging_face(weights, folder)
-    old = {name: torch.zeros_like(value) for name, value in weights.items()}
-    save_file(old, folder / "model.safetensors")
+    save_file({name: value * 0 for name, value in weights.items()}, folder / "model.safetensors")
     first, second = sorted(folder.glob("model-*.safetensors"))
     name = next(iter(open_weights(first)))
     save_file(load_file(second) | {name: torch.full((7,), 7.0)}, second)
     for path in (folder, folder / INDEX):
-        report = load_checkpoint(model, path)
+        load_checkpoint(model, path)
         assert_holds(model, weights)
-        assert report.ignored == [POSITION_IDS]
 
 
 class Planted:
@@ -261,7 +259,6 @@ MISTAKES = [
     # files that hold none
     (b"", "it is empty"),
     (b"not a checkpoint at all", "neither safetensors nor"),
-    (b"{}", "neither safetensors nor"),
     (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
     (b"<!DOCTYPE html>", "it is a page"),
     (b"\x1f\x8b\x08 compressed", "it is an archive"),
@@ -311,36 +308,22 @@ def test_mistakes_name_the_file_and_leave_the_model_as_it_was(
 OFFICIAL = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/base.pth"
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The folder of downloads, which hold their address."""
-
+def test_addresses_are_downloaded_once_or_named(monkeypatch, tmp_path):
     def download(url, path):
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True)  # a second download would find its folder
         path.write_text(url)
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr("models.weight_files.download", download)
-    return tmp_path / "hub" / "checkpoints"
-
-
-def test_addresses_are_downloaded_once(hub):
     # two files of one name
     urls = [f"https://{host}.invalid/resolve/main/model.safetensors?x=1" for host in "ab"]
-    for url in (OFFICIAL, *urls) * 2:  # a second download would find its folder
+    for url in (OFFICIAL, *urls) * 2:
         assert fetch(url).read_text() == url
-    assert (hub / "base.pth").exists()  # where BLIP's own code looks for it
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
+    (tmp_path / "hub/checkpoints/base.pth").unlink()  # where BLIP's own code looks for it
+    for source, message in [
         (OFFICIAL, r"download .*hub/checkpoints/base\.pth \(set TORCH_HOME.*--pretrained"),
         ("nowhere.pth", "no checkpoint nowhere.pth"),
         ("Salesforce/blip-base", "blip-base: give a file.*https://huggingface.co/NAME/"),
-    ],
-)
-def test_what_cannot_be_fetched_is_named(hub, source, message):
-    hub.mkdir(parents=True)  # the download fails
-    with pytest.raises(UserError, match=message):
-        fetch(source)
+    ]:
+        with pytest.raises(UserError, match=message):
+            fetch(source)

@@ -1,7 +1,5 @@
 """Costs counted by hand."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -57,18 +55,9 @@ def tiny(caption_tiny_config):
 
 
 @torch.no_grad()
-def test_a_small_captioner_by_hand_and_zeros_save_their_products(tiny):
-    """16 patches of 8 x 8 x 3, 17 tokens, width 48, two blocks; 15 tokens, width 32, 3 layers."""
-    counts = costs.multiply_adds(tiny, costs.example(tiny, "caption", 32))
-    block = 17 * 48 * 48 * (3 + 1 + 4 + 4)  # qkv, proj, fc1, fc2
-    attention = 2 * 17 * 17 * 48  # scores and sums
-    assert counts["dense"]["vision"] == 16 * 192 * 48 + 2 * (block + attention)
-    tokens, images, width = 15, 17, 32
-    layer = tokens * width * width * (4 + 2) + 2 * images * 48 * width + tokens * 2 * width * 64
-    products = 2 * tokens * tokens * width + 2 * tokens * images * width
-    head = tokens * width * (width + 160)
-    assert counts["dense"]["language"] == 3 * (layer + products) + head
-    assert counts["effective"] == counts["dense"]
+def test_zeros_of_a_captioner_save_their_products(tiny):
+    """16 patches of 8 x 8 x 3, 17 tokens, width 48; 15 tokens, width 32."""
+    assert saved(tiny, "caption") == {"vision": 0, "language": 0}
     tiny.visual_encoder.blocks[0].mlp.fc1.weight[:, :5] = 0
     tiny.visual_encoder.patch_embed.proj.weight[0] = 0
     attention = tiny.text_decoder.bert.encoder.layer[1].crossattention.self
@@ -95,14 +84,6 @@ def test_sizes(tiny):
         assert dense == size * parameters
         saved = 150 * 48 * size - 192 * 48 / 8
         assert saved - 250 <= dense - compressed <= saved  # less the header's entries
-
-
-def test_a_new_task_has_costs(tiny, monkeypatch):
-    task = replace(TASKS["caption"], name="new", tokens=7)
-    monkeypatch.setitem(TASKS, "new", task)
-    found = costs.report(tiny, {"task": "new", "image_size": 32})
-    assert costs.example(tiny, "new", 32)[1].shape == (1, 7)
-    assert found["multiply_adds"]["dense"]["language"] > 0 < found["sparse"]["milliseconds"]
 
 
 def test_times_are_those_of_calls_and_their_spread(tiny, monkeypatch):

@@ -25,6 +25,8 @@ from data.images import BadImageError, find_pictures, open_image
 from data.nlvr_dataset import build_nlvr_datasets, mirror
 from data.samplers import EvalSampler, TrainBatchSampler
 from data.transforms import build_transform, operations
+from engine.loading import read, train_loader
+from engine.processes import Process
 from utils import UserError
 
 
@@ -275,21 +277,18 @@ def published(tmp_path, monkeypatch):
     return tmp_path / "nlvr_dev.json"
 
 
-def test_annotation_is_downloaded_once_and_whole(published, tmp_path):
+def test_annotation_is_downloaded_once_and_only_if_it_is_json(published, tmp_path):
+    folder = tmp_path / "annotation"
+    published.write_text("Please log in")
+    with pytest.raises(UserError, match="is not JSON"):
+        annotation_files((folder, "nlvr_dev.json"))
+    assert list(folder.iterdir()) == []
     published.write_text("[1, 2]")
     for _ in range(2):
-        (path,) = annotation_files((tmp_path / "annotation", "nlvr_dev.json"))
+        (path,) = annotation_files((folder, "nlvr_dev.json"))
         assert path.read_text() == "[1, 2]"
         published.unlink(missing_ok=True)
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("answer", ["\n<html>Please log in</html>", "Please log in"])
-def test_a_page_in_place_of_an_annotation_is_not_kept(answer, published, tmp_path):
-    published.write_text(answer)
-    with pytest.raises(UserError, match="is a page and not|is not JSON"):
-        annotation_files((tmp_path / "annotation", "nlvr_dev.json"))
-    assert list((tmp_path / "annotation").iterdir()) == []
+    assert list(folder.iterdir()) == [path]
 
 
 def test_the_others_report_why_the_main_processs_download_failed(published, tmp_path, monkeypatch):
@@ -450,3 +449,14 @@ def test_bad_images_are_errors_or_skipped_and_counted_on_request(config):
         train[0]
     with pytest.raises(UserError, match="^6 of 6 images"):
         train.check()
+
+
+def test_a_loading_process_names_the_image_that_it_cannot_read(config):
+    """Without its traceback, which nobody needs."""
+    train, _, _ = build_caption_datasets(config)
+    for path in Path(config["image_root"], "train").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    process = Process(0, 1, torch.device("cpu"))
+    loader = train_loader({"batch_size": 4, "num_workers": 1}, train, 0, process)
+    with pytest.raises(UserError, match="^cannot read image .*--skip_bad_images$"):
+        next(read(loader))

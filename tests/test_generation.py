@@ -91,14 +91,6 @@ def test_generated_rule_equals_the_library(seed):
     assert captions(decoder, embeds, rule="generated") == expected
 
 
-def test_the_end_token_waits_for_the_minimum_and_the_maximum_cuts():
-    rows = captions(random_decoder(0, eos_bias=50.0), images(3), min_length=9)
-    assert [len(row) for row in rows] == [9 + 1] * 3
-    for most in (4, 10):
-        rows = captions(random_decoder(0, eos_bias=-50.0), images(2), max_length=most)
-        assert [len(row) for row in rows] == [most] * 2 and EOS not in sum(rows, [])
-
-
 def test_image_keys_and_values_are_projected_once_and_shared_by_beams():
     decoder, embeds = random_decoder(0), images(2)
     shapes = []

@@ -1,8 +1,4 @@
-"""What a real GPU alone can show. `make test-gpu` runs it; of several, test_train_* take NCCL."""
-
-import os
-import subprocess
-import sys
+"""What a real GPU alone can show. `make test-gpu` runs it; of several, test_trainers takes NCCL."""
 
 import pytest
 import torch
@@ -45,25 +41,14 @@ def test_memory_does_not_grow_from_epoch_to_epoch(config, tmp_path, monkeypatch)
         held.append(torch.cuda.memory_allocated())
 
     monkeypatch.setattr(loop, "finish_epoch", noted)
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "x"]
-    runs.run("train_caption", [*argv, *FLAGS])
+    runs.train(config, tmp_path, "x", *FLAGS)
     assert len(held) == 4 and held[1] == held[2] == held[3]
 
 
 def test_a_capture_stays_within_its_budget(config, tmp_path):
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "x"]
-    runs.run("train_caption", [*argv, *FLAGS])
+    runs.train(config, tmp_path, "x", *FLAGS)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     argv = ["--config", config, "-n", "12", "--Path", str(tmp_path), "--gpu", "0"]
     runs.run("ComputeID", [*argv, "--pruned", str(tmp_path / "x"), "--memory_gb", "0.3"])
     assert torch.cuda.max_memory_allocated() - before < 0.3e9
-
-
-def test_a_run_in_expandable_segments(config, tmp_path):
-    setting = "expandable_segments:True"
-    names = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), setting)
-    argv = ["--config", config, "--output_dir", str(tmp_path), "--model_dir", "x", *FLAGS]
-    environment = os.environ | names
-    subprocess.run([sys.executable, "train_caption.py", *argv], env=environment, check=True)
-    assert runs.log_of(tmp_path / "x")[-1]["step"] == 12

@@ -8,14 +8,13 @@ import transformers
 from torch import nn
 
 import ComputeID
-import study
 from configs import load_config
 from data.caption_dataset import build_caption_datasets
 from dimension import measure
-from dimension.profile import IDProfile, LayerID, load_profile, make_remarks
+from dimension.profile import IDProfile, LayerID, make_remarks
 from models import build_captioner
 from tests.runs import make_scenes, write_config
-from utils import UserError, write_json
+from utils import UserError
 
 N = 60
 LENGTHS = 3 + torch.arange(N) % 6
@@ -133,15 +132,13 @@ def bert(tmp_path_factory):
 
 
 def test_a_hugging_face_model_with_texts_of_one_length(bert, tmp_path, capsys):
-    name = "encoder.layer.0.output.dense"
     for flags, length, n in ((["--one_length"], 5, 30), (["--one_length", "6"], 6, 25)):
         profile = run(tmp_path, *bert, *flags)
         assert (profile.settings["one_length"], profile.settings["nsamples"]) == (length, n)
-        assert profile.layers[name].features == length * 16
-        assert "padding takes" not in capsys.readouterr().out
-    for flags in (["-n", "31", "--one_length"], ["--one_length", "10"]):
-        with pytest.raises(UserError, match="give a smaller -n, or another length .30 have 5, 25"):
-            run(tmp_path, *bert, *flags)
+        assert profile.layers["encoder.layer.0.output.dense"].features == length * 16
+    assert "padding takes" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="give a smaller -n, or another length .30 have 5, 25"):
+        run(tmp_path, *bert, "-n", "31", "--one_length")
 
 
 def test_longer_texts_are_left_out_and_padding_is_told_before(bert, tmp_path, capsys):
@@ -163,7 +160,6 @@ def test_longer_texts_are_left_out_and_padding_is_told_before(bert, tmp_path, ca
     [
         (["-s", "--one_length"], "-s has the samples of the run before"),
         (["--hf", "x", "--images", "x", "--one_length"], "without --texts"),
-        (["--hf", "x", "--images", "x", "--max_tokens", "9"], "without --texts"),
         (["--max_tokens", "9"], "max_tokens goes with --hf"),
         (["--one_length", "0"], "a whole number from 1"),
     ],
@@ -172,15 +168,3 @@ def test_flags_that_do_not_go_together(flags, message, capsys):
     with pytest.raises(SystemExit):
         ComputeID.parse_args(flags)
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_the_study_weighs_with_the_profile_of_one_length(tmp_path):
-    """It stands beside the profile of the IDs."""
-    write_json(tmp_path / "ids.json", {"a": 1.0, "b": 2.0})
-    write_json(tmp_path / "ids_one_length.json", {"a": 3.0, "b": 2.5})
-    cell = study.Cell("caption", "PLATON", 0.1, "ID, one length", 0)
-    setting = {"config": "c", "id_profile": str(tmp_path / "ids.json"), "flags": []}
-    args = study.parse_args(["--preset=embedded", f"--output_dir={tmp_path}"])
-    training, _ = study.commands(cell, setting | {"validation": 1}, args)
-    (profile,) = [x.partition("=")[2] for x in training if x.startswith("--id_profile")]
-    assert load_profile(profile) == {"a": 3.0, "b": 2.5}

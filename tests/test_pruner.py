@@ -1,4 +1,3 @@
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -123,7 +122,6 @@ def test_not_a_number_names_its_parameter(method, value):
         ({"layer_id": {"x": 3.0, "y": math.nan}}, "not positive: y"),
         ({"method": "OBD"}, "PLATON, Taylor, Magnitude"),
         ({"beta1": 0.0}, "0 < beta1 < 1, got 0.0.*all scores are zero"),
-        ({"beta1": 1.0}, "0 < beta1 < 1, got 1.0"),
         ({"beta2": 2.0}, "0 <= beta2 < 1, got 2.0"),
         ({"delta_t": 5}, "nothing would be pruned.* zero until step 5.*has 4 steps.*lower delta_t"),
         ({"total_steps": 1, "final_warmup": 0}, "zero until step 2.*has 1 steps"),
@@ -158,19 +156,17 @@ def test_state_of_another_run_is_an_error():
 def test_report_counts_zeros_by_layer_and_modality():
     names = ["visual_encoder.blocks.0.mlp.fc1", "visual_encoder.blocks.1.mlp.fc1"]
     names += ["text_decoder.bert.encoder.layer.0.crossattention.self.key"]
-    layers = dict(zip(names, [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)], strict=True))
-    first, second, text = layers.values()
-    for layer in layers.values():
+    first, second, text = layers = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+    for layer in layers:
         nn.init.ones_(layer.bias)
     nn.init.zeros_(first.weight)  # 16 zeros of 20
     second.bias.data[:2] = 0  # 2 of 20
     text.weight.data[0] = 0  # 4 of 10
-    report = sparsity_report(layers)
+    report = sparsity_report(dict(zip(names, layers, strict=True)))
     assert report["overall"] == 22 / 50 and (report["pruned"], report["prunable"]) == (22, 50)
     assert report["by_modality"] == {"vision": 18 / 40, "language": 0.4}
     assert list(report["by_layer"].values()) == [0.8, 0.1, 0.4]
     assert report["vision_share_of_pruned"] == 18 / 22
-    assert json.loads(json.dumps(report)) == report
     foreign = {"blocks.0.attn.qkv": second, "head": text}
     report = sparsity_report(foreign)
     assert report["by_modality"] == {"other": 6 / 30} and report["vision_share_of_pruned"] == 0
@@ -201,7 +197,6 @@ def test_tied_scores_are_counted_and_warned_of_at_the_last_step():
     "pruned, tied, sentence",
     [
         (79_999, 1, None),  # the k-th smallest stays
-        (79_900, 101, None),  # a tenth of a percentage point
         (79_899, 101, "asked for 0.2 remaining, but 0.201 remain, because 101 scores tie"),
         (79_800, 199, "but 0.202 remain; ties at the threshold (scores: 199) do not explain it"),
         (90_000, 20_000, "but 0.1 remain; ties at the threshold (scores: 20,000) do not"),
@@ -238,10 +233,8 @@ def computed(reparametrize):
         (foreign(), ["0", "3"], r"'3' is no linear layer \(Sequential\)"),
         (foreign(), ["0", "3.0"], r"'3.0' is no linear layer \(LayerNorm\)"),
         (foreign(), ["0", "7", "x"], "'7' is not a layer of the model, 'x' is not"),
-        (foreign(), "blocks.*", r"'blocks.\*' is not a layer"),
         (foreign(), list("56789"), "and 2 more"),
         (computed(nn.utils.parametrizations.weight_norm), ["2"], "from .*weight.original0"),
-        (computed(nn.utils.parametrizations.spectral_norm), ["2"], "from .*weight.original"),
         (computed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), ["2"], "weight_orig"),
     ],
 )
@@ -292,9 +285,7 @@ NO_GRADIENT = "^0.weight has no gradient.* after backward.. and before zero"
         ("PLATON", "backward optimizer zero pruner", "after backward.. and before"),
         ("Taylor", "backward optimizer zero pruner", "after backward.. and before"),
         ("PLATON", "pruner backward optimizer", NO_GRADIENT),
-        ("Taylor", "pruner backward optimizer", NO_GRADIENT),
         ("PLATON", "backward optimizer pruner zero", None),
-        ("PLATON", "zero backward optimizer pruner", None),
         ("PLATON", "zero backward backward optimizer pruner", None),
     ],
 )

@@ -3,8 +3,6 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from data.caption_dataset import build_caption_datasets
@@ -110,23 +108,17 @@ def test_one_record_a_line_is_read(folder):
     "name, change, message",
     [
         (TRAINING, {"caption": None}, "caption is null, .* one text"),
-        (TRAINING, {"caption": ["a", "b"]}, "caption is a list of 2"),
-        (TRAINING, {"caption": " \n"}, r'caption is " \\n"'),
         (TRAINING, {"caption": "\ud83d"}, r'caption is "\\ud83d"'),
         (TRAINING, {"image": 5}, "image is 5, .*below the config's image_root"),
         (VALIDATION, {"image": "a.jpg"}, "image_id is missing, .*a.jpg"),
         (VALIDATION, {"image_id": -5}, "image_id is -5, .*number"),
-        ("coco_karpathy_test", {"image": ""}, 'image is ""'),
         ("nlvr_train", {"images": [IMAGE]}, "images is a list of 1, .*two paths"),
         ("nlvr_dev", {"images": [IMAGE, None]}, "images is a list of 2"),
         ("nlvr_dev", {"label": "yes"}, 'label is "yes", but must be "True" or "False"'),
-        ("nlvr_test", {"sentence": 3.5}, "sentence is 3.5"),
-        ("flickr30k_train", {"caption": ["a"]}, "caption is a list of 1, but must be"),
         ("flickr30k_val", {"caption": "a"}, 'caption is "a", but must be a list'),
         ("flickr30k_test", {"caption": []}, "caption is a list of 0, but must be a list"),
         ("flickr30k_test", {"caption": ["a", " "]}, "caption is a list of 2, but must be"),
         (TRUTH, {"caption": None}, "caption is null"),
-        (TRUTH, {"caption": ""}, 'caption is ""'),
         (TRUTH, {"image_id": None}, "image_id is null"),
     ],
 )
@@ -186,26 +178,3 @@ def test_a_file_of_other_content_is_named(name, content, message, folder):
     with pytest.raises(UserError, match=f"{name}.*{message}") as error:
         build(folder, name, content)
     assert "delete" not in str(error.value)  # it may be the user's own
-
-
-WORDS = "image caption image_id sentence label images annotations identifier sentences True 42 / ."
-WORDS = st.sampled_from([*WORDS.split(), "", IMAGE, "\ud83d", "a\0b"])
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4)
-)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(sorted(FILES)), st.data())
-def test_any_json_gives_items_or_a_mistake_of_the_user(folder, name, data):
-    """A good record with some other values, or anything."""
-    good = FILES[name]
-    record = (good if isinstance(good, list) else good["annotations"])[0]
-    changes = st.dictionaries(st.sampled_from(sorted(record)), VALUES, max_size=2)
-    rows = changes.map(lambda change: [record, record | change])
-    rows = rows if isinstance(good, list) else rows.map(lambda rows: {"annotations": rows})
-    try:
-        build(folder, name, json.dumps(data.draw(rows | VALUES)))
-    except UserError as mistake:
-        assert str(folder) in str(mistake)

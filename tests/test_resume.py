@@ -21,13 +21,8 @@ def train(scenes, tmp_path_factory):
     """Trains for 12 steps in 2 epochs and returns the folder."""
     folder = tmp_path_factory.mktemp("runs")
     config = runs.write_config(folder / "config.yaml", scenes, batch_size=8, max_epoch=2)
-    flags = ["--config", config, "--output_dir", str(folder), *PRUNE, "--checkpoint_steps", "5"]
-
-    def run(name, *more):
-        runs.run("train_caption", [*flags, "--model_dir", name, *more])
-        return folder / name
-
-    return run
+    flags = [*PRUNE, "--checkpoint_steps", "5"]
+    return lambda name, *more: runs.train(config, folder, name, *flags, *more)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +37,7 @@ def whole(train):
 )
 def test_signal_finishes_the_step_saves_and_exits(train, whole, number, step, saved):
     name = f"stopped_by_{number.name}_{step}"
-    with runs.stopped_at(step, signal=number), pytest.raises(SystemExit) as stopped:
+    with runs.stopped_at(step, signal=number) as stopped:
         train(name)
     assert stopped.value.code == EXIT_STOPPED == 75
     folder = whole.with_name(name)
@@ -72,7 +67,7 @@ def test_signal_in_a_validation_ends_it_at_once(train, whole, monkeypatch):
 
 
 def test_truncated_checkpoint_falls_back_to_the_one_before(train, whole, capsys):
-    with runs.stopped_at(8, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with runs.stopped_at(8, KeyboardInterrupt):
         train("truncated")
     folder = whole.with_name("truncated")
     assert runs.saved_steps(folder) == [5, 6]
@@ -142,22 +137,25 @@ def test_a_finished_run_says_what_may_go_and_needs_it_no_more(train, capsys):
 # without dropout, so that sums of another order change 1e-16 of a number
 
 OTHERS = ["--warmup_steps", "2", "--deltaT", "2", "--final_threshold", "0.4", "--amp", "off"]
-OTHERS += ["--checkpoint_steps", "5", "--keep_checkpoints", "9"]  # 5 is on the ramp
+OTHERS += [
+    "--checkpoint_steps",
+    "5",
+    "--keep_checkpoints",
+    "9",
+    "--eval_epochs",
+    "0",
+]
 SCRIPTS = {"caption": "train_caption", "clip": "train_clip_flickr30k"}
 
 
 @pytest.fixture(scope="module")
 def two_tasks(tmp_path_factory):
-    """Of runs of 12 steps in 2 epochs, by task: 4 samples a step on one process."""
-    folder = tmp_path_factory.mktemp("runs")
+    """Configs of 12 steps in 2 epochs, by task: 4 samples a step on one process."""
+    folder, changes = tmp_path_factory.mktemp("runs"), {"batch_size": 4, "max_epoch": 2}
     data = runs.make_scenes(folder / "scenes", train=24)
-    changes = {"batch_size": 4, "max_epoch": 2}
-    configs = {
-        "caption": runs.write_config(folder / "caption.yaml", data, 0.0, **changes),
-        "clip": runs.write_clip_config(folder / "clip.yaml", data, **changes),
-    }
-    more = ["--output_dir", str(folder), "--eval_epochs", "0", *OTHERS]
-    return {task: ["--config", config, *more] for task, config in configs.items()}, folder
+    runs.write_config(folder / "caption.yaml", data, 0.0, **changes)
+    runs.write_clip_config(folder / "clip.yaml", data, **changes)
+    return folder
 
 
 def checkpoint(folder, step):
@@ -167,28 +165,28 @@ def checkpoint(folder, step):
 def same_end(whole, other):
     """Whether the last checkpoints agree in all weights, queues and averages, and in the log."""
     ends = [torch.load(checkpoint(f, 12), weights_only=True) for f in (whole, other)]
-    assert ends[0]["model"].keys() == ends[1]["model"].keys()
-    for name, value in ends[0]["model"].items():
-        torch.testing.assert_close(ends[1]["model"][name], value, rtol=1e-9, atol=1e-9)
-        assert torch.equal(ends[1]["model"][name] == 0, value == 0)
+    torch.testing.assert_close(ends[1]["model"], ends[0]["model"], rtol=1e-9, atol=1e-9)
+    zeros = [{name: x == 0 for name, x in end["model"].items()} for end in ends]
+    assert runs.same(*zeros)
     losses = [[line["loss"] for line in runs.log_of(f)] for f in (whole, other)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_goes_on_with_two_processes_and_with_one_again(two_tasks, float64, capsys, task):
-    """1 x 4 samples, then 2 x 2, then 1 x 2 x 2 accumulated."""
-    argv, folder = two_tasks[0][task], two_tasks[1]
-    whole, two, one = (folder / f"{task}_{name}" for name in ("whole", "two", "one"))
-    runs.run(SCRIPTS[task], [*argv, "--model_dir", whole.name])
-    more = ["--model_dir", two.name, "--batch_size", "2", "--resume", str(checkpoint(whole, 5))]
-    started = runs.start([*argv, *more], 2, SCRIPTS[task], before=runs.in_float64)
-    assert runs.finish(started) == [0, 0]
+    """1 x 4 samples, from a step on the ramp 2 x 2, and then 1 x 2 x 2 accumulated."""
+    script, config = SCRIPTS[task], str(two_tasks / f"{task}.yaml")
+    whole = runs.train(config, two_tasks, f"{task}_whole", *OTHERS, script=script)
+    two, one = (two_tasks / f"{task}_{name}" for name in ("two", "one"))
+    more = ["--batch_size", "2", "--resume", str(checkpoint(whole, 5)), "--model_dir", two.name]
+    argv = ["--config", config, "--output_dir", str(two_tasks), *OTHERS, *more]
+    assert runs.finish(runs.start(argv, 2, script, before=runs.in_float64)) == [0, 0]
     same_end(whole, two)
-    more = ["--model_dir", one.name, "--batch_size", "2", "--gradient_accumulation_steps", "2"]
+    more = [*OTHERS, "--batch_size", "2", "--resume", str(checkpoint(two, 10))]
     capsys.readouterr()
-    runs.run(SCRIPTS[task], [*argv, *more, "--resume", str(checkpoint(two, 10))])
+    accumulated = ["--gradient_accumulation_steps", "2"]
+    runs.train(config, two_tasks, one.name, *more, *accumulated, script=script)
     same_end(whole, one)
     assert "1 process(es) where there were 2: the same samples" in capsys.readouterr().out
     with pytest.raises(UserError, match="samples of a step was 4, is 2"):
-        runs.run(SCRIPTS[task], [*argv, *more[:4], "--resume", str(checkpoint(two, 10))])
+        runs.train(config, two_tasks, one.name, *more, script=script)

@@ -61,30 +61,27 @@ def test_a_record_holds_flags_config_and_the_command_as_typed(experiment, tmp_pa
     assert train_caption.parse_args().argv == ["train_caption.py", "--seed", "3"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "profile"),
-    [("", ""), ("--useID", "config.json"), ("--useID --id_profile own.json", "own.json")],
-)
-def test_scores_are_weighted_where_it_is_asked_for(experiment, flags, profile):
-    assert experiment(flags, id_profile="config.json").id_profile == profile
+def test_scores_are_weighted_where_it_is_asked_for(experiment):
+    for flags, profile in (("", ""), ("--useID", "c"), ("--useID --id_profile own", "own")):
+        assert experiment(flags, id_profile="c").id_profile == profile
 
 
 @pytest.mark.parametrize(
-    ("script", "needed", "flags"),
+    "command",
     [
-        ("train_caption", "", "output_dir config pruned id_profile resume"),
-        ("export", "--config=c --pruned=p", "config pruned out"),
-        ("caption", "a.jpg", "config pruned"),
-        ("ComputeID", "", "Path config pretrained"),
+        "train_caption --output_dir --config --pruned --id_profile --resume",
+        "export --config --pruned --out",
+        "caption a.jpg --config --pruned",
+        "ComputeID --Path --config --pretrained",
     ],
 )
-def test_a_tilde_is_the_users_home(monkeypatch, script, needed, flags):
+def test_a_tilde_is_the_users_home(monkeypatch, command):
     """Shells leave the tilde of --flag=~/x as it is."""
     monkeypatch.setenv("HOME", "/home/me")
-    parse = importlib.import_module(script).parse_args
-    for flag in flags.split():
-        args = parse([*needed.split(), f"--{flag}=~/place"])
-        assert str(getattr(args, flag)) == "/home/me/place"
+    script, *flags = re.sub(r"(--\w+)", r"\1=~/place", command).split()
+    args = vars(importlib.import_module(script).parse_args(flags))
+    for flag in re.findall(r"--(\w+)", command):
+        assert str(args[flag]) == "/home/me/place"
 
 
 # warm-ups, remaining ratio, samples of a batch, epochs
@@ -193,8 +190,6 @@ def test_a_check_counts_steps_and_captions_that_are_cut(experiment, scenes, tmp_
     [
         ("--pruned x", "goes with --evaluate; training starts from --pretrained"),
         ("--sparse", "--sparse goes with --evaluate"),
-        ("--spice", "--spice goes with --evaluate"),
-        ("--evaluate --eval_test", "--eval_test goes with training"),
         ("--evaluate --compile", "--compile goes with training"),
         ("--evaluate --sparse --amp bf16", "--sparse computes in float32: leave out --amp bf16"),
         ("--evaluate --sparse --device cuda", "computes on the CPU: leave out --device cuda"),
@@ -216,10 +211,8 @@ def test_a_mistake_is_named_before_the_first_step(experiment, tmp_path, flags, m
     ("flag", "value", "range"),
     [
         ("--gradient_accumulation_steps", "0", "a whole number from 1 to"),
-        ("--deltaT", "2.5", "a whole number from 1 to"),
         ("--init_lr", "nan", "a number from 0 to 10"),
         ("--final_threshold", "80", "a number from 0 to 1"),
-        ("--beta2", "2", "a number from 0 to 1"),
         ("--seed", "-1", "a whole number from 0 to"),
     ],
 )
@@ -265,16 +258,15 @@ def test_images_are_looked_for_where_they_are_needed(experiment, scenes, tmp_pat
     weights = tmp_path / "weights.safetensors"
     save_weights(CAPTION.build_model(experiment().config), weights)
 
-    def prepared(flags=""):
+    def prepared(flags):
         return prepare(start(experiment(f"--pretrained {weights} {flags}", copy)))
 
     next((copy / "images/train").iterdir()).unlink()
     with pytest.raises(UserError, match="1 of 48 images do not exist"):
-        prepared()
-    _, train_set, held_out, _ = prepared("--skip_bad_images")
-    assert train_set.skip_bad_images and list(held_out) == ["val", "test"]
+        prepared("")
+    assert list(prepared("--skip_bad_images")[2]) == ["val", "test"]
     next((copy / "images/test").iterdir()).unlink()
-    for flags in ("--skip_bad_images", "--evaluate", "--evaluate --split test"):
+    for flags in ("--skip_bad_images", "--evaluate"):
         with pytest.raises(UserError, match="1 of 6 images do not exist"):
             prepared(flags)
     assert list(prepared("--evaluate --split val")[2]) == ["val"]
@@ -290,7 +282,6 @@ def test_images_are_looked_for_where_they_are_needed(experiment, scenes, tmp_pat
         ("cuda 0", "cuda", 1, "", "cuda:0 is asked for, but torch sees no GPU"),
         ("cuda 2", "auto", 1, "", "cuda:0"),
         ("cuda 2", "cuda:1", 1, "", "cuda:1"),
-        ("cuda 2", "cpu", 2, "1", "cpu"),
         ("cuda 2", "auto", 2, "1", "cuda:1"),
         ("xpu 1", "xpu", 1, "0", "xpu:0"),
         ("cuda 2", "gpu", 1, "", "--device gpu: choose auto, cpu, cuda, cuda:N, mps or xpu"),
@@ -343,7 +334,6 @@ def launch_as(monkeypatch, values):
     ("values", "found"),
     [
         ({}, 1),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, 1),
         ({"SLURM_STEP_NUM_TASKS": "2", **WHOLE}, 2),
         ({"WORLD_SIZE": "2"}, "the environment sets WORLD_SIZE, but not RANK, LOCAL_RANK"),
         ({**WHOLE, "MASTER_ADDR": ""}, "MASTER_PORT, but not MASTER_ADDR:"),

@@ -153,7 +153,6 @@ def test_java_that_fails_leaves_the_other_scores(gt_path, fake_java):
     fake_java("exit 1")
     report = score_captions(results(), gt_path)
     assert report["scores"] == pytest.approx(expected_scores(*python_tokens())[0], rel=1e-9)
-    assert report["left_out"].keys() == {"METEOR"}
     assert report["left_out"]["METEOR"].startswith("failed: ")
     assert "failed: RuntimeError: Java gave back more or fewer sentences" in report["tokenizer"]
 
@@ -229,16 +228,15 @@ def test_more_or_fewer_lines_than_sentences_are_noticed(script, fake_java):
         java.tokenize(sentences, sentences)
 
 
+TWO = {7: ["a dog"], 8: ["a cat"]}
+
+
 @pytest.mark.parametrize(
     ("references", "captions", "remarks"),
     [
         ({7: ["a dog"]}, ["a dog"], ["CIDEr is 0 for a single image"]),
-        ({7: ["a dog"], 8: ["a cat"]}, ["a", "..."], ["1 of 2 captions have no word (images: 8)"]),
-        (
-            {7: ["...", "!"], 8: ["a cat"]},
-            ["a"] * 2,
-            ["the references of 1 of 2 images have no wo"],
-        ),
+        (TWO, ["a", "..."], ["1 of 2 captions have no word (images: 8)"]),
+        (TWO | {7: ["...", "!"]}, ["a"] * 2, ["the references of 1 of 2 images have no wo"]),
         (REFERENCES, ["a"] * 4, []),
     ],
 )

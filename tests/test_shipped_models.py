@@ -12,11 +12,12 @@ from data.flickr_dataset import build_flickr_datasets
 from data.nlvr_dataset import build_nlvr_datasets
 from data.scenes import attribute_accuracy
 from engine.loading import EvalOptions
-from evaluation.retrieval import evaluate_retrieval
+from evaluation import retrieval
+from evaluation.retrieval import evaluate_retrieval, recalls
 from models import build_captioner, build_clip, build_nlvr, load_checkpoint
 from tests.runs import make_scenes
 
-SCENES = 100
+SCENES = 110
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,18 @@ def test_nlvr_model_judges_statements(root):
     assert correct.float().mean() >= 0.85
 
 
-def test_clip_finds_the_captions_of_pictures(root):
+@torch.no_grad()
+def test_clip_finds_the_captions_of_pictures(root, monkeypatch):
+    """By cosines of all pictures and texts, of which there are more than the original's 512."""
     config, model = shipped(root, "retrieval", build_clip)
     val = build_flickr_datasets(config)[1]
-    options = EvalOptions(config | {"num_workers": 0})
-    found = evaluate_retrieval(model, val, "val", options)["scores"]
+    monkeypatch.setattr(retrieval, "recalls", lambda *arguments: arguments)
+    options = EvalOptions(config | {"num_workers": 0, "eval_batch_size": 33})
+    cosines, image_of_text = evaluate_retrieval(model, val, "val", options)["scores"]
+    images = model.encode_image(torch.stack([val[index][0] for index in range(SCENES)]))
+    texts = model.encode_text(model.tokenize([val.texts[n][0] for n in range(len(val.texts))])[0])
+    expected = torch.cosine_similarity(images[:, None], texts[None], dim=-1)
+    assert expected.shape == (SCENES, 5 * SCENES)
+    torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)  # float32 sums of hundreds
+    found = recalls(cosines, image_of_text)
     assert found["txt_r1"] >= 80 and found["img_r1"] >= 80

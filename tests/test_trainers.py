@@ -1,17 +1,119 @@
-"""train_nlvr.py and train_clip_flickr30k.py as they are run."""
+"""The training scripts as they are run: training, evaluation, torchrun, and what ends a run."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import load_config
 from dimension.profile import load_profile
+from engine.loop import BEST_FILE
 from engine.tasks import NLVR, RETRIEVAL
 from models import build_captioner, prunable_layers
 from models.clip import ClipRetrieval
 from tests import runs
 from utils import UserError
+
+CAPTIONING = ["--warmup_steps", "2", "--deltaT", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_java():
+    """The metrics that run in Java take long to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(scenes, tmp_path_factory):
+    """Of a run of 12 steps in 2 epochs on one process."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    return runs.write_config(path, scenes, max_epoch=2, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def layers(config):
+    return prunable_layers(build_captioner(load_config(config)))
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """The results of a run with validation."""
+    folder = tmp_path_factory.mktemp("trained")
+    return runs.train(config, folder, "run", *CAPTIONING)
+
+
+def assert_pruned(folder, layers):
+    """All numbers strictly below the k-th smallest are zero, where no two are equal."""
+    zeros = runs.zeros(runs.result(folder), layers)
+    pruned = json.loads((folder / "sparsity.json").read_text())["pruned"]
+    assert int(zeros.sum()) == pruned == int(len(zeros) * 0.8) - 1
+
+
+def test_training_prunes_to_the_final_threshold(trained, layers):
+    assert_pruned(trained, layers)
+    assert Image.open(trained / "sparsity.png").size > (100, 100)
+    assert runs.same(load_file(trained / BEST_FILE), runs.result(trained))  # at the final ratio
+    log = runs.log_of(trained)
+    assert [(line["epoch"], line["step"]) for line in log] == [(0, 6), (1, 12)]
+    assert [line["lr"] for line in log] == pytest.approx([1e-3, 5e-4])
+    assert log[1]["loss"] < log[0]["loss"] < 4.9  # of 128 tokens, log 128 = 4.85 at random
+    assert log[1]["remaining_ratio"] == pytest.approx(0.2)
+    assert log[1]["sparsity"] == pytest.approx(0.8, abs=1e-4)  # the k-th stays, of 85,000
+    assert {"val_CIDEr", "val_Bleu_4", "val_loss"} <= log[1].keys()
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    for modality, share in log[1]["sparsity_by_modality"].items():
+        last = events.Scalars(f"sparsity/{modality}")[-1]
+        assert (last.step, last.value) == (12, pytest.approx(share))  # in float32
+
+
+def test_evaluation_finds_what_training_found(trained, config, capsys):
+    runs.train(config, trained.parent, "evaluated", "--evaluate", "--pruned", str(trained))
+    results = trained.parent / "evaluated/results"
+    scores = json.loads((results / "scores.json").read_text())
+    assert scores["test"]["loss"] != scores["val"]["loss"] == runs.log_of(trained)[1]["val_loss"]
+    captions = json.loads((results / "test.json").read_text())
+    assert len({caption["image_id"] for caption in captions}) == len(captions) == 6
+    sparsity = (trained.parent / "evaluated/sparsity.json").read_text()
+    assert sparsity == (trained / "sparsity.json").read_text()
+    printed = capsys.readouterr().out
+    assert printed.count("METEOR is left out: needs Java") == 1
+    assert printed.count("tokens: PTB rules in Python; Stanford's tokenizer needs Java") == 1
+
+
+def test_the_papers_command_is_stopped_under_torchrun_and_goes_on(config, layers, tmp_path):
+    """torchrun hands the signal on to both processes; its exit code is its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={runs.free_port()}", "train_caption.py"]
+    argv = "--final_threshold 0.2 --model_dir coco/PLATON80 --pruner_name PLATON --eval_epochs 0 "
+    argv += "--distributed True --dist_url env:// --batch_size 1 --checkpoint_steps 2"
+    argv = [*argv.split(), "--config", config, "--output_dir", str(tmp_path), *CAPTIONING]
+    folder, env = tmp_path / "coco/PLATON80", {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, *argv], env=env, stdout=subprocess.PIPE, text=True
+    ) as torchrun:
+        while not list((folder / "checkpoints").glob("step_*.pt")):
+            assert torchrun.poll() is None
+            time.sleep(0.02)
+        torchrun.terminate()
+        printed = torchrun.communicate(timeout=60)[0]
+    assert torchrun.returncode not in (0, 75)
+    assert printed.count("stopped by a signal after step") == 1  # one process prints
+    assert runs.finish(runs.start(argv, 2)) == [0, 0]
+    assert [line["step"] for line in runs.log_of(folder)] == [24, 48]
+    assert_pruned(folder, layers)
+
+
+# --- statements and retrieval
 
 HELD_OUT = {"dev": 11, "test": 6}  # statements: no multiples of 2 processes and batches of 4
 PRUNE = ["--final_threshold", "0.4", "--warmup_steps", "2", "--final_warmup", "2", "--deltaT", "3"]
@@ -34,13 +136,12 @@ def run(configs, tmp_path):
     """Runs a task's script in `tmp_path/name`, on one process or two, and returns the folder."""
 
     def run(task, name, *flags, processes=1):
-        argv = ["--config", configs[task], "--output_dir", str(tmp_path), "--model_dir", name]
         script = task.script.removesuffix(".py")
         if processes == 1:
-            runs.run(script, [*argv, *flags])
-        else:
-            started = runs.start([*argv, *flags], 2, script, before=runs.in_float64)
-            assert runs.finish(started) == [0, 0]
+            return runs.train(configs[task], tmp_path, name, *flags, script=script)
+        argv = ["--config", configs[task], "--output_dir", str(tmp_path), "--model_dir", name]
+        started = runs.start([*argv, *flags], 2, script, before=runs.in_float64)
+        assert runs.finish(started) == [0, 0]
         return tmp_path / name
 
     return run

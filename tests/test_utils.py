@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.runs import finish, processes
-from utils import UserError, atomic_write, download, launch, mistaken_for
+from utils import UserError, atomic_write, download, launch, mistaken_for, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -39,6 +39,19 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     with atomic_write(tmp_path / "file") as file:
         file.write("new")
     assert synced and tmp_path / "file" not in synced
+
+
+def test_a_file_behind_a_link_is_written_where_it_lies(tmp_path):
+    """A link to a file, one to nothing yet, and one of a folder."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/old").touch()
+    for link, place in {"a": "store/old", "b": "store/new/b", "folder": "store"}.items():
+        (tmp_path / link).symlink_to(place)
+    for name in ("a", "b", "folder/x"):
+        write_json(tmp_path / name, name)
+    for place, name in {"old": "a", "new/b": "b", "x": "folder/x"}.items():
+        assert (tmp_path / "store" / place).read_text() == f'"{name}"\n'
+    assert all((tmp_path / link).is_symlink() for link in ("a", "b", "folder"))
 
 
 SAFETENSORS = struct.pack("<Q", 0x3C20) + b'{"a":{"dtype":"F32"'  # its length reads " <"

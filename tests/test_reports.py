@@ -1,4 +1,4 @@
-"""The page of runs, parsed; runs are folders written here, with a tiny captioner's weights."""
+"""The page, the tables and the figures of runs."""
 
 import base64
 import io
@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from statistics import fmean
 from xml.etree import ElementTree
 
 import pytest
@@ -15,15 +16,19 @@ import torch
 from PIL import Image
 
 from configs import load_config
-from dimension.profile import IDProfile, LayerID
+from dimension.figures import KINDS, layer_kind
 from engine.checkpoints import save_weights
 from models import build_captioner, prunable_layers
 from pruners import sparsity_report
-from reports import page, report
+from reports import page, report, tables
+from reports.figures import plot_sparsity
 from reports.runs import read_run
 from tests.conftest import ROOT
 from tests.runs import write_config
 from utils import UserError, write_json
+
+# --- the page, parsed; runs are folders written here, with a tiny captioner's weights
+
 
 NASTY = "a two <b>red</b> </dd> & \"blue\" 'star' &lt; é \ud83d"
 REFERENCES = ["a red star", "Two stars."]
@@ -184,13 +189,6 @@ def test_captions_as_they_were_written_beside_references_with_wrong_words_marked
     assert [read(mark) for mark in first.iter("mark")] == f"dense {ids[0]} b b dd blue lt é".split()
 
 
-def test_eight_pictures_at_most_spread_over_the_split(runs, monkeypatch):
-    root, _, ids = runs
-    monkeypatch.setattr(page, "PICTURES", 3)
-    shown = page_of(root / "dense").texts("dd")
-    assert [text.split()[1] for text in shown] == [str(ids[n]) for n in (0, 2, 4)]
-
-
 @pytest.mark.parametrize("key", ["ann_root", "image_root", "references"])
 def test_pictures_have_no_captions_of_other_data(runs, tmp_path, key):
     root, _, ids = runs
@@ -238,18 +236,11 @@ def test_a_run_that_was_moved_with_what_it_needs_is_whole(runs, tmp_path, monkey
     moved = shutil.copytree(runs[0].parent, tmp_path / "moved") / "out/a&b"
     shipped = "pretrained/blip_tiny_caption.safetensors"
     change(moved, "pretrained", shipped)
-    run, profile = read_run(moved), tmp_path / "moved/ids.json"
+    run = read_run(moved)
     assert run.config["pretrained"] == str(ROOT / shipped)
-    assert (run.weights, Path(run.id_profile)) == (moved, profile)
+    assert (run.weights, Path(run.id_profile)) == (moved, tmp_path / "moved/ids.json")
     assert run.config["tokenizer"] == str(tmp_path / "moved/scenes/tokenizer")
-    published = page_of(moved).pictures
-    assert len(published) == 1 + 1 + 6
-    layers = json.loads(profile.read_text())
-    measured = IDProfile({}, {x: LayerID(i, 1.0, [i], 9, 0, 4) for x, i in layers.items()})
-    measured.write(tmp_path)
-    (tmp_path / "profile.json").rename(profile)
-    with_error_bars = page_of(moved).pictures
-    assert published[0] == with_error_bars[0] and published[1] != with_error_bars[1]
+    assert len(page_of(moved).pictures) == 1 + 1 + 6
 
 
 def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):
@@ -297,3 +288,90 @@ def test_mistakes_name_the_folder(tmp_path):
     (tmp_path / "sparsity.json").write_text("{")
     with pytest.raises(UserError, match="sparsity.json is damaged"):
         write_report(tmp_path)
+
+
+# --- tables
+
+
+RECALLS = {"txt_r1": 70.04, "txt_r5": 95.0, "txt_r10": 99.0, "img_r1": 65.0}
+CAPTIONING = {"CIDEr": 5.1234, "Bleu_4": 0.5, "ROUGE_L": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "columns", "cells"),
+    [
+        ("test_scores", {"scores": CAPTIONING}, "CIDEr | BLEU-4", "5.123 | 0.500"),
+        ("accuracy", {"dev": 0.875}, "dev accuracy", "87.5%"),
+        ("recalls", {"test": RECALLS}, "TR@1 | TR@5 | IR@1", "70.0% | 95.0% | 65.0%"),
+    ],
+)
+def test_runs_of_each_task_are_tabulated(tmp_path, capsys, file, content, columns, cells):
+    for name, sparsity in (("dense", 0.0), ("PLATON80", 0.8), ("other", 0.8)):
+        report = {"overall": sparsity, "by_modality": {"vision": sparsity / 2, "language": 1.0}}
+        write_json(tmp_path / name / "sparsity.json", report)
+        write_json(tmp_path / name / f"results/{file}.json", content)
+        (tmp_path / name / "sparsity.png").touch()
+    ids = {"transformer.resblocks.0.x": 8.0, "transformer.resblocks.1.x": 9.0}
+    write_json(tmp_path / "ids.json", {"visual.transformer.resblocks.0.mlp.c_fc": 16.0} | ids)
+    flags = [str(tmp_path), "dense", "PLATON80", "--ids", str(tmp_path / "ids.json")]
+    tables.main(tables.parse_args(flags))
+    *table, ids, _, figure, other = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in table}) == 1
+    head, _, *rows = [" ".join(line.split()) for line in table]
+    assert head == f"| run | sparsity | vision | language | {columns} |"
+    assert rows == [
+        f"| dense | 0.0% | 0.0% | 100.0% | {cells} |",
+        f"| PLATON80 | 80.0% | 40.0% | 100.0% | {cells} |",
+    ]
+    assert ids == "mean ID: vision 16.0, language 8.5"
+    figures = [f"{tmp_path}/{name}/sparsity.png" for name in ("dense", "PLATON80")]
+    assert [figure.strip(), other.strip()] == figures
+
+
+@pytest.mark.parametrize("content", [None, "cut o", '{"overall": 0.8, "by_modality": {}}'])
+def test_a_run_that_was_not_evaluated_is_named(tmp_path, content):
+    (tmp_path / "PLATON80").mkdir()
+    if content:
+        (tmp_path / "PLATON80/sparsity.json").write_text(content)
+    with pytest.raises(UserError, match="PLATON80.*--evaluate"):
+        tables.main(tables.parse_args([str(tmp_path), "PLATON80"]))
+
+
+# --- figures, by what their axes hold
+
+
+def test_every_layer_is_a_marker_of_its_kind_and_every_block_a_mean(caption_tiny_config):
+    layers = prunable_layers(build_captioner(caption_tiny_config))
+    for count, layer in enumerate(layers.values(), start=1):
+        layer.weight.data.view(-1)[:count] = 0
+    report = sparsity_report(layers)
+    first, second = plot_sparsity({"$one": report, "two": report}, lowest=0.4).axes
+    assert [panel.get_title() for panel in (first, second)] == ["$one", "two"]
+    assert not first.title.get_parse_math() and first.get_ylim() == (pytest.approx(0.37), 1.03)
+    lines = {line.get_label(): line for line in first.get_lines()}
+    shares = report["by_layer"]
+    number = {name: int(next(x for x in name.split(".") if x.isdigit())) for name in shares}
+    for kind, (colour, marker, fill) in KINDS.items():
+        line = lines[f"{kind} layer"]
+        assert (line.get_color(), line.get_marker(), line.get_fillstyle()) == (colour, marker, fill)
+        expected = [(number[name], x) for name, x in shares.items() if layer_kind(name) == kind]
+        assert sorted(map(tuple, line.get_xydata())) == sorted(expected)
+    vision = lines[f"vision ({report['by_modality']['vision']:.1%})"]
+    starts = [f"visual_encoder.blocks.{block}." for block in (0, 1)]
+    means = [fmean(x for name, x in shares.items() if name.startswith(start)) for start in starts]
+    assert list(vision.get_xdata()) == [0, 1] and vision.get_color() == KINDS["vision"][0]
+    assert vision.get_ydata() == pytest.approx(means)
+    overall = f"overall ({report['overall']:.1%})"
+    assert set(lines[overall].get_ydata()) == {report["overall"]}
+    assert sorted(x.get_text() for x in first.get_legend().get_texts()) == sorted(lines)
+
+
+def test_layers_of_a_foreign_model_count_to_the_modality_that_was_found():
+    layers = {"stem": 0.2, "encoder.3.fc": 0.4, "encoder.3.out": 0.6, "encoder.10": 0.8, "head": 1}
+    report = {"overall": 0.6, "by_modality": {"other": 0.6}, "by_layer": layers}
+    (panel,) = plot_sparsity({"ViT": report}).axes
+    markers, means, _ = panel.get_lines()
+    assert markers.get_label() == "other layer" and means.get_label() == "other (60.0%)"
+    assert list(markers.get_xdata()) == [0, 3, 3, 10, 10]
+    assert list(means.get_xdata()) == [0, 3, 10]
+    assert means.get_ydata() == pytest.approx([0.2, 0.5, 0.9])

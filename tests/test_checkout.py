@@ -1,10 +1,27 @@
-"""Help and mistakes are answered before anything that takes seconds to import."""
+"""A checkout as a whole: help and mistakes of all scripts, the README's code, benchmarks."""
 
+import contextlib
+import io
 import json
+import math
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+import compat
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+
+from models import compressed
+from tests.conftest import ROOT
+
+# --- help and mistakes are answered before anything that takes seconds to import
+
 
 # all that take a tenth of a second or more, and torch, which most of them import
 HEAVY = "torch torchvision transformers timm open_clip numba matplotlib tensorboard scipy".split()
@@ -68,3 +85,62 @@ def test_help_and_mistakes_import_nothing_heavy(tmp_path):
     for command, (code, imported, printed) in json.loads(answers).items():
         assert (code, imported) == (expected[command][0], []), command
         assert re.search(expected[command][1], printed), command
+
+
+# --- the README's code runs as it stands
+
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def code(heading: str) -> str:
+    """The first indented block under a heading that begins with an import."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    block = re.search(r"(?:^    import .*\n)(?:^(?:    .*)?\n)+", section, re.MULTILINE)
+    return re.sub(r"^    ", "", block.group(), flags=re.MULTILINE)
+
+
+def test_the_loop_for_any_model_prunes_what_it_says():
+    """60 steps end at 0.2 remaining; of some 100,000 parameters the last to go may be missing."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code("Any model"), "README.md", "exec"), {})
+    assert abs(float(printed.getvalue().splitlines()[-1]) - 0.8) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_reader_of_compressed_files_reads_every_type(tmp_path, dtype):
+    weight = (torch.randn(30, 21) * (torch.rand(30, 21) < 0.2)).to(dtype)
+    compressed.write(tmp_path / "x.safetensors", [("layer", weight)])
+    (reader,) = re.findall(r"(?:^    (?:f|shapes|bits|dense) = .*\n){4}", README, re.MULTILINE)
+    reader = reader.replace("    ", "").replace("blip80", f"{tmp_path}/x")
+    names = dict(json=json, math=math, np=np, safetensors=safetensors, NAME="layer")
+    exec(reader, names)
+    assert np.array_equal(names["dense"], weight.float().numpy())
+
+
+# --- the benchmarks find what they import: nothing else runs them
+
+
+NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_can_be_imported(name):
+    assert import_module(f"benchmarks.{name}").__doc__
+
+
+# --- torchvision beside a CPU-only torch
+
+
+def test_operators_are_declared_only_where_the_compiled_ones_do_not_load(monkeypatch):
+    def broken(library):
+        raise OSError("no CUDA")
+
+    declared = []
+    monkeypatch.setattr(compat.torch.library, "define", lambda name, _: declared.append(name))
+    monkeypatch.setattr(compat.torch.ops, "load_library", lambda library: None)
+    assert compat.declare_missing_operators() is False and declared == []
+    monkeypatch.setattr(compat.torch.ops, "load_library", broken)
+    assert compat.declare_missing_operators() is True
+    assert declared == ["torchvision::nms", "torchvision::qnms"]
