@@ -86,7 +86,7 @@ def test_the_repositorys_study_is_read_whole_and_written_as_it_was(embedded, tmp
     plan = study.planned(parse("--preset=embedded"))
     assert (list(embedded.cells), embedded.settings) == (list(plan.cells), plan.settings)
     assert (embedded.notes, embedded.pooled) == (plan.notes, plan.pooled)
-    assert len(embedded.results) == 330
+    assert len(embedded.results) == 350
     names = [cell.name for cell in embedded.cells]
     assert len(set(names)) == 350 and not any("/" in name or " " in name for name in names)
     study.write_study(embedded, tmp_path / "study.json")
