@@ -62,16 +62,15 @@ def test_captions_are_cut_at_max_tokens(caption_tiny_config, model):
 
 def test_checkpointed_blocks_keep_gradients(caption_tiny_config):
     config = caption_tiny_config | {"vit_grad_ckpt": True, "vit_ckpt_layer": 1}
-    model = build_captioner(config).visual_encoder.train()
+    model, gradients = build_captioner(config).visual_encoder.train(), []
     assert model.checkpointed_blocks == 1
-    assert model.blocks[0].mlp.fc1.weight.std() > 0.05  # Xavier: sqrt(2 / (48 + 192)) is 0.09
-    gradients = []
+    weight = model.blocks[0].mlp.fc1.weight
+    assert weight.std() > 0.05  # Xavier: sqrt(2 / (48 + 192)) is 0.09
     for model.checkpointed_blocks in (0, 1, 2):
         model.zero_grad()
         model(torch.ones(1, 3, 32, 32)).square().sum().backward()
-        gradients.append(model.blocks[0].mlp.fc1.weight.grad.clone())
-    torch.testing.assert_close(gradients[0], gradients[1])
-    torch.testing.assert_close(gradients[0], gradients[2])
+        gradients.append(weight.grad)
+    torch.testing.assert_close([gradients[0]] * 2, gradients[1:])
 
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a picture of cat".split()
@@ -147,7 +146,6 @@ VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vit": "huge"}, "vit: 'huge' is none of"),
         ({"image_size": 33}, "33 is no multiple of patch_size 8"),
         ({"med_config": {"hidden": 3}}, "hidden"),
         ({"med_config": {"vocab_size": 5}}, "vocab_size 5 is below"),
@@ -159,7 +157,6 @@ VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
         ({"med_config": {"vocab_size": 160, "hidden_dropout_prob": 1}}, "dropout_prob is 1, but"),
         ({"med_config": {"vocab_size": 160, "hidden_act": "gulp"}}, "hidden_act 'gulp' is none of"),
         ({"max_tokens": 5}, "max_tokens: 5 must be from 6"),
-        ({"max_tokens": 65}, "to 64"),
         ({"min_length": 4}, "min_length 4 must be above the length of the prompt"),
         ({"max_length": 4}, "max_length 4 must be above the length of the prompt"),
     ],

@@ -181,7 +181,6 @@ def test_half_precision(captioner, configs, tmp_path, to, dtype):
 @pytest.mark.parametrize(
     ("task", "more", "message"),
     [
-        ("caption", "", "nothing to do"),
         ("caption", "--to compressed", "go together"),
         ("caption", "--out small.safetensors --report", "go together"),
         ("nlvr", "--to huggingface --out blip", "no class for BLIP's NLVR2 .* --to compressed"),

@@ -166,12 +166,10 @@ NLVR2 = {"identifier": "dev-850-0-0", "sentence": "a", "label": "True", "left_ur
         (VALIDATION, KARPATHY["images"], "it is .*Karpathy split in its original layout"),
         (TRAINING, COCO, "it is .*COCO's own layout"),
         ("nlvr_dev", [NLVR2], "it is .*NLVR2 in its original layout"),
-        (TRAINING, "", "not valid JSON: it is empty"),
         (TRAINING, "version https://git-lfs.github.com/spec/v1", "not valid JSON: .*git lfs pull"),
         (TRAINING, "[" * 100_000, "not valid JSON"),
         (TRAINING, '[{"a": 1}]\n[{', "not valid JSON"),
         (TRAINING, "{}", "has no records"),
-        (TRAINING, "5", "has no records"),
     ],
 )
 def test_a_file_of_other_content_is_named(name, content, message, folder):

@@ -285,9 +285,6 @@ def test_mistakes_name_the_folder(tmp_path):
     write_json(tmp_path / "config.json", {"architectures": ["BlipModel"]})  # of Hugging Face
     with pytest.raises(UserError, match=f"{tmp_path} holds no run"):
         write_report(tmp_path)
-    (tmp_path / "sparsity.json").write_text("{")
-    with pytest.raises(UserError, match="sparsity.json is damaged"):
-        write_report(tmp_path)
 
 
 # --- tables

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -91,11 +93,20 @@ def test_no_whole_checkpoint_is_an_error(train, whole):
 
 
 def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(scenes, tmp_path):
-    """SIGTERM to all, also to loading processes; SIGINT to one, which stops the other; SIGKILL."""
+    """SIGTERM to all, also to loading processes; SIGINT to one, which stops the other; SIGKILL.
+
+    torchrun starts the undisturbed ones, with the flags of the paper's command.
+    """
     changes = {"batch_size": 1, "max_epoch": 1, "num_workers": 1}  # 24 steps
     flags = ["--config", runs.write_config(tmp_path / "c.yaml", scenes, **changes), *PRUNE]
     flags += ["--output_dir", str(tmp_path), "--checkpoint_steps", "2", "--model_dir"]
-    assert runs.finish(runs.start([*flags, "whole"], 2)) == [0, 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    torchrun += [f"--master_port={runs.free_port()}", "train_caption.py", *flags, "whole"]
+    torchrun += "--pruner_name PLATON --distributed True --dist_url env://".split()
+    printed = subprocess.check_output(
+        torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True
+    )
+    assert printed.count("weights: ") == 1  # one process prints
     folder, reached = tmp_path / "run", 0
     for number, ranks in ((signal.SIGTERM, [0, 1]), (signal.SIGINT, [1]), (signal.SIGKILL, [0])):
         started = runs.start([*flags, "run"], 2)
@@ -145,17 +156,6 @@ OTHERS += [
     "--eval_epochs",
     "0",
 ]
-SCRIPTS = {"caption": "train_caption", "clip": "train_clip_flickr30k"}
-
-
-@pytest.fixture(scope="module")
-def two_tasks(tmp_path_factory):
-    """Configs of 12 steps in 2 epochs, by task: 4 samples a step on one process."""
-    folder, changes = tmp_path_factory.mktemp("runs"), {"batch_size": 4, "max_epoch": 2}
-    data = runs.make_scenes(folder / "scenes", train=24)
-    runs.write_config(folder / "caption.yaml", data, 0.0, **changes)
-    runs.write_clip_config(folder / "clip.yaml", data, **changes)
-    return folder
 
 
 def checkpoint(folder, step):
@@ -172,21 +172,19 @@ def same_end(whole, other):
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
-@pytest.mark.parametrize("task", SCRIPTS)
-def test_goes_on_with_two_processes_and_with_one_again(two_tasks, float64, capsys, task):
+def test_goes_on_with_two_processes_and_with_one_again(tmp_path, float64, capsys):
     """1 x 4 samples, from a step on the ramp 2 x 2, and then 1 x 2 x 2 accumulated."""
-    script, config = SCRIPTS[task], str(two_tasks / f"{task}.yaml")
-    whole = runs.train(config, two_tasks, f"{task}_whole", *OTHERS, script=script)
-    two, one = (two_tasks / f"{task}_{name}" for name in ("two", "one"))
-    more = ["--batch_size", "2", "--resume", str(checkpoint(whole, 5)), "--model_dir", two.name]
-    argv = ["--config", config, "--output_dir", str(two_tasks), *OTHERS, *more]
-    assert runs.finish(runs.start(argv, 2, script, before=runs.in_float64)) == [0, 0]
-    same_end(whole, two)
-    more = [*OTHERS, "--batch_size", "2", "--resume", str(checkpoint(two, 10))]
+    changes, data = {"batch_size": 4, "max_epoch": 2}, runs.make_scenes(tmp_path / "x", train=24)
+    config = runs.write_config(tmp_path / "caption.yaml", data, 0.0, **changes)  # 12 steps
+    whole = runs.train(config, tmp_path, "whole", *OTHERS)
+    more = ["--batch_size", "2", "--resume", str(checkpoint(whole, 5)), "--model_dir", "two"]
+    argv = ["--config", config, "--output_dir", str(tmp_path), *OTHERS, *more]
+    assert runs.finish(runs.start(argv, 2, before=runs.in_float64)) == [0, 0]
+    same_end(whole, tmp_path / "two")
+    more = [*OTHERS, "--batch_size", "2", "--resume", str(checkpoint(tmp_path / "two", 10))]
     capsys.readouterr()
-    accumulated = ["--gradient_accumulation_steps", "2"]
-    runs.train(config, two_tasks, one.name, *more, *accumulated, script=script)
+    one = runs.train(config, tmp_path, "one", *more, "--gradient_accumulation_steps", "2")
     same_end(whole, one)
     assert "1 process(es) where there were 2: the same samples" in capsys.readouterr().out
     with pytest.raises(UserError, match="samples of a step was 4, is 2"):
-        runs.train(config, two_tasks, one.name, *more, script=script)
+        runs.train(config, tmp_path, "one", *more)

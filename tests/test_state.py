@@ -99,13 +99,10 @@ def test_flags_and_config_arrive(flags):
     assert built(flags, "--final_threshold", "1")[1].pruner is None
 
 
-def test_compiled_steps_use_the_compiled_model(flags, monkeypatch):
+def test_compiled_steps_use_the_compiled_model_and_mistakes_name_flags(flags, monkeypatch):
     monkeypatch.setattr(Captioner, "compile", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         built(flags, "--compile")
-
-
-def test_mistakes_in_the_schedule_name_flags(flags):
     with pytest.raises(UserError, match="window of --deltaT 99 .* lower --deltaT or .*--max_steps"):
         built(flags, "--deltaT", "99")
 
@@ -170,9 +167,7 @@ def test_a_run_that_starts_again_keeps_its_own_checkpoints(flags, tmp_path, caps
     assert same(result(tmp_path / "run"), result(tmp_path / "undisturbed"))
     assert [line["lr"] for line in log_of(tmp_path / "run")] == pytest.approx([1e-3, 7.5e-4])
     train(flags, *again, "--compile")
-    printed = capsys.readouterr().out
-    assert "already finished; the last epoch: {" in printed
-    assert f"--evaluate --pruned {tmp_path / 'run'}" in printed
+    assert f"--evaluate --pruned {tmp_path / 'run'}" in capsys.readouterr().out
 
 
 def test_going_on_from_an_older_file_replaces_the_later_ones(flags, tmp_path):

@@ -1,10 +1,7 @@
 """The training scripts as they are run: training, evaluation, torchrun, and what ends a run."""
 
 import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import load_config
-from dimension.profile import load_profile
 from engine.loop import BEST_FILE
 from engine.tasks import NLVR, RETRIEVAL
 from models import build_captioner, prunable_layers
@@ -88,29 +84,6 @@ def test_evaluation_finds_what_training_found(trained, config, capsys):
     printed = capsys.readouterr().out
     assert printed.count("METEOR is left out: needs Java") == 1
     assert printed.count("tokens: PTB rules in Python; Stanford's tokenizer needs Java") == 1
-
-
-def test_the_papers_command_is_stopped_under_torchrun_and_goes_on(config, layers, tmp_path):
-    """torchrun hands the signal on to both processes; its exit code is its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={runs.free_port()}", "train_caption.py"]
-    argv = "--final_threshold 0.2 --model_dir coco/PLATON80 --pruner_name PLATON --eval_epochs 0 "
-    argv += "--distributed True --dist_url env:// --batch_size 1 --checkpoint_steps 2"
-    argv = [*argv.split(), "--config", config, "--output_dir", str(tmp_path), *CAPTIONING]
-    folder, env = tmp_path / "coco/PLATON80", {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*command, *argv], env=env, stdout=subprocess.PIPE, text=True
-    ) as torchrun:
-        while not list((folder / "checkpoints").glob("step_*.pt")):
-            assert torchrun.poll() is None
-            time.sleep(0.02)
-        torchrun.terminate()
-        printed = torchrun.communicate(timeout=60)[0]
-    assert torchrun.returncode not in (0, 75)
-    assert printed.count("stopped by a signal after step") == 1  # one process prints
-    assert runs.finish(runs.start(argv, 2)) == [0, 0]
-    assert [line["step"] for line in runs.log_of(folder)] == [24, 48]
-    assert_pruned(folder, layers)
 
 
 # --- statements and retrieval
@@ -205,14 +178,3 @@ def test_clip_trains_with_a_ramp_and_prunes(run, configs, monkeypatch):
     assert set(weights) == {name for name, _ in model.named_parameters()}  # no queue, no copy
     with pytest.raises(UserError, match="queue_size"):
         run(RETRIEVAL, "odd", "--batch_size", "3")
-
-
-def test_clips_ids_are_measured_and_weight_its_scores(run, configs, tmp_path):
-    flags = [*PRUNE, "--eval_epochs", "0", "--max_steps", "8"]
-    start = run(RETRIEVAL, "start", *flags)
-    argv = ["--config", configs[RETRIEVAL], "-n", "16", "--Path", str(tmp_path / "ID"), "--cpu"]
-    runs.run("ComputeID", [*argv, "--pruned", str(start)])
-    found = load_profile(tmp_path / "ID")
-    assert list(found) == list(layers_of(RETRIEVAL, configs)) and min(found.values()) > 0
-    weighted = run(RETRIEVAL, "weighted", *flags, "--id_profile", str(tmp_path / "ID"))
-    assert not runs.same(runs.result(weighted), runs.result(start))
