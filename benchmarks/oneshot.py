@@ -44,7 +44,7 @@ from models.hub import read_texts
 from models.layers import modality
 from pruners import oneshot
 
-CALIBRATION = 144  # samples: 128 calibrate, 16 are held out for the errors of the outputs
+CALIBRATION = 144  # samples: 128, and 16 that are held out for the errors of the outputs
 RESAMPLES = 4000
 CONFIGS = {"captions": "configs/caption_demo.yaml", "retrieval": "configs/retrieval_demo.yaml"}
 Batches = list[dict[str, Tensor]]
@@ -54,12 +54,13 @@ Work = tuple[pruning.Subject, Batches, Batches, Evaluate]  # batches: calibratio
 
 def opened(*flags: str | Path) -> tuple[pruning.Subject, Batches, Batches]:
     """The model and the samples that prune.py takes with these flags."""
-    args = prune.parse_args([*map(str, flags), "--sparsity", "0.5", "--out", "unused"])
+    others = ["-n", "256", "--sparsity", "0.5", "--out", "unused"]  # 16 of 256 are held out
+    args = prune.parse_args([*map(str, flags), *others])
     config = None if args.hf else load_config(args.config, {"augment": False})
     device = torch.device("cpu")
     subject = pruning.open_hub(args, device) if args.hf else pruning.open_task(args, config, device)
-    parts = (list(DataLoader(rows, 8, collate_fn=subject.batch)) for rows in subject.rows)
-    return subject, *parts
+    first, second = (list(DataLoader(rows, 8, collate_fn=subject.batch)) for rows in subject.rows)
+    return subject, first[:16], second  # 128 samples calibrate
 
 
 def texts(args: argparse.Namespace) -> Work:
