@@ -8,9 +8,10 @@ other numbers by layer name) does not weight scores here: it says how much of ea
 more where it is higher. The paper itself prunes during training only.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from functools import partial
 from math import ceil, sqrt
 from statistics import fmean
@@ -198,7 +199,7 @@ def allocate(
         return {name: rows * int(columns * sparsity) for name, (rows, columns) in groups.items()}
     sizes = {name: outputs * inputs for name, (outputs, inputs) in shapes.items()}
     kept = sum(sizes.values()) - int(sum(sizes.values()) * sparsity)
-    demand, remain = {name: profile[name] * size for name, size in sizes.items()}, {}
+    demand, remain = {n: Fraction(float(profile[n])) * size for n, size in sizes.items()}, {}
     for name in sorted(sizes, key=profile.__getitem__, reverse=True):  # the first to be full first
         share = kept / sum(demand[other] for other in sizes if other not in remain)  # c
         remain[name] = min(sizes[name], ceil(share * demand[name]))
@@ -224,11 +225,10 @@ def input_norms(
 
     In the order of first calls; layers that are not called are missing.
     """
-    squares: dict[str, Tensor] = {}
+    squares = defaultdict(float)
 
     def add(name: str, x: Tensor) -> None:
-        found = precise(x).square().sum(0)
-        squares[name] = squares[name] + found if name in squares else found
+        squares[name] += precise(x).square().sum(0)
 
     each_input(model, layers, batches, run, add)
     if bad := [name for name, square in squares.items() if not square.isfinite().all()]:
@@ -262,7 +262,7 @@ def each_input(
     run: Callable,
     see: Callable[[str, Tensor], None],
 ) -> None:
-    """One pass, in which `see` gets each input (tokens, inputs) of each layer, without padding.
+    """One pass, in eval mode; `see` gets each input (tokens, inputs) of each layer, less padding.
 
     `out_proj` of torch's MultiheadAttention is never called: its input is the attention's context.
     """
@@ -293,29 +293,20 @@ def each_input(
         for module, hook in places:
             hook = partial(hook, name=name)
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        with _evaluating(model):
-            for batch in batches:
-                padding[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Eval mode, and without torch's fused encoder layers, which pass hooks by."""
     modes = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
-        yield
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # fused encoder layers pass hooks by
+        for batch in batches:
+            padding[0] = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            run(batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes:
             module.training = mode
+        for hook in hooks:
+            hook.remove()
 
 
 def call(model: nn.Module, batch) -> None:

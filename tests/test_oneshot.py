@@ -210,6 +210,13 @@ def test_allocation_keeps_more_where_the_profile_is_higher(sparsity):
     )
 
 
+@pytest.mark.parametrize("unit", [1e-320, 1e307])
+def test_a_profile_has_no_unit(unit):
+    shapes = {"a": (30, 40), "b": (50, 20)}
+    found = allocate(shapes, 0.5, "Wanda", {"a": unit, "b": 3 * unit})
+    assert found == allocate(shapes, 0.5, "Wanda", {"a": 1, "b": 3}) == {"a": 886, "b": 214}
+
+
 def test_profiles_of_controls():
     profile, kinds = {"a": 1.0, "b": 3.0, "c": 8.0}, {"a": "vision", "b": "vision", "c": "text"}
     assert modality_means(profile, kinds) == {"a": 2.0, "b": 2.0, "c": 8.0}
