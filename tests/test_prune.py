@@ -21,7 +21,7 @@ from models.layers import modality, prunable_layers
 from pruners.oneshot import allocate
 from reports import report
 from reports.runs import read_run
-from tests import runs
+from tests import runs, test_oneshot
 from tests.test_hub import INPUTS, data, folders
 from utils import UserError, write_json
 
@@ -58,10 +58,30 @@ def kept(monkeypatch):
     return models
 
 
-@pytest.mark.parametrize("kind", ["clip", "llava", "vit", "bert"])
-def test_the_folder_holds_the_pruned_model_to_the_bit(kind, folders, data, tmp_path, kept, capsys):
-    source, out = folders / kind, tmp_path / "out"
-    record = run("--hf", source, *flags(data, INPUTS[kind]), *HALF, "--out", out)
+@pytest.fixture(scope="module")
+def qwen2_vl(tmp_path_factory):
+    """A folder whose processor gives patches of any grid, and their tokens."""
+    model, special = test_oneshot.qwen2_vl()[0], ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = ["<|video_pad|>", "<|vision_start|>", "<|image_pad|>", *special]
+    words += [f"word{i}" for i in range(30)]
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    tokenizer.add_special_tokens({"additional_special_tokens": words[:3]})
+    size = {"patch_size": 4, "min_pixels": 64, "max_pixels": 256}
+    parts = transformers.Qwen2VLImageProcessor, transformers.Qwen2VLVideoProcessor
+    images, videos = (part(**size) for part in parts)
+    folder = tmp_path_factory.mktemp("qwen2_vl")
+    model.save_pretrained(folder)
+    transformers.Qwen2VLProcessor(images, tokenizer, videos).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["clip", "llava", "qwen2_vl", "vit", "bert"])
+def test_the_folder_holds_the_pruned_model_to_the_bit(
+    kind, folders, qwen2_vl, data, tmp_path, kept, capsys
+):
+    source, out = qwen2_vl if kind == "qwen2_vl" else folders / kind, tmp_path / "out"
+    inputs = flags(data, INPUTS.get(kind, "images texts"))
+    record = run("--hf", source, *inputs, *HALF, "--out", out)
     model, other = kept[0].model, transformers.AutoModel.from_pretrained(out)
     for name, value in model.state_dict().items():
         assert kind == "bert" and "pooler" in name or torch.equal(value, other.state_dict()[name])
@@ -75,6 +95,7 @@ def test_the_folder_holds_the_pruned_model_to_the_bit(kind, folders, data, tmp_p
     printed = capsys.readouterr().out
     assert f"{len(record['layers'])} linear layers" in printed and "next: evaluate it" in printed
     parts = {"clip": {"vision", "language", "other"}, "vit": {"vision"}, "bert": {"language"}}
+    parts["qwen2_vl"] = {"vision", "language"}
     kinds = {layer["kind"] for layer in record["layers"].values()}
     assert kinds == parts.get(kind, parts["clip"])
     left = {"bert": {"pooler.dense": "the checkpoint lacks its weights"}}.get(kind, {})
