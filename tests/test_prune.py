@@ -127,6 +127,26 @@ def test_shards_types_and_what_the_model_does_not_read_stay(folders, data, tmp_p
     assert (out / "1_Pooling" / "config.json").exists() and not (out / "pytorch_model.bin").exists()
 
 
+def test_groups_order_and_samples_of_the_command(folders, data, tmp_path, monkeypatch):
+    given, prune_, out = {}, pruning.oneshot.prune_, tmp_path / "out"
+
+    def see(model, batches, *arguments, **options):
+        given.update(options, batches=batches)
+        return prune_(model, batches, *arguments, **options)
+
+    monkeypatch.setattr(pruning.oneshot, "prune_", see)
+    chosen = ("--nm", "2:4", "--sequential", "-n", "20", "--batch_size", "1")
+    record = run("--hf", folders / "bert", *flags(data, "texts"), *chosen, "--out", out)
+    model = transformers.AutoModel.from_pretrained(out)
+    for name in record["layers"]:
+        groups = model.get_submodule(name).weight.unflatten(1, (-1, 4))
+        assert ((groups == 0).sum(-1) == 2).all()
+    assert record["sequential"] is given["sequential"] is True and record["nm"] == [2, 4]
+    rows = lambda part: {tuple(x["input_ids"].tolist()[0]) for x in given[part]}  # noqa: E731
+    assert record["calibration"] == {"samples": 20, "held_out": 1}
+    assert len(rows("held_out")) == 1 and not rows("held_out") & rows("batches")
+
+
 def test_allocations(folders, data, tmp_path):
     given = ("--hf", folders / "clip", *flags(data, INPUTS["clip"]), *HALF)
     uniform = run(*given, "--out", tmp_path / "a")["layers"]
