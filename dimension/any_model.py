@@ -1,5 +1,6 @@
 """IDs of any model, whose whole forward is the only stage of `dimension.capture`'s chain."""
 
+import inspect
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -80,7 +81,7 @@ def measure(
     budget = default_budget(inputs.device) if memory_gb is None else int(memory_gb * 1e9)
     found: dict[str, LayerID] = {}
     with prepared(model, inputs.device):
-        shape, left_out, remarks = trace_forward(model, modules, inputs)
+        shape, left_out, remarks, changed = trace_forward(model, modules, inputs)
         names = list(dict.fromkeys(layer.name for layer in shape.layers))
         plan = plan_capture([shape], set(names), inputs, inputs.n, budget, to_the_end=True)
         print(f"{inputs.n} samples, {len(names)} layers\n{plan}", flush=True)
@@ -92,7 +93,7 @@ def measure(
                 found[name] = replace(measured, **capture.beside(name, distances))
             except TooFewPoints as error:
                 left_out[name] = str(error)
-    left_out |= capture.left_out
+        left_out |= capture.left_out | changed()
     kept = [name for name in names if name in found and name not in left_out]
     ordered = {name: replace(found[name], kind="other") for name in kept}
     remarks += left_out_remarks(left_out)
@@ -167,6 +168,10 @@ def reseed(device: torch.device, *parts: int) -> None:
     seed(hash(parts))
 
 
+class Place(str):
+    """An argument's name in a batch that gives it by its place."""
+
+
 class Batches:
     """The inputs of any model, as `Capture` reads them: n samples at most, on the model's device.
 
@@ -180,27 +185,37 @@ class Batches:
         if isinstance(batches, Iterator):
             raise UserError("batches: a generator is read only once; give a list or a DataLoader")
         self.batches, self.seed, self.tensors = batches, seed, {}
+        parameters = inspect.signature(model.forward).parameters.values()
+        self.names = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
         self.marks: list[list[int]] = []  # checksums of the first pass's batches
         self.texts: dict[str, list[int]] = {}  # tokens of each text, by the name of its mask
         first = next(iter(batches), None)
         if first is None:
             raise UserError("batches: there are none to measure with")
-        first = arguments(first)
+        first = self.arguments(first)
         self.batch_size = count_samples(first)
         places = [x.device for x in chain(model.parameters(), model.buffers()) if not x.is_meta]
         self.device = [*places, *(x.device for x in _tensors(first))][0]
         self.first = _to(first, self.device)
         if isinstance(batches, list | tuple):
-            n = min(n, sum(count_samples(arguments(batch)) for batch in batches))
+            n = min(n, sum(count_samples(self.arguments(batch)) for batch in batches))
         elif hasattr(batches, "__len__"):
             n = min(n, len(batches) * self.batch_size)
         if n < FEWEST_POINTS:
             raise UserError(f"n: an ID needs {FEWEST_POINTS} samples at least, not {n}")
         self.n = n
 
+    def arguments(self, batch) -> dict:
+        """A batch's values by the names of the model's arguments; `Place`s, if they have none."""
+        if isinstance(batch, Mapping):
+            return dict(batch)
+        values = batch if isinstance(batch, tuple | list) else [batch]
+        names = [*self.names, *map(str, range(len(self.names), len(values)))]
+        return {Place(name): value for name, value in zip(names, values, strict=False)}
+
     def loader(self, name: str, device: torch.device) -> Iterator:
         """One pass; the model's random numbers depend on the batch's number alone."""
-        for number, batch in enumerate(map(arguments, self.batches)):
+        for number, batch in enumerate(map(self.arguments, self.batches)):
             samples, mark = count_samples(batch), _mark(batch)
             if samples > self.batch_size:
                 raise UserError(
@@ -234,13 +249,6 @@ class Batches:
         return None if found is None else torch.tensor(found[: self.n])
 
 
-def arguments(batch) -> dict:
-    """A batch's values by the names of the model's arguments, or by their places from 0."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    return dict(enumerate(batch if isinstance(batch, tuple | list) else [batch]))
-
-
 def text_masks(batch: dict) -> dict[str, Tensor]:
     """The masks (B, L) of a batch's texts, by name."""
     found = {name: batch[name] for name in MASKS if isinstance(batch.get(name), Tensor)}
@@ -250,6 +258,8 @@ def text_masks(batch: dict) -> dict[str, Tensor]:
 def count_samples(batch: dict) -> int:
     """B, the length of a batch's first tensor."""
     tensors = [value for value in _tensors(batch) if value.dim()]
+    if any(value.layout != torch.strided or value.is_nested for value in tensors):
+        raise UserError("batches: a tensor is sparse or nested; give dense ones")
     lengths = list(dict.fromkeys(map(len, tensors)))
     if not lengths or not lengths[0]:
         kinds = ", ".join(type(value).__name__ for value in batch.values())
@@ -257,8 +267,6 @@ def count_samples(batch: dict) -> int:
             f"batches: {kinds} is no batch; give tensors, or tuples or mappings that hold some, "
             "with samples in the first dimension"
         )
-    if any(value.layout != torch.strided for value in tensors):
-        raise UserError("batches: a tensor is sparse; give dense ones (to_dense())")
     if lengths[0] > 1 and lengths[1:]:
         shapes = ", ".join(str(tuple(value.shape)) for value in tensors)
         raise UserError(
@@ -270,8 +278,8 @@ def count_samples(batch: dict) -> int:
 
 def run_batch(model: nn.Module, batch: dict) -> None:
     """Runs a model on a batch."""
-    places = [value for key, value in batch.items() if isinstance(key, int)]
-    model(*places, **{key: value for key, value in batch.items() if not isinstance(key, int)})
+    places = [value for key, value in batch.items() if isinstance(key, Place)]
+    model(*places, **{key: value for key, value in batch.items() if not isinstance(key, Place)})
 
 
 def _tensors(batch: dict) -> list[Tensor]:
@@ -310,48 +318,31 @@ class _Output(NamedTuple):
     problem: str = ""
 
     def same_sample(self, other: "_Output | None", row: int) -> bool:
-        """Whether the second sample is the one in a row of `other`, but for rounding."""
+        """Whether the last sample is the one in a row of `other`, but for rounding."""
         if other is None or self.size != other.size:
             return False
-        first, second, found = (x.double() for x in (*self.prints[:2], other.prints[row]))
+        prints = self.prints[0], self.prints[-1], other.prints[row]
+        first, second, found = (x.double() for x in prints)
         rounding = 16 * torch.finfo(self.prints.dtype).eps * second.norm()
         moved = (found - second).norm()  # what is not finite, the distances will name
         return not moved.isfinite() or bool(moved <= max(ALIKE * (second - first).norm(), rounding))
 
 
 Run = Callable[..., dict[Call, _Output]]  # of a batch, and the number of what the model draws
+Reasons = dict[str, str]  # why layers are left out, by name
 
 
 def trace_forward(
     model: nn.Module, modules: dict[str, nn.Module], inputs: Batches
-) -> tuple[StageShape, dict[str, str], list[str]]:
+) -> tuple[StageShape, Reasons, list[str], Callable[[], Reasons]]:
     """Runs two samples to learn which layers run, in what order, and what they give.
 
-    Returns the forward as a stage, in which all calls of a layer stand where its last one is; layer
-    name to reason, for the layers left out; sentences for the profile's reader.
+    Returns the forward as a stage, in which all calls of a layer stand where its last one is; the
+    layers left out; sentences for the profile's reader; and, to call after all passes, what finds
+    the layers in which these samples are no longer what they were.
     """
     counter = FlopCounterMode(display=False)
-
-    def run(batch, draws: int = 0) -> dict[Call, _Output]:
-        found, calls, samples = {}, Counter(), count_samples(batch)
-
-        def note(name: str, module, args, output) -> None:
-            flops, key = counter.get_total_flops(), (name, calls[name])
-            try:
-                values = by_sample(output, samples)
-                prints = values.flatten(1)[:, :: -(-values[0].numel() // PRINT_SIZE)].clone()
-                found[key] = _Output(flops, tuple(values.shape[1:]), prints)
-            except NotBySample as error:
-                found[key] = _Output(flops, None, None, str(error))
-            calls[name] += 1
-
-        reseed(inputs.device, inputs.seed, draws)
-        with ExitStack() as hooks, counter:
-            for name, module in modules.items():
-                hooks.enter_context(module.register_forward_hook(partial(note, name)))
-            run_batch(model, batch)
-        return found
-
+    run = partial(_record, model, modules, inputs, counter)
     batch, samples = inputs.first, min(2, inputs.batch_size)
     few = _take(batch, list(range(samples)))
     try:
@@ -366,8 +357,9 @@ def trace_forward(
             "first dimension, or batches of one sample"
         ) from error
     masks, remarks = _masks(outputs, few, run)
-    if fused := [name for name, module in model.named_modules() if _is_fused(module)]:
-        remarks.append(f"not looked at: {', '.join(fused)}: a tensor holds several layers' weights")
+    for why, is_so in UNSEEN.items():
+        if unseen := [name for name, module in model.named_modules() if is_so(module)]:
+            remarks.append(f"not looked at: {', '.join(unseen)}: {why}")
     calls: dict[str, list[LayerShape]] = {}
     for (name, number), output in outputs.items():
         calls[name] = calls.pop(name, [])  # in the order of the last calls
@@ -377,8 +369,14 @@ def trace_forward(
     left_out |= dict.fromkeys([x for x in modules if x not in calls], "no call in the first batch")
     shapes = tuple(shape for of_name in calls.values() for shape in of_name)
     require_layers(shapes, left_out_remarks(left_out))
+
+    def changed() -> Reasons:
+        now, why = run(few), "the model keeps a state: afterwards, the same samples give other rows"
+        cases = {key: x for key, x in outputs.items() if x.size}
+        return {key[0]: why for key, x in cases.items() if not x.same_sample(now.get(key), -1)}
+
     stage = Stage("the model", partial(run_batch, model), ("batch",), "")
-    return StageShape(stage, shapes, (0,), max(1, flops // samples)), left_out, remarks
+    return StageShape(stage, shapes, (0,), max(1, flops // samples)), left_out, remarks, changed
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -386,6 +384,41 @@ def _is_fused(module: nn.Module) -> bool:
     usual = nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
     own = [] if isinstance(module, usual) else module.parameters(recurse=False)
     return any(x.dim() == 3 and min(x.shape) > 1 for x in own)
+
+
+def _record(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    inputs: Batches,
+    counter: FlopCounterMode,
+    batch: dict,
+    draws: int = 0,
+) -> dict[Call, _Output]:
+    """What each call gives in a forward, whose random numbers have the number `draws`."""
+    found, calls, samples = {}, Counter(), count_samples(batch)
+
+    def note(name: str, module, args, output) -> None:
+        flops, key = counter.get_total_flops(), (name, calls[name])
+        try:
+            values = by_sample(output, samples)
+            prints = values.flatten(1)[:, :: -(-values[0].numel() // PRINT_SIZE)].clone()
+            found[key] = _Output(flops, tuple(values.shape[1:]), prints)
+        except NotBySample as error:
+            found[key] = _Output(flops, None, None, str(error))
+        calls[name] += 1
+
+    reseed(inputs.device, inputs.seed, draws)
+    with ExitStack() as hooks, counter:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(note, name)))
+        run_batch(model, batch)
+    return found
+
+
+UNSEEN = {
+    "a tensor holds several layers' weights": _is_fused,
+    "TorchScript shows no layer's output": lambda x: isinstance(x, torch.jit.ScriptModule),
+}
 
 
 def _rows_of_no_samples(outputs: dict[Call, _Output], batch, run: Run) -> dict[str, str]:

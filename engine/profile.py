@@ -200,11 +200,13 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     modules = {name: module for name, module in modules.items() if name not in hub.untrained}
     share = Share(args, process, settings, n)
     with any_model.prepared(model, process.device):
-        shape, left_out, sentences = any_model.trace_forward(inputs.runs, modules, batches)
+        shape, left_out, sentences, changed = any_model.trace_forward(inputs.runs, modules, batches)
         measured, dropped = share.measure([shape], modules, batches)
+        dropped |= changed()
     left_out |= dropped | dict.fromkeys(hub.untrained, "the checkpoint lacks its weights")
     remarks += sentences + any_model.left_out_remarks(left_out)
-    names = dict.fromkeys(layer.name for layer in shape.layers if layer.name in measured)
+    kept = measured.keys() - left_out.keys()
+    names = dict.fromkeys(layer.name for layer in shape.layers if layer.name in kept)
     any_model.require_layers(names, remarks)
     kinds = layer_kinds(model, list(names))
     found = {name: replace(measured[name], kind=kinds[name]) for name in names}

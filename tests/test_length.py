@@ -49,6 +49,7 @@ def test_each_layer_has_the_lengths_of_neighbours_and_its_largest_channel():
     model = Texts()
     ids, given = batches(MASK)
     profile = measure(model, given, memory_gb=1)
+    assert measure(model, [tuple(batch.values()) for batch in given]).layers == profile.layers
     with torch.no_grad():
         x = model.table(ids)
         outputs = {name: getattr(model, name)(x) * MASK[..., None] for name in ("plain", "massive")}

@@ -24,7 +24,7 @@ GB = 10**9
 # neighbours. Those errors average out over the hundreds of elements of a distance and over the
 # points of a fit, so that an ID moves by far less than this, which is what is promised.
 PROMISED = 1e-6
-TRACES = 2  # forwards before the first pass; with texts more
+TRACES = 3  # forwards before the first pass and after the last; with texts more
 
 
 def texts():
@@ -245,6 +245,14 @@ def remembers(model, x):
     return x
 
 
+def drifts(model, x):
+    """The layer between sees how often the model ran, from the sixth time on."""
+    model.state += 1
+    inside = model.inside(x + max(0.0, model.state - 5))
+    model.attention.out_proj(inside)
+    return x
+
+
 def mixing(way):
     """Two layers that see samples, and what some `way` does between them."""
     model = Calls(lambda model, x: model.after(way(model, model.before(x))), "before inside after")
@@ -252,7 +260,7 @@ def mixing(way):
     return model
 
 
-@pytest.mark.parametrize("way", [tokens_first, experts, remembers])
+@pytest.mark.parametrize("way", [tokens_first, experts, remembers, drifts])
 @pytest.mark.parametrize("tokens, size", [(8, 8), (16, 8), (2, 2), (6, 8)])
 def test_rows_that_are_no_samples_are_left_out(way, tokens, size):
     """Also where they are as many as samples, or a multiple: a sample's row depends on others."""
@@ -266,6 +274,7 @@ def test_rows_that_are_no_samples_are_left_out(way, tokens, size):
 
 def test_every_row_of_a_batch_of_one_sample_is_its_own(small_segments):
     model, x = mixing(tokens_first).eval(), torch.randn(N, 16, 16)
+    assert list(measure(mixing(drifts), x.split(1)).layers) == ["before", "after"]
     profile = measure(model, x.split(1))
     assert_ids(profile, {"inside": model.inside(model.before(x))})
     assert list(profile.layers) == ["before", "inside", "attention.out_proj", "after"]
@@ -296,6 +305,7 @@ def test_batches_must_stay_the_same(small_segments):
         ([torch.zeros(0, 16)] * 4, "Tensor is no batch"),
         ([torch.randn(4, 6, 16), torch.randn(41, 6, 16)], "batch 1 has 41 samples and the first"),
         ([torch.randn(9, 6, 16).to_sparse()] * 5, "a tensor is sparse"),
+        ([torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])] * 5, "sparse or nested"),
         ([(torch.randn(6, 9, 16), torch.randn(5, 9, 16))] * 5, r"here are \(6, 9, 16\), \(5, 9"),
         # of pictures and labels
         ([(torch.randn(9, 6, 16), torch.randn(9), torch.zeros(9))] * 5, "does not take 2 of"),
@@ -450,8 +460,11 @@ def test_modes_gradients_and_hooks_are_restored():
 
 
 def test_layers_are_linear_ones_or_those_named():
-    model = nn.Sequential(nn.Linear(16, 16), Conv1D(16, 16), nn.Tanh())
+    script = torch.jit.trace(nn.Linear(16, 16), torch.ones(8, 16))
+    model = nn.Sequential(nn.Linear(16, 16), Conv1D(16, 16), script)
     assert list(choose_layers(model)) == ["0", "1"]
+    unseen = "not looked at: 2: TorchScript shows no layer's output"
+    assert unseen in measure(model, chain_inputs()).remarks
     assert list(choose_layers(model, "[1-9]")) == ["1"]
     assert list(choose_layers(model, ["", "2"])) == ["", "2"]
 
