@@ -142,9 +142,9 @@ def test_autocast_does_not_reach_the_logits(model, monkeypatch):
     assert features.dtype == torch.float32
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(4, 2))  # in float32, too
     monkeypatch.setattr(clip, "_unit_features", lambda *_: features)
-    other = deepcopy(model)
+    expected = deepcopy(model)(image, texts, ids)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(other(image, texts, ids), model(image, texts, ids))
+        assert torch.equal(model(image, texts, ids), expected)
 
 
 def test_what_no_step_can_take_is_a_mistake(model):

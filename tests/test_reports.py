@@ -17,6 +17,7 @@ from PIL import Image
 
 from configs import load_config
 from dimension.figures import KINDS, layer_kind
+from dimension.profile import IDProfile, LayerID
 from engine.checkpoints import save_weights
 from models import build_captioner, prunable_layers
 from pruners import sparsity_report
@@ -190,7 +191,8 @@ def test_captions_as_they_were_written_beside_references_with_wrong_words_marked
 
 
 @pytest.mark.parametrize("key", ["ann_root", "image_root", "references"])
-def test_pictures_have_no_captions_of_other_data(runs, tmp_path, key):
+def test_pictures_are_few_and_have_no_captions_of_other_data(runs, tmp_path, monkeypatch, key):
+    monkeypatch.setattr(page, "PICTURES", 3)
     root, _, ids = runs
     folder = shutil.copytree(root / "a&b", root / f"other {key}")
     if key == "references":
@@ -199,7 +201,9 @@ def test_pictures_have_no_captions_of_other_data(runs, tmp_path, key):
     else:
         change(folder, key, tmp_path)
     shown = page_of(root / "a&b", folder)
-    assert shown.texts("dt") == ["a&b", "references"] * len(ids)
+    assert shown.texts("dt") == ["a&b", "references"] * 3
+    captions = shown.texts("dd")[:: 1 + len(REFERENCES)]
+    assert [text.split()[1] for text in captions] == [str(ids[n]) for n in (0, 2, 4)]
     left_out = f"Without runs of another ann_root or image_root: other {key}."
     assert left_out in shown.texts("p")
 
@@ -240,7 +244,13 @@ def test_a_run_that_was_moved_with_what_it_needs_is_whole(runs, tmp_path, monkey
     assert run.config["pretrained"] == str(ROOT / shipped)
     assert (run.weights, Path(run.id_profile)) == (moved, tmp_path / "moved/ids.json")
     assert run.config["tokenizer"] == str(tmp_path / "moved/scenes/tokenizer")
-    assert len(page_of(moved).pictures) == 1 + 1 + 6
+    published = page_of(moved).pictures
+    assert len(published) == 1 + 1 + 6
+    layers = json.loads((tmp_path / "moved/ids.json").read_text())
+    IDProfile({}, {x: LayerID(i, 1.0, [i], 9, 0, 4) for x, i in layers.items()}).write(tmp_path)
+    (tmp_path / "profile.json").rename(tmp_path / "moved/ids.json")  # which has error bars
+    measured = page_of(moved).pictures
+    assert published[0] == measured[0] and published[1] != measured[1]
 
 
 def test_a_run_that_has_not_ended_and_old_scores_are_told(runs, tmp_path):

@@ -125,6 +125,7 @@ def test_two_processes_that_are_stopped_and_killed_end_as_undisturbed_ones(scene
 
 def test_a_finished_run_says_what_may_go_and_needs_it_no_more(train, capsys):
     spare = train("spare", "--keep_checkpoints", "1")
+    assert runs.saved_steps(spare) == [12]
     size = sum(path.stat().st_size for path in (spare / "checkpoints").iterdir())
     said = f"{spare / 'checkpoints'}: {size / 1e9:.2g} GB, which may go"
     assert said in capsys.readouterr().out
