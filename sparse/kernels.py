@@ -24,7 +24,7 @@ X, COLUMNS, Y, ROWS, BIAS, STARTS, OFFSETS, VALUES = range(6, 14)
 
 BYTES = 4  # of a float32
 LANES = 16  # elements of a vector, which LLVM splits into the processor's
-BLOCK = 8  # side of the blocks that are transposed in registers
+BLOCK = 16  # side of the blocks that are transposed in registers: whole cache lines are written
 CHAINS = 4  # independent sums: a multiply-add takes about four cycles to finish
 
 _inline = njit(error_model="numpy")
@@ -227,8 +227,11 @@ def compile_kernel(tile: int):
                     elif begin < end:
                         zero = np.float32(0)
                         _add_row(tile, False, panel, offsets, values, begin, end, here, zero)
-            corner = y + (token * rows + first) * BYTES
-            _transpose(side, sums, (stop - first, tile), stop - first, corner, (tile, rows), tokens)
+            height = stop - first
+            for t in range(0, tokens, side):  # lines of few tokens at a time stay in the cache
+                corner = y + ((token + t) * rows + first) * BYTES
+                room, strip = (tile - t, rows), min(side, tokens - t)
+                _transpose(side, sums + t * BYTES, (height, tile), height, corner, room, strip)
 
     signature = types.void(types.CPointer(types.int64))
     try:
