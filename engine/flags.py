@@ -20,7 +20,8 @@ def trainer_parser(
     add, on = parser.add_argument_group("the run").add_argument, {"action": "store_true"}
     add("--config", type=user_path, default=TASKS[task].config, help="YAML file of the experiment")
     add("--output_dir", type=user_path, default="output", help="parent folder of all runs")
-    add("--model_dir", help="folder of this run, below --output_dir (default: the config's name)")
+    folder = "folder of this run, below --output_dir (default: the config's name)"
+    add("--model_dir", type=user_path, help=folder)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
     add("--check", **on, help="list of what is missing or wrong, without a run")
     resume = "checkpoint to go on from: auto (the newest), off, or a file"

@@ -69,7 +69,7 @@ def test_scores_are_weighted_where_it_is_asked_for(experiment):
 @pytest.mark.parametrize(
     "command",
     [
-        "train_caption --output_dir --config --pruned --id_profile --resume",
+        "train_caption --output_dir --model_dir --config --pruned --id_profile --resume",
         "export --config --pruned --out",
         "caption a.jpg --config --pruned",
         "ComputeID --Path --config --pretrained",
