@@ -70,6 +70,7 @@ class Pruner:
         self.score = METHODS[method](self.parameters, layer_id, delta_t, beta1, beta2)
         first = self.score.first_scored
         self.schedule = CubicSchedule(delta_t=delta_t, first_scored=first, **schedule)
+        self.last_step = 0  # the newest that `step` was called with
         self.tied = 0  # scores equal to the threshold of the last mask event
         self._found: tuple[int, tuple[float, int]] | None = None  # rank, threshold of these scores
         self._order = _Order(self.parameters.values())
@@ -89,12 +90,15 @@ class Pruner:
             were zeroed, None without a mask event.
 
         Raises:
-            UserError: a gradient is missing, all are zero, or the optimizer has not stepped.
+            UserError: a gradient is missing, all are zero, the optimizer has not stepped, or
+                `global_step` has not risen.
             NonFiniteScores: a score is NaN.
             RuntimeError: the masks of the processes differ.
         """
-        if global_step < 1:
-            raise UserError(f"global_step counts optimizer steps from 1, got {global_step}")
+        if global_step <= self.last_step:
+            rule = "global_step counts the optimizer steps of all epochs from 1"
+            raise UserError(f"{rule}, got {global_step} after {self.last_step}")
+        self.last_step = global_step
         if self.score.update_(global_step):
             self._found = None
         ratio, threshold = self.schedule.remaining_ratio(global_step), None
@@ -163,7 +167,7 @@ class Pruner:
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         self.tied = state.get("tied", 0)  # not in states of earlier versions
-        self._found = None
+        self.last_step, self._found = 0, None
 
 
 class _Order:

@@ -189,8 +189,17 @@ def test_tied_scores_are_counted_and_warned_of_at_the_last_step():
     with pytest.warns(UserWarning, match="asked for 0.2 remaining, but 0.5 remain, because 30 sco"):
         pruner.step(4)
     resumed.load_state_dict({"method": "Magnitude", "score": {}})  # of an earlier version
-    with pytest.raises(UserError, match="from 1, got 0"):
-        pruner.step(0)
+
+
+@pytest.mark.parametrize("steps", [[0], [1, 1], [1, 2, 3, 1]])  # counted anew in each epoch, say
+def test_the_steps_of_all_epochs_are_counted(steps):
+    pruner = pruner_of({"x": (6, 9)})
+    for step in steps[:-1]:
+        pruner.step(step)
+    with pytest.raises(UserError, match=f"from 1, got {steps[-1]} after {[0, *steps][-2]}"):
+        pruner.step(steps[-1])
+    pruner.load_state_dict(pruner.state_dict())  # which may be of an earlier step
+    pruner.step(1)
 
 
 @pytest.mark.parametrize(
