@@ -12,11 +12,11 @@ import json
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from configs import ROOT, load_config
 from data.images import find_pictures, to_rgb
-from utils import UserError, launch, script_parser, user_path
+from utils import UserError, launch, mistaken_for, script_parser, user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
             image = open_upright(path)
         except Exception as error:  # Pillow's readers raise what they meet in a damaged file
             unread.append(path)
-            show(args, path, "error", str(error) or type(error).__name__)
+            show(args, path, "error", mistaken_for(path) or str(error) or type(error).__name__)
             continue
         show(args, path, "caption", caption(image))
     if unread:
@@ -75,7 +75,7 @@ def read_model_config(args: argparse.Namespace) -> dict:
 def open_upright(path: Path) -> Image.Image:
     """A picture as RGB, turned by its EXIF orientation, transparency on white."""
     with Image.open(path) as file:
-        return to_rgb(ImageOps.exif_transpose(file), on_white=True)
+        return to_rgb(file, on_white=True)
 
 
 def show(args: argparse.Namespace, path: Path, what: str, text: str) -> None:

@@ -10,12 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils import UserError, mistaken_for
 
 # formats that Pillow knows by name, but whose pixels it cannot read
-UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS: with Ghostscript alone
 PHOTOS = {".heic", ".heif", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".dng"}  # for other readers
 
 
@@ -40,10 +40,12 @@ def open_image(path: str | Path, on_white: bool = False) -> Image.Image:
 def to_rgb(image: Image.Image, on_white: bool = False) -> Image.Image:
     """Converts to RGB as Pillow does, but grey of 16 bits, which Pillow clips, by its high byte.
 
-    (The original code sees 16-bit grey as white.) Transparent pixels become white, or keep the
-    colour under them, as the published models saw it. Other pixels than those of 8 or 16 bits
-    raise a ValueError.
+    (The original code sees 16-bit grey as white.) With `on_white` it is turned as EXIF says, and
+    transparent pixels become white; else they keep the colour under them, as the published models
+    saw it. Other pixels than those of 8 or 16 bits raise a ValueError.
     """
+    if on_white:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -72,7 +74,7 @@ def find_pictures(places: list[Path]) -> list[Path]:
                 passed["subfolder(s)"] += 1
             elif ending in known and file.is_file():
                 found.append(file)
-            elif ending in PHOTOS:
+            elif ending in known | PHOTOS:  # a link that leads nowhere, too
                 passed[f"{ending} file(s)"] += 1
         counts = ", ".join(f"{count} {what}" for what, count in sorted(passed.items()))
         others = counts and f"{counts} are not read"

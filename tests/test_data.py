@@ -401,24 +401,27 @@ def test_other_modes_become_rgb_as_pillow_makes_them_not_turned_as_exif_says(mod
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_laid_on_white_where_users_bring_pictures(mode, tmp_path, recwarn):
-    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+def test_pictures_of_users_are_laid_on_white_and_turned(mode, tmp_path, recwarn):
+    image, exif = Image.new("RGBA", (2, 1), (0, 0, 0, 255)), Image.Exif()
     image.putpixel((1, 0), (0, 0, 0, 0))
-    image.convert(mode).save(tmp_path / "a.png")
+    exif[0x0112] = 8  # to be turned counterclockwise by a quarter
+    image.convert(mode).save(tmp_path / "a.png", exif=exif)
     shown, trained = (open_image(tmp_path / "a.png", on_white=w) for w in (True, False))
-    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+    assert [shown.getpixel((0, y)) for y in (1, 0)] == [(0, 0, 0), (255, 255, 255)]
     assert trained.getpixel((1, 0)) == (0, 0, 0)
     assert not recwarn.list  # Pillow's on palettes with transparency
 
 
 def test_pictures_of_a_folder_are_those_that_can_be_read(tmp_path, capsys):
-    for name in "b.JPG a.png ._a.png .hidden.jpg list.txt c.HEIC d.heic e.mpg".split():
+    for name in "b.JPG a.png ._a.png .hidden.jpg list.txt c.HEIC d.heic e.mpg f.eps".split():
         (tmp_path / name).touch()
+    (tmp_path / "away.jpg").symlink_to("unplugged/away.jpg")
     (tmp_path / "more.png").mkdir()
     (tmp_path / "more.png" / "IMG.NEF").touch()
     given = tmp_path / "list.txt"
     assert find_pictures([tmp_path, given]) == [tmp_path / "a.png", tmp_path / "b.JPG", given]
-    assert capsys.readouterr().err == "2 .heic file(s), 1 subfolder(s) are not read\n"
+    passed_over = "2 .heic file(s), 1 .jpg file(s), 1 subfolder(s) are not read\n"
+    assert capsys.readouterr().err == passed_over
     assert find_pictures([given]) == [given] and not capsys.readouterr().err
     with pytest.raises(UserError, match="no pictures .*more.png .1 .nef file.s. are not read"):
         find_pictures([tmp_path / "more.png"])
