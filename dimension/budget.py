@@ -199,7 +199,9 @@ def plan_capture(
     plan = CapturePlan(n, budget, sum(shape.flops for shape in shapes), fixed, [])
     sizes = {name: values[0].nbytes for name, values in inputs.tensors.items()}
     for index, shape in enumerate(wanted):
-        carried = n * _carried(wanted, index, sizes)
+        sizes[shape.stage.writes] = FLOAT32 * math.prod(shape.state)
+        alive = live_states([x.stage for x in wanted], index) | {shape.stage.writes}
+        carried = n * sum(size for name, size in sizes.items() if name in alive)
         segments = [segment for layer in shape.layers for segment in cut(layer, n)]
         stage = StagePlan(shape, carried, [segments], to_the_end or index + 1 < len(wanted))
         plan.stages.append(stage)
@@ -212,15 +214,6 @@ def cut(layer: LayerShape, n: int) -> list[Segment]:
     step = max(1, SEGMENT_ELEMENTS // (n * layer.width))
     starts = range(0, layer.tokens, step)
     return [Segment(layer, start, min(start + step, layer.tokens)) for start in starts]
-
-
-def _carried(shapes: list[StageShape], index: int, inputs: dict[str, int]) -> int:
-    """Bytes of one sample's states that exist while a stage runs, its new state included."""
-    states = dict(inputs)
-    for shape in shapes[: index + 1]:
-        states[shape.stage.writes] = FLOAT32 * math.prod(shape.state)
-    alive = live_states([shape.stage for shape in shapes], index) | {shapes[index].stage.writes}
-    return sum(size for name, size in states.items() if name in alive)
 
 
 def live_states(stages: list[Stage], index: int) -> set[str]:

@@ -16,8 +16,7 @@ KINDS = {  # of layers: colour, marker, and the marker's filling
     "language": ("tab:orange", "o", "none"),
     "cross-attention key, value": ("tab:red", "^", "full"),
 }
-OTHER = {"other": ("tab:green", "s", "none")}  # in models that are not ours
-STYLES = KINDS | OTHER
+STYLES = KINDS | {"other": ("tab:green", "s", "none")}  # in models that are not ours
 
 
 def layer_kind(name: str) -> str:

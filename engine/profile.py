@@ -141,10 +141,9 @@ def measure_task(args: argparse.Namespace, process: Process, config: dict) -> ID
         "checkpoint_sha256": model_hash(model),
         "contents": data_digests(config, dataset.records),
     }
-    share = Share(args, process, settings, n)
-    measured, _ = share.measure(shapes, layers, samples)
+    settings, measured, _ = measure_share(args, process, settings, n, shapes, layers, samples)
     found = {name: measured[name] for name in layers}
-    return IDProfile(share.settings, found, make_remarks(n, found, bad))
+    return IDProfile(settings, found, make_remarks(n, found, bad))
 
 
 def read_inputs(args: argparse.Namespace) -> tuple[list[Path] | None, list[str] | None]:
@@ -198,10 +197,11 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     batches = any_model.Batches(model, inputs, n, args.seed)
     modules = any_model.choose_layers(model)
     modules = {name: module for name, module in modules.items() if name not in hub.untrained}
-    share = Share(args, process, settings, n)
     with any_model.prepared(model, process.device):
         shape, left_out, sentences, changed = any_model.trace_forward(inputs.runs, modules, batches)
-        measured, dropped = share.measure([shape], modules, batches)
+        settings, measured, dropped = measure_share(
+            args, process, settings, n, [shape], modules, batches
+        )
         dropped |= changed()
     left_out |= dropped | dict.fromkeys(hub.untrained, "the checkpoint lacks its weights")
     remarks += sentences + any_model.left_out_remarks(left_out)
@@ -210,7 +210,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     any_model.require_layers(names, remarks)
     kinds = layer_kinds(model, list(names))
     found = {name: replace(measured[name], kind=kinds[name]) for name in names}
-    return IDProfile(share.settings, found, make_remarks(n, found) + remarks)
+    return IDProfile(settings, found, make_remarks(n, found) + remarks)
 
 
 @dataclass
@@ -271,69 +271,63 @@ def choose_samples(
     return chosen, seen - n
 
 
-class Share:
-    """A process's share of the layers: planned, measured, gathered with the others' shares.
+def measure_share(
+    args: argparse.Namespace,
+    process: Process,
+    settings: dict,
+    n: int,
+    shapes: list[StageShape],
+    layers: dict[str, nn.Module],
+    inputs: Samples | any_model.Batches,
+) -> tuple[dict, dict[str, LayerID], dict[str, str]]:
+    """Measures a process's share of the layers that are not done, and writes each when it is.
 
-    Attributes:
-        settings: all that the IDs depend on.
+    Returns:
+        All settings that the IDs depend on; the layers of all processes; and, for any model's
+        layers, name to reason if left out.
     """
-
-    def __init__(self, args: argparse.Namespace, process: Process, settings: dict, n: int):
-        self.args, self.process, self.n = args, process, n
-        self.estimation = Estimation(args.fraction, args.seed, args.estimator)
-        self.settings = {"nsamples": n, "seed": args.seed, "device": process.device.type}
-        self.settings |= {"dtype": "float32", "save_distances": args.save_distances}
-        self.settings |= self.estimation.settings | settings
-        self.partial = PartialProfile(args.Path, self.settings, process.rank)
-
-    def measure(
-        self, shapes: list[StageShape], layers: dict[str, nn.Module], inputs
-    ) -> tuple[dict[str, LayerID], dict[str, str]]:
-        """Measures the layers that are not done, and writes each as soon as it is finished.
-
-        Returns:
-            The layers of all processes; and, for any model's layers, name to reason if left out.
-        """
-        args, process, partial = self.args, self.process, self.partial
-        foreign = isinstance(inputs, any_model.Batches)
-        names = {x.name for shape in shapes for x in shape.layers} - partial.found.keys()
-        share = share_layers(shapes, names, process.world_size)[process.rank]
-        free, budget = free_memory(process.device), default_budget(process.device)
-        if args.memory_gb is not None:
-            budget = int(args.memory_gb * 1e9)
-        plan = plan_capture(shapes, share, inputs, self.n, budget, to_the_end=foreign)
-        if process.is_main:
-            print(
-                f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process\n"
-                f"{self.n} samples, {len(layers)} layers, {len(partial.found)} of them done "
-                f"before, {len(share)} for this process of {process.world_size}\n{plan}",
-                flush=True,
-            )
-        barrier()  # all processes have read what is there
-        if process.is_main and not partial.found:  # another run's files
-            partial.clear()
-            if args.save_distances:
-                clear_distances(args.Path)
-        barrier()  # before any process writes
-        capture = Capture(plan, layers, inputs, process.device, progress=process.is_main)
-        for name, features, distances in capture:
-            try:
-                measured = self.estimation.measure(name, features, distances)
-                measured = replace(measured, **capture.beside(name, distances))
-            except TooFewPoints as error:
-                if not foreign:
-                    raise
-                capture.left_out[name] = str(error)
-                continue
-            if args.save_distances:
-                save_distances(args.Path, name, distances)
-            partial.add(name, measured)
-        found, left_out = {}, {}
-        for layers, reasons in gather_from_processes(
-            (partial.found | partial.mine, capture.left_out)
-        ):
-            found, left_out = found | layers, left_out | reasons
-        return {name: layer for name, layer in found.items() if name not in left_out}, left_out
+    estimation = Estimation(args.fraction, args.seed, args.estimator)
+    common = {"nsamples": n, "seed": args.seed, "device": process.device.type}
+    common |= {"dtype": "float32", "save_distances": args.save_distances}
+    settings = common | estimation.settings | settings
+    partial = PartialProfile(args.Path, settings, process.rank)
+    foreign = isinstance(inputs, any_model.Batches)
+    names = {x.name for shape in shapes for x in shape.layers} - partial.found.keys()
+    share = share_layers(shapes, names, process.world_size)[process.rank]
+    free, budget = free_memory(process.device), default_budget(process.device)
+    if args.memory_gb is not None:
+        budget = int(args.memory_gb * 1e9)
+    plan = plan_capture(shapes, share, inputs, n, budget, to_the_end=foreign)
+    if process.is_main:
+        print(
+            f"--memory_gb {budget / 1e9:.2f} of {free / 1e9:.2f} GB free per process\n"
+            f"{n} samples, {len(layers)} layers, {len(partial.found)} of them done before, "
+            f"{len(share)} for this process of {process.world_size}\n{plan}",
+            flush=True,
+        )
+    barrier()  # all processes have read what is there
+    if process.is_main and not partial.found:  # another run's files
+        partial.clear()
+        if args.save_distances:
+            clear_distances(args.Path)
+    barrier()  # before any process writes
+    capture = Capture(plan, layers, inputs, process.device, progress=process.is_main)
+    for name, features, distances in capture:
+        try:
+            measured = estimation.measure(name, features, distances)
+        except TooFewPoints as error:
+            if not foreign:
+                raise
+            capture.left_out[name] = str(error)
+            continue
+        if args.save_distances:
+            save_distances(args.Path, name, distances)
+        partial.add(name, replace(measured, **capture.beside(name, distances)))
+    found, left_out = {}, {}
+    for layers, reasons in gather_from_processes((partial.found | partial.mine, capture.left_out)):
+        found, left_out = found | layers, left_out | reasons
+    found = {name: layer for name, layer in found.items() if name not in left_out}
+    return settings, found, left_out
 
 
 def estimate_again(folder: Path, estimation: Estimation) -> IDProfile:

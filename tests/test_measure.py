@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from dimension import measure
 from dimension.any_model import choose_layers
 from dimension.figures import plot_comparison, plot_depth
-from dimension.profile import IDProfile, block_permutations, load_kinds, measure_layer
+from dimension.profile import Estimation, IDProfile, load_kinds
 from dimension.twonn import pairwise_distances
 from tests.runs import ids, outputs_of
 from utils import UserError
@@ -73,10 +73,10 @@ def hooked(model, batches):
 
 
 def assert_ids(profile, outputs):
-    found, permutations = ids(profile), block_permutations(N, 0)
+    found = ids(profile)
     for name, x in outputs.items():
         distances = pairwise_distances(x.detach().flatten(1))
-        expected = measure_layer(name, 0, distances, 1.0, permutations).id
+        expected = Estimation().measure(name, 0, distances).id
         assert found[name] == pytest.approx(expected, rel=PROMISED), name
 
 

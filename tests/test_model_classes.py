@@ -12,7 +12,7 @@ from transformers.models.perceiver.modeling_perceiver import PerceiverTextPrepro
 
 from dimension import measure
 from dimension.any_model import MASKS, choose_layers
-from dimension.profile import block_permutations, measure_layer
+from dimension.profile import Estimation
 from dimension.twonn import pairwise_distances
 
 N, SIZE = 24, 5  # samples, also of a batch
@@ -168,8 +168,8 @@ def test_each_layer_is_measured_as_its_outputs_or_named(kind):
         for mask in [given[x] for x in MASKS if x in given]:  # no two lengths are the same
             if mask.shape[1] == joined.shape[1]:
                 joined = joined * mask[..., None]
-        plain = (pairwise_distances(joined.flatten(1)), 1.0, block_permutations(N, 0))
-        expected = measure_layer(name, 0, *plain).id
+        plain = pairwise_distances(joined.flatten(1))
+        expected = Estimation().measure(name, 0, plain).id
         assert profile.layers[name].id == pytest.approx(expected, rel=1e-5), name
     remarks = " ".join(x for x in profile.remarks if x.startswith("left out"))
     missing = [name for name in choose_layers(model) if name not in kept]

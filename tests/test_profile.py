@@ -5,13 +5,14 @@ import torch
 
 from dimension.figures import KINDS, layer_kind, plot_comparison, plot_depth, plot_scale
 from dimension.profile import (
+    Estimation,
     IDProfile,
     LayerID,
+    block_permutations,
     load_profile,
     make_remarks,
-    measure_layer,
 )
-from dimension.twonn import block_analysis, draw_permutations, pairwise_distances
+from dimension.twonn import block_analysis, pairwise_distances
 from engine.profile import summary
 
 NAMES = [
@@ -68,17 +69,17 @@ def test_no_profile(content, tmp_path):
 @pytest.mark.parametrize(("samples", "levels"), [(70, 3), (400, 20)])
 def test_measure_layer(samples, levels):
     """Levels of blocks of 20 points or more count: of 70 points, three."""
-    points, permutations = torch.randn(samples, 5), draw_permutations(samples)
+    points = torch.randn(samples, 5)
     points[3:5] = 100.0  # duplicates, and nobody's neighbours: they would be a tie
     distances = pairwise_distances(points)
-    layer = measure_layer("a", 5, distances, 1.0, permutations)
+    layer = Estimation().measure("a", 5, distances)
     assert (layer.points, layer.duplicates, layer.features) == (samples - 2, 2, 5)
-    every = block_analysis(distances, permutations=permutations)  # the original's rule
+    every = block_analysis(distances, permutations=block_permutations(samples, 0))  # all levels
     assert layer.block_means == every.mean[:levels].tolist() + [None] * (20 - levels)
     assert layer.id == every.mean[:levels].mean().item()
     assert layer.error == every.std[levels - 1].item()
     with pytest.raises(ValueError, match="layer some.name: 0 of 2 samples .* take more samples"):
-        measure_layer("some.name", 5, pairwise_distances(points[:2]), 1.0, permutations[:, :2])
+        Estimation().measure("some.name", 5, pairwise_distances(points[:2]))
 
 
 def test_a_long_remark_is_cut_on_the_screen(profile):
