@@ -229,7 +229,6 @@ def test_mistakes(captioner, tmp_path, flags, message):
 
 
 @pytest.mark.cpu
-@pytest.mark.cpu
 def test_one_gpu_for_several_processes(monkeypatch):
     flags = {(False, 3): "cuda:3", (False, None): "auto", (True, None): "cpu"}
     assert [profiling.chosen_device(*given) for given in flags] == [*flags.values()]
@@ -246,6 +245,11 @@ def test_one_gpu_for_several_processes(monkeypatch):
         ("--images x", "--images goes with --hf"),
         ("--hf x -s", "--skip does not go with --hf"),
         ("--hf x --pruned y", "--pruned does not go with --hf"),
+        ("-s --one_length", "-s has the samples of the run before"),
+        ("--hf x --images x --one_length", "without --texts"),
+        ("--hf x --images x --max_tokens 9", "without --texts"),
+        ("--max_tokens 9", "max_tokens goes with --hf"),
+        ("--one_length 0", "a whole number from 1"),
     ],
 )
 def test_wrong_flags(flags, message, capsys):

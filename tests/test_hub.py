@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from engine import profile as profiling
 from models import hub
 from tests.runs import compute_id, ids
 from utils import UserError
@@ -206,6 +207,20 @@ def test_takes_random_samples_where_there_are_more_and_estimates_them_again(meas
     assert compute_id(tmp_path / "id", "-s", "--seed", 1).layers == other.layers
 
 
+def test_a_layer_that_begins_to_drift_is_left_out(measure, monkeypatch):
+    def opened(name, really=hub.open_hub_model):
+        made, calls = really(name), []
+        made.model.pooler.register_forward_pre_hook(
+            lambda module, args: calls.append(1) or (args[0] + max(0, len(calls) - 5),)
+        )
+        return made
+
+    monkeypatch.setattr(profiling, "open_hub_model", opened)
+    profile = measure("vit", "images")
+    assert "pooler.dense" not in profile.layers and len(profile.layers) == 6
+    assert any("pooler.dense: the model keeps a state" in remark for remark in profile.remarks)
+
+
 def without(pattern):
     return lambda path: [file.unlink() for file in path.glob(pattern)]
 
@@ -289,6 +304,40 @@ def test_the_longest_text_is_tried_first(measure, data, tmp_path):
     (tmp_path / "long").write_text("\n".join(lines))
     with pytest.raises(UserError, match="whose text of 14 tokens is the longest .*: index out of"):
         measure("roberta", "", "--texts", tmp_path / "long")
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Texts: 30 of 3 words, 25 of 4, 5 of 7; and two tokens around each."""
+    words = torch.randint(0, 30, (60, 7), generator=torch.Generator().manual_seed(0)).tolist()
+    counts = [3] * 30 + [4] * 25 + [7] * 5
+    lines = [" ".join(f"word{x}" for x in line[:n]) for line, n in zip(words, counts, strict=True)]
+    (tmp_path / "uneven").write_text("\n".join(lines))
+    return "--texts", tmp_path / "uneven"
+
+
+def test_texts_of_one_length(measure, uneven, capsys):
+    for flags, length, n in ((["--one_length"], 5, 30), (["--one_length", "6"], 6, 25)):
+        profile = measure("bert", "", *uneven, *flags)
+        assert (profile.settings["one_length"], profile.settings["nsamples"]) == (length, n)
+        assert profile.layers["encoder.layer.0.output.dense"].features == length * 16
+        assert "padding takes" not in capsys.readouterr().out
+    for flags in (["-n", "31", "--one_length"], ["--one_length", "10"]):
+        with pytest.raises(UserError, match="give a smaller -n, or another length .30 have 5, 25"):
+            measure("bert", "", *uneven, *flags)
+
+
+def test_longer_texts_are_left_out_and_padding_is_told_before(measure, uneven, capsys):
+    measure("bert", "", *uneven)
+    out, share = capsys.readouterr().out, 1 - (30 * 5 + 25 * 6 + 5 * 9) / (60 * 9)
+    assert f"padding takes {share:.0%} of the work" in out
+    assert out.index("padding takes") < out.index("forward work")
+    profile = measure("bert", "", *uneven, "--max_tokens", "6")
+    assert profile.settings["nsamples"] == 55
+    assert "5 samples have longer texts than --max_tokens 6" in profile.remarks
+    assert f"padding takes {1 - 300 / 330:.0%} of the work" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max_tokens 4 leaves 0 samples"):
+        measure("bert", "", *uneven, "--max_tokens", "4")
 
 
 def test_a_name_of_the_hub_gets_one_quick_attempt(monkeypatch):

@@ -1,13 +1,9 @@
 """What IDs are of: text lengths of neighbours, single channels, samples of one length."""
 
-import re
-
 import pytest
 import torch
-import transformers
 from torch import nn
 
-import ComputeID
 from configs import load_config
 from data.caption_dataset import build_caption_datasets
 from dimension import measure
@@ -100,58 +96,3 @@ def test_a_task_with_texts_of_one_length(tmp_path):
         n = int((lengths == wanted).sum())
         with pytest.raises(UserError, match=f"{n} texts have {wanted} tokens, and {n + 1} samp"):
             compute_id(tmp_path, *flags, *given, "-n", n + 1)
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A folder of a model, and a file of texts: 30 of 3 words, 25 of 4, 5 of 9."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(30))]
-    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    config = transformers.BertConfig(**sizes, num_attention_heads=2, vocab_size=len(words))
-    for part in (transformers.BertModel(config), tokenizer):
-        part.save_pretrained(folder)
-    counts = [3] * 30 + [4] * 25 + [9] * 5
-    lines = [" ".join(f"word{int(i)}" for i in torch.randint(0, 30, (n,))) for n in counts]
-    (folder / "texts.txt").write_text("\n".join(lines))
-    return ["--hf", folder, "--texts", folder / "texts.txt"]
-
-
-def test_a_hugging_face_model_with_texts_of_one_length(bert, tmp_path, capsys):
-    for flags, length, n in ((["--one_length"], 5, 30), (["--one_length", "6"], 6, 25)):
-        profile = compute_id(tmp_path, *bert, *flags)
-        assert (profile.settings["one_length"], profile.settings["nsamples"]) == (length, n)
-        assert profile.layers["encoder.layer.0.output.dense"].features == length * 16
-    assert "padding takes" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="give a smaller -n, or another length .30 have 5, 25"):
-        compute_id(tmp_path, *bert, "-n", "31", "--one_length")
-
-
-def test_longer_texts_are_left_out_and_padding_is_told_before(bert, tmp_path, capsys):
-    profile = compute_id(tmp_path / "all", *bert)
-    out = capsys.readouterr().out
-    share = 1 - (30 * 5 + 25 * 6 + 5 * 11) / (60 * 11)
-    assert f"padding takes {share:.0%} of the work" in out
-    assert out.index("padding takes") < out.index("forward work")
-    profile = compute_id(tmp_path / "short", *bert, "--max_tokens", "6")
-    assert profile.settings["nsamples"] == 55
-    assert "5 samples have longer texts than --max_tokens 6" in profile.remarks
-    assert f"padding takes {1 - 300 / 330:.0%} of the work" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--max_tokens 4 leaves 0 samples"):
-        compute_id(tmp_path / "none", *bert, "--max_tokens", "4")
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["-s", "--one_length"], "-s has the samples of the run before"),
-        (["--hf", "x", "--images", "x", "--one_length"], "without --texts"),
-        (["--max_tokens", "9"], "max_tokens goes with --hf"),
-        (["--one_length", "0"], "a whole number from 1"),
-    ],
-)
-def test_flags_that_do_not_go_together(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        ComputeID.parse_args(flags)
-    assert re.search(message, capsys.readouterr().err)
