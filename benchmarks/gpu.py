@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: str(value) for name, value in vars(args).items() if name != "json"}
     content = document("gpu", device, settings=settings, **results)
     args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":
