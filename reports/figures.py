@@ -5,10 +5,10 @@ from collections import defaultdict
 
 from matplotlib.figure import Figure
 
-from dimension.figures import OTHER, STYLES, layer_kind
+from dimension.figures import STYLES, layer_kind
 from models.layers import modality
 
-ANY = OTHER["other"]
+ANY = STYLES["other"]
 
 
 def plot_sparsity(
