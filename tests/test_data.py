@@ -283,10 +283,10 @@ def test_annotation_is_downloaded_once_and_only_if_it_is_json(published, tmp_pat
     with pytest.raises(UserError, match="is not JSON"):
         annotation_files((folder, "nlvr_dev.json"))
     assert list(folder.iterdir()) == []
-    published.write_text("[1, 2]")
+    published.write_text("[1, 2]", "utf-8-sig")
     for _ in range(2):
         (path,) = annotation_files((folder, "nlvr_dev.json"))
-        assert path.read_text() == "[1, 2]"
+        assert path.read_text("utf-8-sig") == "[1, 2]"
         published.unlink(missing_ok=True)
     assert list(folder.iterdir()) == [path]
 
