@@ -25,12 +25,12 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# What runs on a GPU, on the accelerator that is there, else on a simulated one; then the scripts.
+# On the accelerator that is there, else on a simulated one: what runs on a GPU, then the scripts.
 ON_GPU := test_trainers test_resume test_compute_id test_caption_script test_export
 
 test-gpu: setup
 	$(BIN)/python -m pytest -rs -m "not slow" tests/test_accelerator.py tests/test_generation.py tests/test_gpu.py
-	$(BIN)/python -m pytest -rs -m "not slow and not cpu" $(ON_GPU:%=tests/%.py)
+	$(BIN)/python -m pytest -rs -m "not slow and not cpu" --accelerator $(ON_GPU:%=tests/%.py)
 
 lint: setup
 	$(BIN)/ruff check .

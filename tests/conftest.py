@@ -11,6 +11,7 @@ import compat  # noqa: F401
 import pytest
 import torch
 from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -19,6 +20,7 @@ OF_USERS = {"annotation", "datasets", "output", "ID"}  # what the README lays in
 
 def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="files and tests in random order")
+    parser.addoption("--accelerator", action="store_true", help="scripts take a simulated GPU")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,6 +43,20 @@ def checkout(tmp_path_factory):
     os.chdir(folder)
     yield folder
     os.chdir(ROOT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def accelerator(request):
+    """With --accelerator, a simulated device for `--device auto` where torch has no real one."""
+    if not request.config.getoption("--accelerator") or torch.accelerator.is_available():
+        yield
+        return
+    from tests.simulated import attached
+
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        with attached(patch):
+            yield
 
 
 @pytest.fixture(autouse=True)

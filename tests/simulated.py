@@ -1,9 +1,9 @@
 """An accelerator `sim:0` in Python, for machines that have none.
 
 A tensor on it wraps one in the CPU's memory. The device refuses what a GPU refuses (CPU tensors
-among its own, the CPU's generator), and notes what costs time on a GPU: waits of the CPU. It has a
-generator and an autocast to bfloat16. It does not simulate streams, other arithmetic, several
-devices, NCCL, DistributedDataParallel or torch.compile.
+among its own, the CPU's generator), and counts what costs time on a GPU: copies, and waits of the
+CPU. It has a generator and an autocast to bfloat16. It does not simulate streams, other arithmetic,
+several devices, NCCL, DistributedDataParallel or torch.compile.
 
 Import this module at the top of a test module: torch must know the device before the process's
 first backward pass, when autograd starts a thread for each device.
@@ -60,7 +60,7 @@ class SimTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         """Into a file as a CPU tensor, whose copy the device must wait for."""
-        DEVICE.waits.append("copy to cpu")
+        DEVICE.note_transfer("to cpu", self, waits=True)
         return self.inner.__reduce_ex__(protocol)
 
 
@@ -70,18 +70,28 @@ class Simulation:
     def __init__(self):
         self.present = False  # until then torch takes it for absent
         self.has_float64 = True  # GPUs of Apple have none
-        self.waits: list[str] = []
         self.seed(0)
+        self.clear()
+
+    def clear(self) -> None:
+        self.rng_reads = 0
+        self.waits: list[str] = []
+        self.transfers: list[tuple[str, tuple[int, ...], torch.dtype]] = []
 
     def seed(self, seed: int) -> None:
         self.rng_state = torch.Generator().manual_seed(seed).get_state()
 
     def get_rng_state(self, device=DEVICE_TYPE) -> torch.Tensor:
-        self.waits.append("random state to cpu")
+        self.rng_reads += 1
         return self.rng_state.clone()
 
     def set_rng_state(self, state: torch.Tensor, device=DEVICE_TYPE) -> None:
         self.rng_state = state.clone()
+
+    def note_transfer(self, direction: str, tensor: torch.Tensor, waits: bool) -> None:
+        self.transfers.append((direction, tuple(tensor.shape), tensor.dtype))
+        if waits:
+            self.waits.append(f"copy {direction}")
 
     def run(self, func, args: tuple, kwargs: dict):
         """Computes an operation in the CPU's memory as the device would."""
@@ -126,7 +136,7 @@ class Simulation:
         if func in INDEXING and isinstance(args[0], SimTensor):
             indices = {id(x) for x in args[1]}
             for index in (x for x in others if id(x) in indices):
-                self.waits.append(f"index {tuple(index.shape)} to sim")
+                self.note_transfer("to sim", index, waits=True)
             others = [x for x in others if id(x) not in indices]
         if torch.Tag.pointwise in func.tags or func in INDEXING:
             others = [x for x in others if x.dim()]
@@ -140,8 +150,8 @@ class Simulation:
         here = isinstance(args[0], SimTensor) if in_place else here
         if isinstance(source, SimTensor) == here:
             return
-        if not here or not (args[2:3] == (True,) or kwargs.get("non_blocking", False)):
-            self.waits.append("copy to sim" if here else "copy to cpu")
+        waits = not (here and (args[2:3] == (True,) or kwargs.get("non_blocking", False)))
+        self.note_transfer("to sim" if here else "to cpu", source, waits)
 
     @contextmanager
     def _generator(self, func, here: bool) -> Iterator[None]:
@@ -238,7 +248,7 @@ def attached(monkeypatch) -> Iterator[Simulation]:
     monkeypatch.setattr(torch, "tensor", partial(tensor_on, torch.tensor))
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay tied
-    DEVICE.waits.clear()
+    DEVICE.clear()
     DEVICE.present = DEVICE.has_float64 = True
     try:
         yield DEVICE

@@ -1,6 +1,6 @@
 """What runs on a GPU: on the accelerator that torch finds, else on a simulated one.
 
-The simulated one gives the CPU's results to the bit, and notes waits. On a real one
+The simulated one gives the CPU's results to the bit, and counts waits and copies. On a real one
 trainings are compared in float64, where another order of sums changes 1e-16 of a number.
 """
 
@@ -79,31 +79,36 @@ def run(folder, task, name, flags, config=None):
     return runs.train(config, folder, name, *flags.split(), script=script)
 
 
-def expect_no_waits(patch) -> list[int]:
-    """Lets each step check that it waits only to mask and to log; returns the steps that did."""
+def count_copies_and_waits(patch) -> list[int]:
+    """Lets each step check that it copies its inputs, and waits only to mask and to log.
+
+    Returns the steps that did.
+    """
     train_step, read_losses, steps = loop.train_step, loop.read_losses, []
 
-    def checked(run, state, parts, weights):
+    def counted(run, state, parts, weights):
+        inputs = [("to sim", tuple(x.shape), x.dtype) for part in parts for x in part]
         step = state.progress.step + 1
-        assert step == 1 or DEVICE.waits == []  # before the first, the model was moved
-        DEVICE.waits.clear()
+        if step > 1:  # before the first, the model was moved
+            assert (DEVICE.transfers, DEVICE.waits) == (inputs, [])
+        DEVICE.clear()
         train_step(run, state, parts, weights)
         assert state.loader.pin_memory
         masks = state.pruner.schedule.masks_at(step) and state.progress.remaining_ratio < 1
-        assert bool(DEVICE.waits) == masks, step
-        DEVICE.waits.clear()
+        assert DEVICE.transfers == [] and bool(DEVICE.waits) == masks, step
+        DEVICE.clear()
         steps.append(step)
 
     def read(run, state):
         loss = read_losses(run, state)
         assert DEVICE.waits == ["copy to cpu"]
-        DEVICE.waits.clear()
+        DEVICE.clear()
         return loss
 
     def then_clear(call):
-        return lambda *args: (call(*args), DEVICE.waits.clear())
+        return lambda *args: (call(*args), DEVICE.clear())
 
-    patch.setattr(loop, "train_step", checked)
+    patch.setattr(loop, "train_step", counted)
     patch.setattr(loop, "read_losses", read)
     patch.setattr(loop.Reporter, "is_due", lambda self, _: self.state.progress.step % 2 == 1)
     for name in ("save", "finish_epoch"):
@@ -115,7 +120,7 @@ def expect_no_waits(patch) -> list[int]:
 def test_training_and_validation_are_those_of_the_cpu(folder, device, task, monkeypatch):
     flags = f"{ACCUMULATED} --pruner_name {PRUNERS[task]} --device"
     cpu = run(folder, task, f"{task}_cpu", f"{flags} cpu")
-    steps = [] if REAL else expect_no_waits(monkeypatch)
+    steps = [] if REAL else count_copies_and_waits(monkeypatch)
     here = run(folder, task, f"{task}_here", f"{flags} {device}")
     assert REAL or steps == [1, 2, 3, 4, 5, 6]
     agree(result(cpu), result(here))
@@ -143,9 +148,9 @@ def test_resumes_with_the_devices_random_state_and_recomputes_with_it(folder, de
 def test_resumes_on_another_kind_of_device(folder, device, back):
     first, then = (device, "cpu") if back else ("cpu", device)
     flags = f"{PLAIN} --checkpoint_steps 2 --device"
-    DEVICE.waits.clear()
+    DEVICE.clear()
     whole = run(folder, "caption", f"whole_{back}", f"{flags} cpu")
-    assert DEVICE.waits == []
+    assert (DEVICE.rng_reads, DEVICE.transfers, DEVICE.waits) == (0, [], [])
     name = f"from_{first}"
     with stopped_at(4, KeyboardInterrupt):
         run(folder, "caption", name, f"{flags} {first}")
