@@ -122,7 +122,8 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
     SIGTERM from the trainer itself ends it; on macOS, which does not name the sender, any SIGTERM.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # left for sigwaitinfo
         threading.Thread(target=_exit_on_the_trainers_sigterm, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM and SIGINT: after the step, with a checkpoint and an exit code of its own."""
+"""Stopping on signals: after the step, with a checkpoint and an exit code of its own."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -10,8 +10,11 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, run again t
 
 @contextmanager
 def stop_signals_to(handler: Callable) -> Iterator[None]:
-    """Inside the block SIGTERM and SIGINT call `handler(number, frame)`."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Inside the block SIGTERM, SIGINT and SIGHUP call `handler(number, frame)`."""
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -26,7 +29,7 @@ def exit_stopped(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Inside the block SIGTERM and SIGINT are appended to the list; then they end the process."""
+    """Inside the block these signals are appended to the list; then they end the process."""
     signals = []
     with stop_signals_to(lambda number, frame: signals.append(number)):
         yield signals
