@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from configs import SCHEMAS, load_config, place
 from engine.flags import IGNORED, check_flags
 from engine.tasks import TASKS, Task, later
-from reports.runs import CHECKPOINTS, PRUNED_FILE
+from reports.runs import CHECKPOINTS, REPORT_FILE
 from utils import UserError, write_json
 
 if TYPE_CHECKING:  # which imports torch
@@ -57,7 +57,7 @@ class Run:
         Other folders that --pruned may name (of Hugging Face, a cache) are not written to.
         """
         flags, pruned = self.flags, self.flags.pruned
-        if flags.model_dir is None and pruned and Path(pruned, PRUNED_FILE).is_file():
+        if flags.model_dir is None and pruned and Path(pruned, REPORT_FILE).is_file():
             if os.access(pruned, os.W_OK):
                 return Path(pruned)
         return Path(flags.output_dir, flags.model_dir or Path(flags.config).stem)

@@ -10,6 +10,7 @@ from utils import UserError, write_json
 
 PRUNED_FILE = "pruned.safetensors"
 PRUNING_FILE = "pruning.json"  # of `prune.py`
+REPORT_FILE = "sparsity.json"  # of every run, beside its weights
 CHECKPOINTS = "checkpoints"  # a folder
 LOG_FILE = "log.txt"  # a line of JSON for each epoch
 # what an evaluation writes into results/, and a validation during training does not
@@ -66,7 +67,7 @@ class RunFolder:
 
 def read_run(folder: Path) -> RunFolder:
     """Reads a run's folder, also of an earlier version. UserError: no run, or a damaged file."""
-    sparsity = _read(folder / "sparsity.json")
+    sparsity = _read(folder / REPORT_FILE)
     trained, evaluated = (_record(folder / f"{name}.json") for name in ("config", "evaluation"))
     trained = trained or _record(folder / PRUNING_FILE)
     if sparsity is None and trained is None:

@@ -109,10 +109,11 @@ def test_the_papers_settings_are_the_defaults_of_every_task(name):
 
 def test_results_go_to_the_evaluated_run_but_to_no_other_folder(experiment, tmp_path, monkeypatch):
     run, foreign = tmp_path / "run", tmp_path / "hub"
-    for folder, file in ((run, "pruned.safetensors"), (foreign, "model.safetensors")):
+    for folder in (run, foreign):  # a file of ours alone makes no run
         folder.mkdir()
-        (folder / file).touch()
+        (folder / "pruned.safetensors").touch()
         (folder / "config.json").touch()
+    (run / "sparsity.json").touch()
     for flags, folder in [
         ("", tmp_path / "c"),
         ("--model_dir a/b", tmp_path / "a/b"),
