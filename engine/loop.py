@@ -1,6 +1,5 @@
 """The training loop: epochs, steps, and what happens between them."""
 
-import json
 import math
 import shutil
 import time
@@ -17,7 +16,7 @@ from engine.experiment import Run
 from engine.loading import eval_options, move, read
 from engine.processes import barrier, gather_from_processes, start_sum, sum_over_processes
 from engine.reporter import Reporter
-from engine.state import TrainState, save
+from engine.state import TrainState, finished_identity, save
 from engine.stopping import EXIT_STOPPED, exit_stopped, noted_signals, stop_signals_to
 from models.layers import prunable_layers
 from pruners.pruner import NonFiniteScores
@@ -35,7 +34,7 @@ def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
 
     Raises:
         FloatingPointError: a loss is not finite.
-        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGINT and a checkpoint.
+        SystemExit: with EXIT_STOPPED, after a signal and a checkpoint.
     """
     if run.process.is_main:
         for unfinished in run.checkpoints.glob(".step_*"):  # writes that were killed
@@ -48,31 +47,33 @@ def train(run: Run, state: TrainState, held_out: dict[str, Dataset]) -> None:
                 state.progress = replace(state.progress, epoch=epoch, **new)
             train_one_epoch(run, state)
             finish_epoch(run, state, held_out)
-    if run.process.is_main and not run.flags.keep_checkpoints:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-    run.say(written(run))
+    say_written(run)
 
 
 def already_finished(run: Run, state: TrainState) -> bool:
     """Whether the last epoch's line of log.txt, which a run writes last of all, is there."""
-    log, record, total = run.folder / LOG_FILE, run.folder / "config.json", state.plan.total_steps
-    done = state.progress.step == total
-    if run.flags.resume == "auto" and not checkpoints.step_files(run.checkpoints):
-        # they may have been removed after the end
-        done = record.exists() and json.loads(record.read_text()).get("identity") == state.identity
-    last = log.read_text().splitlines()[-1:] if done and log.exists() else []
-    finished = [json.loads(line)["step"] for line in last] == [total]
+    total = state.plan.total_steps
+    removed = run.flags.resume == "auto" and not checkpoints.step_files(run.checkpoints)
+    finished = finished_identity(run).get("total_steps") == total
+    finished = finished and (removed or state.progress.step == total)
+    barrier()  # all processes have seen the checkpoints, which may go now
     if finished:
-        run.say(f"already finished; the last epoch: {last[0]}\n{written(run)}")
+        last = (run.folder / LOG_FILE).read_text().splitlines()[-1]
+        run.say(f"already finished; the last epoch: {last}")
+        say_written(run)
     return finished
 
 
-def written(run: Run) -> str:
-    """What a finished run left, and the command that evaluates it."""
+def say_written(run: Run) -> None:
+    """Says what a finished run left, without checkpoints it is not to keep, and what comes next."""
+    if not run.process.is_main:
+        return
+    if not run.flags.keep_checkpoints:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
     size = sum(path.stat().st_size for path in checkpoints.step_files(run.checkpoints))
     spare = f"{run.checkpoints}: {size / 1e9:.2g} GB, which may go (--keep_checkpoints 0)\n"
     script = f"python {run.task.script} --config {run.flags.config}"
-    return (
+    run.say(
         f"weights: {run.folder / PRUNED_FILE}; log, sparsity and curves beside it\n"
         f"{spare * bool(size)}next: {script} --evaluate --pruned {run.folder}"
     )

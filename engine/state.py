@@ -1,6 +1,7 @@
 """The state of a training run: planned, built, saved, and resumed to the bit."""
 
 import argparse
+import json
 import math
 import re
 import time
@@ -20,6 +21,7 @@ from engine.loading import train_loader
 from engine.processes import barrier, gather_from_processes, seed_everything
 from engine.reporter import Reporter
 from pruners.pruner import Pruner
+from reports.runs import LOG_FILE
 from utils import UserError
 
 
@@ -150,6 +152,8 @@ def find_checkpoint(run: Run, identity: dict) -> dict | None:
     if named == "off":
         return None
     paths = checkpoints.step_files(run.checkpoints) if named == "auto" else [Path(named)]
+    if not paths:  # they may be removed after the end
+        check_identity(finished_identity(run), identity, run.folder)
     for path in paths:
         try:
             content = checkpoints.read_checkpoint(path)
@@ -163,6 +167,15 @@ def find_checkpoint(run: Run, identity: dict) -> dict | None:
         check_identity(content["identity"], identity, path)
         return {**content, "path": path}
     return None
+
+
+def finished_identity(run: Run) -> dict:
+    """The identity of the run that ended in this folder; empty where none did."""
+    record, log = run.folder / "config.json", run.folder / LOG_FILE
+    saved = json.loads(record.read_text()).get("identity", {}) if record.exists() else {}
+    last = log.read_text().splitlines()[-1:] if log.exists() else []
+    ended = [json.loads(line)["step"] for line in last] == [saved.get("total_steps")]
+    return saved if ended else {}
 
 
 def check_identity(saved: dict, own: dict, path: Path) -> None:

@@ -35,7 +35,7 @@ def whole(train):
 
 @pytest.mark.parametrize(
     ("number", "step", "saved"),
-    [(signal.SIGTERM, 3, 4), (signal.SIGINT, 3, 4), (signal.SIGTERM, 6, 6)],  # at an epoch's end
+    [(signal.SIGTERM, 3, 4), (signal.SIGHUP, 3, 4), (signal.SIGINT, 6, 6)],  # at an epoch's end
 )
 def test_signal_finishes_the_step_saves_and_exits(train, whole, number, step, saved):
     name = f"stopped_by_{number.name}_{step}"
@@ -138,10 +138,17 @@ def test_a_finished_run_says_what_may_go_and_needs_it_no_more(train, capsys):
         train(folder.name)
         assert "already finished" in capsys.readouterr().out
         assert (folder / "log.txt").stat().st_mtime_ns == written[folder]
-    for folder, again in ((lean, "--resume=off"), (spare, "--seed=7")):
-        train(folder.name, again)
-        assert "already finished" not in capsys.readouterr().out
-        assert (folder / "log.txt").stat().st_mtime_ns > written[folder]
+    for check in ([], ["--check"]):
+        with pytest.raises(UserError, match="lean is of another run: seed was 42, is 7"):
+            train("lean", "--seed=7", *check)
+    assert runs.same(runs.result(lean), runs.result(spare))
+    train("lean", "--resume=off")
+    assert "already finished" not in capsys.readouterr().out
+    assert (lean / "log.txt").stat().st_mtime_ns > written[lean]
+    assert (lean / "checkpoints").exists()
+    train("lean", "--keep_checkpoints", "0")
+    assert "already finished" in capsys.readouterr().out
+    assert not (lean / "checkpoints").exists()
 
 
 # --- with other processes, batches and accumulated parts that make the same step: in float64 and
