@@ -28,7 +28,8 @@ SQUARE = {"height": 16, "width": 16}
 
 
 def tokenizer(longest=12):
-    made = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    made = transformers.BertTokenizer(vocab=vocabulary, padding_side="left")
     made.add_special_tokens({"additional_special_tokens": ["<image>"]})
     made.model_max_length = longest
     return made
