@@ -84,7 +84,7 @@ demo-nlvr: scenes
 	$(NLVR) --evaluate --model_dir dense
 	$(NLVR) --evaluate --model_dir PLATON80 --pruned output/demo-nlvr/PLATON80
 	$(NLVR) --evaluate --model_dir PLATON80-ID --pruned output/demo-nlvr/PLATON80-ID
-	$(RUN) -m reports.tables output/demo-nlvr dense PLATON80 PLATON80-ID
+	$(RUN) -m reports.report $(addprefix output/demo-nlvr/,dense PLATON80 PLATON80-ID)
 
 # The same for retrieval between pictures and captions, 80 %.
 CLIP       := $(RUN) train_clip_flickr30k.py --config configs/retrieval_demo.yaml --output_dir output/demo-clip
@@ -97,7 +97,7 @@ demo-clip: scenes
 	$(CLIP) --evaluate --model_dir dense
 	$(CLIP) --evaluate --model_dir PLATON80 --pruned output/demo-clip/PLATON80
 	$(CLIP) --evaluate --model_dir PLATON80-ID --pruned output/demo-clip/PLATON80-ID
-	$(RUN) -m reports.tables output/demo-clip dense PLATON80 PLATON80-ID --ids output/demo-clip/ID
+	$(RUN) -m reports.report $(addprefix output/demo-clip/,dense PLATON80 PLATON80-ID)
 
 clean:
 	rm -rf $(VENV) datasets/scenes output/demo output/demo-nlvr output/demo-clip

@@ -41,8 +41,8 @@ from engine.flags import trainer_parser
 from engine.stopping import EXIT_STOPPED, exit_stopped, stop_signals_to
 from engine.tasks import TASKS, later
 from evaluation.ptb import ptb_tokenize
+from reports.report import markdown
 from reports.runs import CHECKPOINTS, PRUNED_FILE
-from reports.tables import markdown
 from utils import (
     UserError,
     atomic_write,

@@ -11,8 +11,19 @@ import shlex
 from pathlib import Path
 
 from reports.runs import read_run
-from reports.tables import markdown
 from utils import atomic_write, launch, script_parser, user_path
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Rows as an aligned Markdown table; a cell that a row lacks stays empty."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from dimension.profile import IDProfile, LayerID
 from engine.checkpoints import save_weights
 from models import build_captioner, prunable_layers
 from pruners import sparsity_report
-from reports import page, report, tables
+from reports import page, report
 from reports.figures import plot_sparsity
 from reports.runs import read_run
 from tests.conftest import ROOT
@@ -312,17 +312,14 @@ CAPTIONING = {"CIDEr": 5.1234, "Bleu_4": 0.5, "ROUGE_L": 0.1}
         ("recalls", {"test": RECALLS}, "TR@1 | TR@5 | IR@1", "70.0% | 95.0% | 65.0%"),
     ],
 )
-def test_runs_of_each_task_are_tabulated(tmp_path, capsys, file, content, columns, cells):
-    for name, sparsity in (("dense", 0.0), ("PLATON80", 0.8), ("other", 0.8)):
-        report = {"overall": sparsity, "by_modality": {"vision": sparsity / 2, "language": 1.0}}
-        write_json(tmp_path / name / "sparsity.json", report)
+def test_runs_of_each_task_are_tabulated(tmp_path, file, content, columns, cells):
+    for name, sparsity in (("dense", 0.0), ("PLATON80", 0.8)):
+        shares = {"overall": sparsity, "by_modality": {"vision": sparsity / 2, "language": 1.0}}
+        write_json(tmp_path / name / "sparsity.json", shares)
         write_json(tmp_path / name / f"results/{file}.json", content)
-        (tmp_path / name / "sparsity.png").touch()
-    ids = {"transformer.resblocks.0.x": 8.0, "transformer.resblocks.1.x": 9.0}
-    write_json(tmp_path / "ids.json", {"visual.transformer.resblocks.0.mlp.c_fc": 16.0} | ids)
-    flags = [str(tmp_path), "dense", "PLATON80", "--ids", str(tmp_path / "ids.json")]
-    tables.main(tables.parse_args(flags))
-    *table, ids, _, figure, other = capsys.readouterr().out.splitlines()
+    runs = [read_run(tmp_path / name) for name in ("dense", "PLATON80")]
+    rows = [{"run": run.name, **run.shares, **run.scores} for run in runs]
+    table = report.markdown(rows).splitlines()
     assert len({len(line) for line in table}) == 1
     head, _, *rows = [" ".join(line.split()) for line in table]
     assert head == f"| run | sparsity | vision | language | {columns} |"
@@ -330,18 +327,6 @@ def test_runs_of_each_task_are_tabulated(tmp_path, capsys, file, content, column
         f"| dense | 0.0% | 0.0% | 100.0% | {cells} |",
         f"| PLATON80 | 80.0% | 40.0% | 100.0% | {cells} |",
     ]
-    assert ids == "mean ID: vision 16.0, language 8.5"
-    figures = [f"{tmp_path}/{name}/sparsity.png" for name in ("dense", "PLATON80")]
-    assert [figure.strip(), other.strip()] == figures
-
-
-@pytest.mark.parametrize("content", [None, "cut o", '{"overall": 0.8, "by_modality": {}}'])
-def test_a_run_that_was_not_evaluated_is_named(tmp_path, content):
-    (tmp_path / "PLATON80").mkdir()
-    if content:
-        (tmp_path / "PLATON80/sparsity.json").write_text(content)
-    with pytest.raises(UserError, match="PLATON80.*--evaluate"):
-        tables.main(tables.parse_args([str(tmp_path), "PLATON80"]))
 
 
 # --- figures, by what their axes hold
