@@ -12,6 +12,7 @@ and holds pruning.json: zeros and the error of the output by layer.
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -78,6 +79,9 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.out.exists():
         raise UserError(f"--out: {args.out} exists; remove it or choose another")
+    above = next(folder for folder in args.out.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--out: cannot write to {above}; choose another")
 
     from engine.pruning import prune
 

@@ -81,7 +81,8 @@ def plot_comparison(
     for number, (label, layers) in enumerate(profiles.items()):
         colour, ids = f"C{number}", list(layers.values())
         depth = [position / max(1, len(ids) - 1) for position in range(len(ids))]
-        shown = label.replace("$", r"\$")  # matplotlib sets $...$ as a formula,
+        shown = label.encode("utf-8", "replace").decode()  # a path may hold any bytes
+        shown = shown.replace("$", r"\$")  # matplotlib sets $...$ as a formula,
         shown = f"./{shown}" if label.startswith("_") else shown  # and leaves out _...
         axes.plot(depth, ids, lw=0.5, color=colour, label=shown)
         known = (kinds or {}).get(label, {})

@@ -44,7 +44,7 @@ class RunFolder:
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return self.folder.resolve().name
+        return self.folder.resolve().name.encode("utf-8", "replace").decode()
 
     @property
     def scores(self) -> dict[str, str]:

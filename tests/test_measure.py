@@ -461,10 +461,12 @@ def test_modes_gradients_and_hooks_are_restored():
 
 def test_layers_are_linear_ones_or_those_named():
     script = torch.jit.trace(nn.Linear(16, 16), torch.ones(8, 16))
-    model = nn.Sequential(nn.Linear(16, 16), Conv1D(16, 16), script)
+    quantised = torch.ao.nn.quantized.dynamic.Linear(16, 16)
+    model = nn.Sequential(nn.Linear(16, 16), Conv1D(16, 16), script, quantised)
     assert list(choose_layers(model)) == ["0", "1"]
-    unseen = "not looked at: 2: TorchScript shows no layer's output"
-    assert unseen in measure(model, chain_inputs()).remarks
+    remarks = measure(model, chain_inputs()).remarks
+    assert "not looked at: 2: TorchScript shows no layer's output" in remarks
+    assert "not looked at: 3: quantised layers are not linear layers of torch.nn" in remarks
     assert list(choose_layers(model, "[1-9]")) == ["1"]
     assert list(choose_layers(model, ["", "2"])) == ["", "2"]
 

@@ -156,10 +156,11 @@ def test_comparison_figure_has_every_profile_over_relative_depth():
     assert points == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
-@pytest.mark.parametrize("label", ["_old", "_", "ID/$a$_$b$"])
+@pytest.mark.parametrize("label", ["_old", "_", "ID/$a$_$b$", "ID/a\udcff"])
 def test_the_legend_names_every_profile(label):
-    """Of a path that begins with an underscore, or holds what matplotlib takes for a formula."""
+    """Of a path that begins with an underscore, holds a formula of matplotlib's, or odd bytes."""
     figure = plot_comparison({label: {NAMES[0]: 1.0}, "new": {NAMES[0]: 2.0}})
     shown, other, *_ = legend(figure)
-    assert shown.removeprefix("./").replace(r"\$", "$") == label and other == "new"
+    printed = label.replace("\udcff", "?")
+    assert shown.removeprefix("./").replace(r"\$", "$") == printed and other == "new"
     assert shown.count("$") == shown.count(r"\$")

@@ -252,6 +252,8 @@ def test_texts_are_needed_and_no_layer_called_is_refused(folders, data, tmp_path
     run(*given[:-1], tmp_path / "old", "--method", "Magnitude")  # needs none
     with pytest.raises(UserError, match=f"{tmp_path / 'old'} exists"):
         run(*given[:-1], tmp_path / "old")
+    with pytest.raises(UserError, match=f"cannot write to {folders / 'bert' / 'config.json'}"):
+        run(*given[:-1], folders / "bert" / "config.json" / "new")
     with pytest.raises(UserError, match="lies in the folder of --hf"):
         run(*given[:-1], folders / "bert" / "x" / "new", *flags(data, "texts"))
     monkeypatch.setattr(transformers.BertModel, "forward", lambda self, input_ids, **_: None)

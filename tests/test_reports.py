@@ -284,11 +284,13 @@ def test_what_a_run_of_a_new_task_lacks_is_left_out(tmp_path):
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    folders = [str(tmp_path / "one/run"), str(tmp_path / "two/run")]
+    folders = [str(tmp_path / "one/r\udcff"), str(tmp_path / "two/r\udcff")]
     for folder in folders:
         write_json(Path(folder, "sparsity.json"), {"overall": 0, "by_modality": {}, "pruned": 0})
     write_report(*folders, "--out", tmp_path / "page.html")
-    assert Page((tmp_path / "page.html").read_bytes()).lines[""] == folders
+    assert Page((tmp_path / "page.html").read_bytes()).lines[""] == [
+        x.replace("\udcff", "?") for x in folders
+    ]
 
 
 def test_mistakes_name_the_folder(tmp_path):

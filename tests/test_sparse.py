@@ -419,6 +419,9 @@ def test_without_a_compiler_the_model_stays_dense(monkeypatch):
     def fail(tile):
         raise ImportError("No module named 'numba'\nand more")
 
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT"):
+        patch.setattr(kernels.config, "DISABLE_JIT", 1)
+        kernels.compile_kernel(16)
     monkeypatch.setattr(linear, "compiled", fail)
     report = sparsify_(sparse_net())
     assert report.sparse == []
