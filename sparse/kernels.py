@@ -10,7 +10,7 @@ of Numba keeps the sums in memory, at half the speed.
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, config, njit, types
+from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -197,8 +197,6 @@ def compile_kernel(tile: int):
     Each thread that calls it with the same arguments takes tasks until none is left. It is kept on
     disk for as long as this file and the processor are the same.
     """
-    if config.DISABLE_JIT:  # of some kernels kept on disk the others could not be compiled
-        raise RuntimeError("NUMBA_DISABLE_JIT is set")
     side = min(tile, BLOCK)
 
     def kernel(arguments):

@@ -26,8 +26,12 @@ _PROCESS = os.getpid()
 @lru_cache
 def compiled(tile: int):
     """The kernel for tiles of `tile` tokens, see `kernels.compile_kernel`."""
-    from sparse.kernels import compile_kernel  # Numba: not on every machine, 0.2 s to load
+    import numba  # not on every machine, 0.2 s to load
 
+    from sparse.kernels import compile_kernel
+
+    if numba.config.DISABLE_JIT:  # some kernels may be on disk, but not all
+        raise RuntimeError("NUMBA_DISABLE_JIT is set")
     return compile_kernel(tile)
 
 
