@@ -12,11 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from configs import ROOT, load_config
-from data.images import find_pictures, to_rgb
-from utils import UserError, launch, mistaken_for, script_parser, user_path
+from data.images import BadImageError, find_pictures, open_image
+from utils import UserError, launch, script_parser, user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,9 +22,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("pictures", nargs="+", type=user_path, metavar="PICTURE", help="files, or folders of them")
-    add(
-        "--config", type=user_path, help="YAML file of the experiment (default: the embedded model)"
-    )
+    config = "YAML file of the experiment (default: the embedded model)"
+    add("--config", type=user_path, help=config)
     pruned = "weights, or a run's folder (default: the config's pretrained)"
     add("--pruned", type=user_path, help=pruned)
     add("--sparse", action="store_true", help="products with the nonzeros alone, on the CPU")
@@ -40,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     config = read_model_config(args)
     unread = [path for path in pictures if not path.exists()]
     for path in unread:
-        show(args, path, "error", "there is no such file")
+        show(args, path, "error", f"{path}: there is no such file")
     there = [path for path in pictures if path not in unread]
     if there:
         from engine.captioning import load_captioner
@@ -48,12 +45,10 @@ def main(args: argparse.Namespace) -> None:
         caption = load_captioner(config, args.sparse, tell)
     for path in there:
         try:
-            image = open_upright(path)
-        except Exception as error:  # Pillow's readers raise what they meet in a damaged file
+            show(args, path, "caption", caption(open_image(path, on_white=True)))
+        except BadImageError as error:
             unread.append(path)
-            show(args, path, "error", mistaken_for(path) or str(error) or type(error).__name__)
-            continue
-        show(args, path, "caption", caption(image))
+            show(args, path, "error", str(error))
     if unread:
         raise UserError(f"{len(unread)} of {len(pictures)} pictures could not be read")
 
@@ -72,12 +67,6 @@ def read_model_config(args: argparse.Namespace) -> dict:
     return load_config(ROOT / "configs/caption_demo.yaml", shipped, task="caption")
 
 
-def open_upright(path: Path) -> Image.Image:
-    """A picture as RGB, turned by its EXIF orientation, transparency on white."""
-    with Image.open(path) as file:
-        return to_rgb(file, on_white=True)
-
-
 def show(args: argparse.Namespace, path: Path, what: str, text: str) -> None:
     """Prints a picture's caption or error as soon as it is known."""
     if args.json:
@@ -85,7 +74,7 @@ def show(args: argparse.Namespace, path: Path, what: str, text: str) -> None:
     elif what == "caption":
         print(f"{path}: {text}", flush=True)
     else:
-        tell(f"{path}: cannot be read: {text}")
+        tell(text)
 
 
 def tell(message: str) -> None:

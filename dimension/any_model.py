@@ -216,7 +216,7 @@ class Batches:
     def loader(self, name: str, device: torch.device) -> Iterator:
         """One pass; the model's random numbers depend on the batch's number alone."""
         for number, batch in enumerate(map(self.arguments, self.batches)):
-            samples, mark = count_samples(batch), _mark(batch)
+            samples, mark = count_samples(batch), checksums(batch)
             if samples > self.batch_size:
                 raise UserError(
                     f"batches: batch {number} has {samples} samples and the first only "
@@ -303,7 +303,7 @@ def _take(batch: dict, samples: list[int]) -> dict:
     return {key: rows(value) for key, value in batch.items()}
 
 
-def _mark(batch: dict) -> list[int]:
+def checksums(batch: dict) -> list[int]:
     """Checksums of the batch's tensors."""
     found = (value.detach().cpu().contiguous().view(-1) for value in _tensors(batch))
     return [zlib.crc32(value.view(torch.uint8).numpy()) for value in found]

@@ -55,7 +55,7 @@ def train_loader(config: dict, dataset: Dataset, seed: int, process: Process) ->
     """Loads this process's training batches, for `read`; set the epoch of its `batch_sampler`."""
     place = process.rank, process.world_size
     sampler = TrainBatchSampler(len(dataset), config["batch_size"], seed, *place)
-    options = _loader_options(config, process.device, seed)
+    options = loader_options(config, process.device, seed)
     options["persistent_workers"] = options["num_workers"] > 0
     return DataLoader(_Fetched(dataset), batch_sampler=sampler, **options)
 
@@ -83,7 +83,7 @@ class EvalOptions:
             _Fetched(dataset),
             batch_size=size,
             sampler=EvalSampler(len(dataset), *place_among_processes(), size),
-            **_loader_options(self.config, self.device, seed=0),
+            **loader_options(self.config, self.device, seed=0),
         )
         what = f"{self.results.parent.name}: {what}" if self.results else what
         shown = {"desc": what, "total": len(loader.sampler), "mininterval": 5.0}
@@ -100,13 +100,9 @@ def eval_options(run: Run, **scorers: bool) -> EvalOptions:
     return EvalOptions(run.config, device, run.bf16, results, samples=samples, **scorers)
 
 
-def loading_processes(config: dict) -> int:
-    """Image loading processes of a loader, at most the CPUs of this process."""
-    return min(config["num_workers"], available_cpus())
-
-
-def _loader_options(config: dict, device: torch.device, seed: int) -> dict:
-    workers = loading_processes(config)
+def loader_options(config: dict, device: torch.device, seed: int) -> dict:
+    """Arguments of a DataLoader; its processes are at most the CPUs of this one."""
+    workers = min(config["num_workers"], available_cpus())
     return {
         "num_workers": workers,
         "collate_fn": _collate,

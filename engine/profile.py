@@ -180,6 +180,7 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
     if process.is_main:
         print("\n".join([*remarks, *inputs.padding()]), flush=True)
     model = hub.model.to(process.device)
+    batches = any_model.Batches(model, inputs, n, args.seed)
     settings = {
         "model": type(model).__name__,
         "hf": args.hf,
@@ -192,9 +193,10 @@ def measure_hub(args: argparse.Namespace, process: Process) -> IDProfile:
         "contents": {
             "names of the pictures": content_hash([path.name for path in inputs.images or []]),
             "texts": content_hash([inputs.texts, inputs.decoder_texts]),
+            "config": content_hash(str(model.config)),
+            "first batch": any_model.checksums(batches.first),  # as tokenizer and pictures make it
         },
     }
-    batches = any_model.Batches(model, inputs, n, args.seed)
     modules = any_model.choose_layers(model)
     modules = {name: module for name, module in modules.items() if name not in hub.untrained}
     with any_model.prepared(model, process.device):

@@ -317,6 +317,18 @@ def uneven(tmp_path):
     return "--texts", tmp_path / "uneven"
 
 
+def test_contents_are_the_config_and_what_the_tokenizer_makes(measure, folders, tmp_path):
+    """A stopped run goes on only where these are the same; the paths and weights are."""
+    own, found = shutil.copytree(folders / "bert", tmp_path / "own"), []
+    changes = ("config.json", "1e-12", "1e-05"), ("tokenizer.json", "word2", "word_")
+    for file, part, other in (("config.json", "", ""), *changes):
+        assert part in (content := (own / file).read_text())
+        (own / file).write_text(content.replace(part, other))
+        found.append(measure(own, "texts").settings["contents"])
+    differing = [{key for key in a if a[key] != b[key]} for a, b in zip(found, found[1:])]
+    assert differing == [{"config"}, {"first batch"}]
+
+
 def test_texts_of_one_length(measure, uneven, capsys):
     for flags, length, n in ((["--one_length"], 5, 30), (["--one_length", "6"], 6, 25)):
         profile = measure("bert", "", *uneven, *flags)

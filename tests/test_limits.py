@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from engine.loading import loading_processes
+from engine.loading import loader_options
 from engine.processes import free_memory, left_in_groups
 from tests.runs import finish, processes
 
@@ -94,4 +94,5 @@ def test_a_process_can_take_what_is_called_free_and_not_much_more(kind):
 @pytest.mark.parametrize(("asked_for", "expected"), [(0, 0), (1, 1), (8, 2)])
 def test_no_more_loading_processes_than_cpus_of_the_process(monkeypatch, asked_for, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 7})
-    assert loading_processes({"num_workers": asked_for}) == expected
+    options = loader_options({"num_workers": asked_for}, torch.device("cpu"), 0)
+    assert options["num_workers"] == expected

@@ -13,7 +13,7 @@ from PIL import Image
 from data.scenes import __main__ as scenes
 from data.scenes import attribute_accuracy, generate
 from data.scenes.pictures import PAINT
-from data.scenes.words import parse_caption
+from data.scenes.words import MENTION
 
 SIZES = {"train": 150, "val": 60, "test": 30, "statements": 400, "heldout_statements": 200}
 SPLITS = ("train", "val", "test")
@@ -134,7 +134,7 @@ def test_every_caption_names_exactly_the_objects_of_its_scene_and_how_they_lie(r
             (o["size"], o["colour"], o["kind"]): (o["x"], o["y"], o["radius"])
             for o in scene["objects"]
         }
-        assert sorted(parse_caption(caption)) == sorted(where), caption
+        assert sorted(MENTION.findall(caption)) == sorted(where), caption
         assert len(where) == len(scene["objects"])
         assert {*re.findall(r"(\w+) background", caption)} <= {scene["background"]}
         numbers = re.findall(r"\b(one|two|three)\b", caption)
@@ -143,8 +143,8 @@ def test_every_caption_names_exactly_the_objects_of_its_scene_and_how_they_lie(r
             first, side, others = re.split(rf"\b({'|'.join(SIDES)})\b", caption)
             seen.add(side)
             axis, sign = SIDES[side]
-            assert parse_caption(first) and parse_caption(others)
-            for a, b in product(parse_caption(first), parse_caption(others)):
+            assert MENTION.findall(first) and MENTION.findall(others)
+            for a, b in product(MENTION.findall(first), MENTION.findall(others)):
                 distance = sign * (where[b][axis] - where[a][axis])
                 assert distance > where[a][2] + where[b][2] + 3, caption
     assert seen == SIDES.keys()

@@ -58,7 +58,7 @@ PLURALS = {"cross": "crosses"} | {noun: noun + "s" for noun in ("shape", *KINDS)
 
 Attributes = tuple[str, str, str]  # size, colour, kind
 
-MENTION = re.compile(
+MENTION = re.compile(  # size, colour and kind; what is not mentioned is ""
     rf"\b(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(KINDS)})\b"
 )
 
@@ -82,14 +82,9 @@ def describe(
     ]
 
 
-def parse_caption(text: str) -> list[Attributes]:
-    """(size, colour, kind) of every mention, in lower case; what is not mentioned is ""."""
-    return MENTION.findall(text)
-
-
 def attributes_correct(caption: str, objects: list[Attributes]) -> bool:
     """Whether a caption mentions objects, all with size and colour, and all are there as often."""
-    mentions = Counter(parse_caption(caption))
+    mentions = Counter(MENTION.findall(caption))
     return bool(mentions) and not mentions - Counter(objects)
 
 
