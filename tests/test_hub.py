@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -325,7 +326,7 @@ def test_contents_are_the_config_and_what_the_tokenizer_makes(measure, folders, 
         assert part in (content := (own / file).read_text())
         (own / file).write_text(content.replace(part, other))
         found.append(measure(own, "texts").settings["contents"])
-    differing = [{key for key in a if a[key] != b[key]} for a, b in zip(found, found[1:])]
+    differing = [{key for key in a if a[key] != b[key]} for a, b in pairwise(found)]
     assert differing == [{"config"}, {"first batch"}]
 
 
