@@ -88,12 +88,8 @@ def test_captioner(captioner, whole):
     assert list(profile.layers) == list(prunable_layers(model))
     dataset = build_caption_datasets(config)[0]
     texts = [dataset.text(index) for index in random_order(dataset)[:N]]
-    longest, vision_tokens = model.tokenize(texts)[0].shape[1], (32 // 16) ** 2 + 1
-    features = {name: layer.features for name, layer in profile.layers.items()}
-    assert features["visual_encoder.blocks.0.attn.qkv"] == vision_tokens * 3 * 32
-    text = "text_decoder.bert.encoder.layer.1."
-    assert features[text + "crossattention.self.key"] == vision_tokens * 32
-    assert features[text + "intermediate.dense"] == longest * 64
+    longest = model.tokenize(texts)[0].shape[1]
+    assert profile.layers["text_decoder.bert.encoder.layer.1.output.dense"].features == longest * 32
     assert all(layer.id > 1 for layer in profile.layers.values())
     assert profile.settings["nsamples"] == N
     files = {"ID.txt", "result_id.txt", "result_bar.txt", "dim.txt", "profile.json"}
@@ -302,12 +298,8 @@ def test_bad_images_give_way_to_the_next_samples(own, capsys):
     assert profiling.choose_samples(dataset, 44, seed=0) == (expected, 2)
     with pytest.raises(UserError, match="-n 47: .* only 48 samples, of which 2 have images that"):
         profiling.choose_samples(dataset, 47, seed=0)
-
-
-def test_a_pair_with_one_bad_image_is_not_readable(own, tmp_path):
-    config = load_config(write_nlvr_config(tmp_path / "nlvr.yaml", tmp_path / "scenes"))
-    dataset = build_nlvr_datasets(config)[0]
-    first, second = dataset.image_paths(0)
-    assert first != second and dataset.is_readable(0)
-    damage(second)
-    assert not dataset.is_readable(0)
+    nlvr = load_config(write_nlvr_config(folder / "nlvr.yaml", folder / "scenes"))
+    pairs = build_nlvr_datasets(nlvr)[0]
+    good = next(i for i in range(len(pairs)) if pairs.is_readable(i))
+    damage(pairs.image_paths(good)[1])
+    assert not pairs.is_readable(good)
