@@ -7,7 +7,6 @@ from torch import nn
 from configs import load_config
 from data.caption_dataset import build_caption_datasets
 from dimension import measure
-from dimension.profile import LayerID, make_remarks
 from models import build_captioner
 from tests.runs import compute_id, make_scenes, write_config
 from utils import UserError
@@ -71,13 +70,6 @@ def test_texts_of_one_length_are_not_remarked_on_and_pictures_have_none():
     assert layer.same_length is layer.by_chance is None
     profile = measure(Texts(), batches(torch.ones(N, 8, dtype=torch.long))[1])
     assert not any("length far" in remark for remark in profile.remarks)
-
-
-def test_an_error_bar_near_the_id_is_remarked():
-    bars = {"a": 4.9, "b": 5.1, "c": 9.0, "d": None}
-    layers = {name: LayerID(10.0, bar, [], 400, 0, 64) for name, bar in bars.items()}
-    (remark,) = make_remarks(400, layers)
-    assert "most in c: 90%" in remark and remark.endswith(": b, c") and "more samples" in remark
 
 
 def test_a_task_with_texts_of_one_length(tmp_path):
