@@ -12,13 +12,13 @@ from safetensors import safe_open
 
 import prune
 from configs import load_config
+from dimension.profile import IDProfile, LayerID
 from engine import pruning
 from engine.checkpoints import save_weights
 from engine.tasks import TASKS
 from models import hub
 from models.checkpoint import load_trained
 from models.layers import modality, prunable_layers
-from pruners.oneshot import allocate
 from reports import report
 from reports.runs import read_run
 from tests import runs, test_oneshot
@@ -140,29 +140,20 @@ def test_groups_order_and_samples_of_the_command(folders, data, tmp_path, monkey
     assert len(rows("held_out")) == 1 and not rows("held_out") & rows("batches")
 
 
-def test_allocations(folders, data, tmp_path):
-    given = ("--hf", folders / "clip", *flags(data, INPUTS["clip"]), *HALF)
-    uniform = run(*given, "--out", tmp_path / "a")["layers"]
-    profile = {name: 1.0 + i for i, name in enumerate(uniform)}
-    write_json(tmp_path / "ids.json", profile)
-    layer = {"error": None, "block_means": [], "points": 9, "duplicates": 0, "features": 1}
-    layers = {n: layer | {"id": w, "kind": uniform[n]["kind"]} for n, w in profile.items()}
-    write_json(tmp_path / "id" / "profile.json", {"settings": {}, "layers": layers})
-    model = transformers.AutoModel.from_pretrained(folders / "clip")
-    shapes = {name: model.get_submodule(name).weight.shape for name in profile}
-    for means in ({}, {"modality": 1}, {"inverse": 1}):
-        mode = next(iter(means), tmp_path / "ids.json")
-        given_profile = ("--id_profile", tmp_path / "id") if means else ()
-        out = tmp_path / Path(mode).name.replace(".", "")
-        found = run(*given, "--allocation", mode, *given_profile, "--out", out)["layers"]
-        if "modality" in means:
-            own = {n: [w for m, w in profile.items() if layers[m]["kind"] == layers[n]["kind"]]
-                   for n in profile}  # fmt: skip
-            expected = {n: sum(w) / len(w) for n, w in own.items()}
-        else:
-            expected = {n: 1 / w if means else w for n, w in profile.items()}
-        expected = allocate(shapes, 0.5, "Wanda", expected)
-        assert {name: layer["zeros"] for name, layer in found.items()} == expected
+def test_allocations(tmp_path):
+    """The kinds are those that the profile names."""
+    made = (("a", 1.0, "vision"), ("b", 3.0, "vision"), ("c", 8.0, "language"))
+    layers = {name: LayerID(x, None, [], 9, 0, 1, kind=kind) for name, x, kind in made}
+    IDProfile({}, layers).write(tmp_path)
+    path = f"{tmp_path}/profile.json"
+    for mode, more, expected in (
+        ("uniform", (), ("", None)),
+        (path, (), (path, {"a": 1.0, "b": 3.0, "c": 8.0})),
+        ("modality", ("--id_profile", path), (path, {"a": 2.0, "b": 2.0, "c": 8.0})),
+        ("inverse", ("--id_profile", path), (path, {"a": 1.0, "b": 1 / 3, "c": 1 / 8})),
+    ):
+        given = ["--hf", "x", "--out", "x", *HALF, "--allocation", mode, *more]
+        assert pruning.read_allocation(prune.parse_args(given), None) == expected
 
 
 @pytest.mark.parametrize(
@@ -186,6 +177,7 @@ def test_a_model_of_ours_is_evaluated_and_drawn(task, write, tmp_path, capsys):
     for name, layer in record["layers"].items():
         assert layer["zeros"] == int((model.get_submodule(name).weight == 0).sum())
         assert layer["kind"] == modality(name) and 0 < layer["error"] < 1
+        assert (layer["zeros"] < layer["weights"] / 2) == (".blocks." in name)  # of the higher IDs
     found = read_run(out)
     assert found.sparsity["overall"] == 0.5 and found.config["task"] == task
     assert found.id_profile == str(tmp_path / "ids.json")
