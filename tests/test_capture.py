@@ -49,11 +49,6 @@ def clip():
     return with_large_weights(build_clip(CONFIG | {"clip": sizes}))
 
 
-@pytest.fixture(params=["captioner", "nlvr"])
-def model(request):
-    return request.getfixturevalue(request.param)
-
-
 def make_samples(model, batch_size=4, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(104, 158, (N, LENGTH), generator=generator)
@@ -68,18 +63,6 @@ def make_samples(model, batch_size=4, dtype=torch.float32):
         text=mask.bool(),
         batch_size=batch_size,
     )
-
-
-def assert_same_but_for_rounding(found, expected):
-    """Distances of the same outputs, which a capture rounds to float32 when it keeps them.
-
-    What is kept of an output is x, its difference from a mean of samples, so |x| is at most the
-    largest distance. Its rounding moves a distance by at most `ROUNDING32` (|x| + |y|). Float64,
-    in which all else is computed, has a rounding 2^-29 of that, and a model this small does not
-    make it grow by more.
-    """
-    bound = 2 * ROUNDING32 * expected.max().item() * 1.01
-    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
 def run_model(model, samples):
@@ -119,7 +102,12 @@ def measure(model, samples, budget=GB, layers=None):
 
 @pytest.mark.parametrize("kind", ["captioner", "nlvr", "clip"])
 def test_stages_equal_the_models_forward(kind, request):
-    """In batches and with padding that counts as zero."""
+    """In batches and with padding that counts as zero; but for a rounding to float32.
+
+    A capture keeps x, an output's difference from a mean of samples: |x| is at most the largest
+    distance. Rounding x and y moves their distance by at most `ROUNDING32` (|x| + |y|). All else
+    is in float64, whose rounding is 2^-29 of that.
+    """
     model = request.getfixturevalue(kind).double()
     samples = make_samples(model, dtype=torch.float64)
     outputs = dict(hooked_outputs(model, samples))
@@ -130,7 +118,8 @@ def test_stages_equal_the_models_forward(kind, request):
             output = output * samples.tensors["attention_mask"][..., None]
         assert captured[name].features == output[0].numel()
         expected = pairwise_distances(output.flatten(1))
-        assert_same_but_for_rounding(captured[name].distances, expected)
+        bound = 2 * ROUNDING32 * expected.max().item() * 1.01
+        torch.testing.assert_close(captured[name].distances, expected, rtol=0, atol=bound)
 
 
 def test_padding_that_is_kept_reaches_to_a_batchs_longest_text():
@@ -139,29 +128,29 @@ def test_padding_that_is_kept_reaches_to_a_batchs_longest_text():
     assert counted_positions(mask, 2, keep_padding=True).sum(1).tolist() == [2, 2, 3, 3]
 
 
-def test_any_budget_and_share_of_layers_gives_the_same_bits(model, small_segments):
+def test_any_budget_and_share_of_layers_gives_the_same_bits(nlvr, small_segments):
     """Both decide what else a pass keeps, not the size or the alignment of a segment.
 
     Each layer belongs to one of two processes, and loads are even. Nine samples a batch, as the
     order in which torch sums the first batch's mean depends on a segment's size from eight on.
     """
-    samples = make_samples(model, batch_size=9)
-    peak = plan_for(model, samples).peak
-    plans = [plan_for(model, samples, int(share * peak)) for share in (1, 0.3)]
+    samples = make_samples(nlvr, batch_size=9)
+    peak = plan_for(nlvr, samples).peak
+    plans = [plan_for(nlvr, samples, int(share * peak)) for share in (1, 0.3)]
     passes = [max(len(stage.passes) for stage in plan.stages) for plan in plans]
     assert passes[0] == 1 < passes[1]
     assert plans[0].work == 1 < plans[1].work
     assert all(plan.peak <= plan.budget for plan in plans)
-    shapes, names = [stage.shape for stage in plans[0].stages], set(prunable_layers(model))
+    shapes, names = [stage.shape for stage in plans[0].stages], set(prunable_layers(nlvr))
     shares = share_layers(shapes, names, 2)
     assert shares[0] | shares[1] == names and not shares[0] & shares[1]
     features = {x.name: x.features for shape in shapes for x in shape.layers}
     loads = [sum(features[name] for name in share) for share in shares]
     assert max(loads) < 1.1 * min(loads)
 
-    whole = measure(model, samples)
+    whole = measure(nlvr, samples)
     for layers in (names, shares[0]):
-        part = measure(model, samples, plans[1].budget, layers)
+        part = measure(nlvr, samples, plans[1].budget, layers)
         assert set(part) == layers
         assert all(torch.equal(part[name], whole[name]) for name in layers)
 
