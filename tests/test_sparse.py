@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -171,8 +172,9 @@ def test_kernels_need_no_folder_to_keep_them_in(monkeypatch):
 
 def test_keeps_only_nonzeros():
     model = nn.Sequential(random_layer(256, 256, 0.1))
-    nonzeros = int(model[0].weight.count_nonzero())
+    nonzeros, weight = int(model[0].weight.count_nonzero()), weakref.ref(model[0].weight)
     report = sparsify_(model)
+    assert weight() is None  # freed
     assert model[0].values.numel() == nonzeros
     assert list(model.parameters()) == [model[0].bias]
     assert report.bytes_before - report.bytes_after == 4 * 256 * 256 - 5 * nonzeros - 257 * 4
