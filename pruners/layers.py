@@ -7,7 +7,7 @@ from math import inf
 from torch import nn
 
 from models.layers import prunable_layers
-from utils import UserError
+from utils import UserError, listed
 
 
 def choose_layers(
@@ -28,7 +28,7 @@ def choose_layers(
     modules = dict(model.named_modules())
     refused = [f"{n!r} {why}" for n in names if (why := _why_refused(modules.get(n)))]
     if refused:
-        raise UserError(f"cannot prune these layers: {_first(refused)}")
+        raise UserError(f"cannot prune these layers: {listed(refused)}")
     owners = defaultdict(list)  # of a parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].insert(0, name.rpartition(".")[0])
@@ -78,13 +78,9 @@ def check_profile(
         "unknown": [name for name in profile if name not in layers and name not in left_out],
         "not positive": [name for name, dimension in profile.items() if not 0 < dimension < inf],
     }
-    found = "; ".join(f"{what}: {_first(names)}" for what, names in problems.items() if names)
+    found = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
     if found:
         raise UserError(
             f"the ID profile does not fit the model ({found}). Measure one with ComputeID.py and "
             "the same config, or leave out what it lacks"
         )
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")

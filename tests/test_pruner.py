@@ -242,7 +242,7 @@ def computed(reparametrize):
         (foreign(), ["0", "3"], r"'3' is no linear layer \(Sequential\)"),
         (foreign(), ["0", "3.0"], r"'3.0' is no linear layer \(LayerNorm\)"),
         (foreign(), ["0", "7", "x"], "'7' is not a layer of the model, 'x' is not"),
-        (foreign(), list("56789"), "and 2 more"),
+        (foreign(), list("56789"), "'9' is not a layer"),
         (computed(nn.utils.parametrizations.weight_norm), ["2"], "from .*weight.original0"),
         (computed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), ["2"], "weight_orig"),
     ],
