@@ -12,17 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from dimension import measure
 from dimension.any_model import choose_layers
 from dimension.figures import plot_comparison, plot_depth
-from dimension.profile import Estimation, IDProfile, load_kinds
-from dimension.twonn import pairwise_distances
+from dimension.profile import IDProfile, load_kinds
 from tests.runs import ids, outputs_of
-from tests.test_model_classes import LENGTH, T5, texts
+from tests.test_model_classes import LENGTH, T5, assert_ids, far_apart, in_batches, texts
 from utils import UserError
 
 N = 45
-# What is kept is rounded to float32, by 2^-24 of itself, of the order of its distance to its
-# neighbours. Those errors average out over the hundreds of elements of a distance and over the
-# points of a fit, so that an ID moves by far less than this, which is what is promised.
-PROMISED = 1e-6
 TRACES = 3  # forwards before the first pass and after the last; with texts more
 
 
@@ -39,26 +34,12 @@ def t5_with_labels():
     return model, inputs | {"labels": inputs.pop("decoder_input_ids")}
 
 
-def in_batches(inputs, size=8):
-    """Mappings, as processors return them."""
-    parts = {name: x.split(size) for name, x in inputs.items()}
-    return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
-
-
 def hooked(model, batches):
     """Outputs (n, L, D) of all linear layers."""
     layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
     outputs = outputs_of(layers, lambda: [model.eval()(**batch) for batch in batches])
     joined = {name: torch.cat(parts) for name, parts in outputs.items()}
     return {name: x if x.dim() > 2 else x[:, None] for name, x in joined.items()}
-
-
-def assert_ids(profile, outputs):
-    found = ids(profile)
-    for name, x in outputs.items():
-        distances = pairwise_distances(x.detach().flatten(1))
-        expected = Estimation().measure(name, 0, distances).id
-        assert found[name] == pytest.approx(expected, rel=PROMISED), name
 
 
 def left_out(profile):
@@ -68,16 +49,14 @@ def left_out(profile):
 @pytest.mark.parametrize("make", [t5, t5_with_labels])
 def test_padding_counts_as_zero_and_a_decoder_has_its_own_mask(make):
     model, inputs = make()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.3)  # so that samples differ in all layers
-    outputs = hooked(model, in_batches(inputs))
+    far_apart(model)
+    outputs = hooked(model, in_batches(inputs, 8))
     for name in outputs:
         if name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v")):
             outputs[name] *= inputs["attention_mask"][..., None]
         elif name.startswith("decoder") and "decoder_attention_mask" in inputs:
             outputs[name] *= inputs["decoder_attention_mask"][..., None]
-    assert_ids(measure(model, in_batches(inputs)), outputs)
+    assert_ids(measure(model, in_batches(inputs, 8)), outputs)
 
 
 class Chain(nn.Sequential):
