@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from models import build_captioner, load_checkpoint, prunable_layers, sparsify_
@@ -363,16 +364,6 @@ def test_hooks_and_mode_stay():
     assert len(seen) == 2 + 2 + 1 and model[2].training
 
 
-def tensors(output) -> list[torch.Tensor]:
-    """All tensors of a model's output, but for caches."""
-    if torch.is_tensor(output):
-        return [output]
-    parts = output.values() if isinstance(output, dict) else output
-    return [
-        t for part in parts if isinstance(part, (dict, tuple, torch.Tensor)) for t in tensors(part)
-    ]
-
-
 @pytest.mark.parametrize("kind", CLASSES)
 @torch.no_grad()
 def test_classes_of_transformers_and_timm_give_what_they_gave(kind, monkeypatch):
@@ -390,9 +381,10 @@ def test_classes_of_transformers_and_timm_give_what_they_gave(kind, monkeypatch)
             parameter.normal_(std=0.3)
         if parameter.dim() == 2 and "embed" not in name:
             parameter.mul_(torch.rand_like(parameter) < 0.1)
-    dense = tensors(model(**given))
+    dense = list(filter(torch.is_tensor, tree_leaves(model(**given))))
     assert sparsify_(model).sparse
-    for found, expected in zip(tensors(model(**given)), dense, strict=True):
+    sparse = filter(torch.is_tensor, tree_leaves(model(**given)))
+    for found, expected in zip(sparse, dense, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
