@@ -104,7 +104,7 @@ def prepare(run: Run) -> tuple[nn.Module, Dataset, dict[str, Dataset], dict[str,
     device = run.process.device
     run.say(f"computes on {device} in {'bfloat16 autocast' if run.bf16 else 'float32'}")
     if not flags.evaluate and run.process.is_main:
-        say_truncated(model, sets[0])
+        say_truncated(run, model, sets[0])
     return model.to(device), sets[0], held_out, layer_id
 
 
@@ -118,13 +118,13 @@ def find_weights(run: Run) -> Path | None:
     return None
 
 
-def say_truncated(model: nn.Module, dataset: Dataset) -> None:
+def say_truncated(run: Run, model: nn.Module, dataset: Dataset) -> None:
     """Prints how many training texts the model cuts; of very many, a sample is counted."""
     indices = range(0, len(dataset), -(-len(dataset) // LOOKED_AT))
     if cut := model.count_cut([dataset.text(index) for index in indices]):
         texts = f"{len(indices)} training texts{' looked at' * (len(indices) < len(dataset))}"
         longer = f"are longer than max_tokens {model.max_tokens} and are cut"
-        print(f"{cut} of {texts} {longer}", flush=True)
+        run.say(f"{cut} of {texts} {longer}")
 
 
 @contextmanager
