@@ -64,7 +64,7 @@ class Reporter:
             return
         folder, record = self.run.folder, history[-1]
         write_json(folder / "sparsity.json", sparsity)
-        save_figure(plot_sparsity({folder.name: sparsity}), folder / "sparsity.png")
+        save_figure(plot_sparsity(folder.name, sparsity), folder / "sparsity.png")
         with atomic_write(folder / LOG_FILE) as file:
             file.writelines(json.dumps(earlier) + "\n" for earlier in history)
         self.run.say(screen(record))

@@ -12,22 +12,20 @@ ANY = STYLES["other"]
 
 
 def plot_sparsity(
-    reports: dict[str, dict], lowest: float = 0.0, what: str = "share of zeros"
+    title: str, report: dict, lowest: float = 0.0, what: str = "share of zeros"
 ) -> Figure:
-    """Draws each layer's share of zeros, from `lowest` on, by depth; one panel a report."""
-    figure = Figure(figsize=(1.5 + 5 * len(reports), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
-    for panel, (title, report) in zip(panels, reports.items(), strict=True):
-        for name, share in report["by_modality"].items():
-            _plot_modality(panel, report, name, f"{name} ({share:.1%})")
-        label = f"overall ({report['overall']:.1%})"
-        panel.axhline(report["overall"], color="gray", linestyle="--", linewidth=1, label=label)
-        panel.set(xlabel="transformer block", ylim=(lowest - 0.03, 1.03))
-        panel.set_title(title, parse_math=False)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-        panel.legend(title="lines: mean of a block", fontsize="small", title_fontsize=8)
-    panels[0].set_ylabel(what)
+    """Draws each layer's share of zeros, from `lowest` on, by depth."""
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    panel = figure.subplots()
+    for name, share in report["by_modality"].items():
+        _plot_modality(panel, report, name, f"{name} ({share:.1%})")
+    label = f"overall ({report['overall']:.1%})"
+    panel.axhline(report["overall"], color="gray", linestyle="--", linewidth=1, label=label)
+    panel.set(xlabel="transformer block", ylabel=what, ylim=(lowest - 0.03, 1.03))
+    panel.set_title(title, parse_math=False)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.grid(alpha=0.3)
+    panel.legend(title="lines: mean of a block", fontsize="small", title_fontsize=8)
     return figure
 
 

@@ -105,7 +105,7 @@ def _sparsity(runs: Runs) -> list[tuple[str, str]]:
     shown = [share for report in reports.values() for share in report["by_layer"].values()]
     lowest = int(10 * min(shown, default=0)) / 10
     return [
-        (image(plot_sparsity({name: report}, lowest)), f"share of zeros by block, {name}")
+        (image(plot_sparsity(name, report, lowest)), f"share of zeros by block, {name}")
         for name, report in reports.items()
     ]
 
@@ -120,7 +120,7 @@ def _errors(runs: Runs) -> list[tuple[str, str]]:
         if shown:
             report = {"by_layer": errors, "by_modality": means, "kinds": kinds}
             report["overall"] = fmean(errors.values())
-            figure = plot_sparsity({name: report}, 0, "relative error")
+            figure = plot_sparsity(name, report, 0, "relative error")
             figures.append((image(figure), f"relative error of each layer's output, {name}"))
     return figures
 
