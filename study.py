@@ -236,7 +236,7 @@ def run_cell(cell: Cell, setting: dict, args: argparse.Namespace) -> dict:
     for command in commands(cell, setting, args):
         with open(log, "a") as output:
             code = subprocess.run(command, stdout=output, stderr=output).returncode
-        if code in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT):
+        if code in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
             raise SystemExit(EXIT_STOPPED)
         if code:
             last = log.read_text().strip().rpartition("\n")[2]
