@@ -1,9 +1,10 @@
 """The embedded data: little scenes in the layouts of COCO (Karpathy split), NLVR2 and Flickr30k."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
-from data.scenes.words import attributes_correct
+from data.scenes.words import MENTION
 
 
 def attribute_accuracy(results: list[dict], scenes_path: str | Path) -> float:
@@ -16,5 +17,8 @@ def attribute_accuracy(results: list[dict], scenes_path: str | Path) -> float:
         scene["image_id"]: [(o["size"], o["colour"], o["kind"]) for o in scene["objects"]]
         for scene in json.loads(Path(scenes_path).read_text())
     }
-    correct = [attributes_correct(row["caption"], scenes[row["image_id"]]) for row in results]
-    return sum(correct) / len(correct)
+    correct = 0
+    for row in results:
+        mentions = Counter(MENTION.findall(row["caption"]))
+        correct += bool(mentions) and not mentions - Counter(scenes[row["image_id"]])
+    return correct / len(results)

@@ -58,7 +58,8 @@ class Scene:
     """One to three objects, no two alike, on a background.
 
     The first object is the one that captions start from: it lies on that `side` of all others,
-    which follow in reading order. A single object has no side.
+    which follow from left to right, or from top to bottom where that spreads them more. A single
+    object has no side.
     """
 
     background: str
@@ -97,7 +98,9 @@ def random_scene(rng: random.Random) -> Scene:
         if is_clear(objects):
             by_relation = margins(objects)
             first, side = max(by_relation, key=by_relation.get)
-            rest = in_reading_order(objects[:first] + objects[first + 1 :])
+            rest = objects[:first] + objects[first + 1 :]
+            across, down = np.ptp([(item.x, item.y) for item in rest], axis=0)
+            rest.sort(key=attrgetter("x" if across >= down else "y"))  # as one reads
             return Scene(background, [objects[first], *rest], side)
 
 
@@ -114,12 +117,6 @@ def is_clear(objects: list[SceneObject]) -> bool:
         return False
     second, first = sorted(margins(objects).values())[-2:]
     return first >= MARGIN and first - second >= LEAD
-
-
-def in_reading_order(objects: list[SceneObject]) -> list[SceneObject]:
-    """From left to right, or from top to bottom where that spreads the objects more."""
-    across, down = np.ptp([(item.x, item.y) for item in objects], axis=0)
-    return sorted(objects, key=attrgetter("x" if across >= down else "y"))
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:

@@ -66,13 +66,6 @@ def with_article(words: Description) -> str:
     return f"{'an' if words[0] == 'orange' else 'a'} {' '.join(words)}"
 
 
-def random_statement(items: list[SceneObject], rng: random.Random) -> Statement:
-    """A statement of any family that speaks of some of these objects, true or not."""
-    family = rng.choice(list(MEANINGS))
-    x, y = (rng.choice(descriptions(rng.choice(items))) for _ in range(2))
-    return Statement(family, x, y, rng.choice(list(OTHER_SIDE)), rng.randint(1, 3))
-
-
 def random_pairs(
     scenes: list[Scene], count: int, rng: random.Random
 ) -> list[tuple[Statement, tuple[int, int], bool]]:
@@ -99,7 +92,9 @@ def random_pairs(
             )
         pair = tuple(rng.sample(range(len(scenes)), 2))
         items = [item for index in pair for item in scenes[index].objects]
-        statement = random_statement(items, rng)
+        family = rng.choice(list(MEANINGS))
+        x, y = (rng.choice(descriptions(rng.choice(items))) for _ in range(2))
+        statement = Statement(family, x, y, rng.choice(list(OTHER_SIDE)), rng.randint(1, 3))
         truth = statement.holds(*(counts[index] for index in pair))
         failed += 1
         for attempt in range(TRIES):  # half of the images show what it speaks of; few others do

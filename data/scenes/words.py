@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections import Counter
 
 SIZES = ("small", "large")
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "pink")
@@ -80,12 +79,6 @@ def describe(
         )
         for template in rng.sample(RELATED, count)
     ]
-
-
-def attributes_correct(caption: str, objects: list[Attributes]) -> bool:
-    """Whether a caption mentions objects, all with size and colour, and all are there as often."""
-    mentions = Counter(MENTION.findall(caption))
-    return bool(mentions) and not mentions - Counter(objects)
 
 
 def vocabulary() -> list[str]:
