@@ -215,8 +215,8 @@ def make_remarks(n: int, layers: dict[str, LayerID], bad: int = 0) -> list[str]:
         (
             lambda x: x.largest_channel,
             TOO_MUCH,
-            "a single channel has most of the variance ({}), so distances are mostly its own; see "
-            "whether texts of one length (--one_length) give other IDs",
+            "a single channel has most of the variance ({}), so distances are mostly its own; of "
+            "texts, see whether those of one length (--one_length) give other IDs",
         ),
         (
             lambda x: x.error / x.id,
