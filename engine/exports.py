@@ -34,7 +34,7 @@ def export(args: argparse.Namespace, config: dict) -> None:
                         huggingface.write_folder(model, config, folder, dict(weights))
                         reader += f", or BlipForConditionalGeneration.from_pretrained('{out}')"
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write {out} ({error}): make room, or choose --out") from error
+            raise UserError(f"cannot write {out} ({error}): choose another --out") from error
         size = sum(file.stat().st_size for file in (out, *out.rglob("*")) if file.is_file())
         print(f"{out}: {size / 1e6:.1f} MB; read it with {reader}")
     if args.report:

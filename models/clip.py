@@ -56,12 +56,6 @@ _HUGGING_FACE = {  # its names of CLIP's parameters: OpenAI's
 }
 
 
-def openai_name(name: str) -> str:
-    """OpenAI's name of a parameter that may have Hugging Face's."""
-    theirs = name.startswith(("vision_model.", "text_model."))
-    return replace_all(name, _HUGGING_FACE.items()) if theirs else name
-
-
 class WordPieces:
     """BERT's tokenizer in CLIP's manner: the end token has the highest id, padding is 0."""
 
@@ -85,8 +79,13 @@ class ClipRetrieval(CLIP):
     Momentum copy and queues are buffers: checkpoints hold them, optimizer and pruner see none.
     """
 
-    official_name = staticmethod(openai_name)
     size_keys = "`clip`"  # of the config
+
+    @staticmethod
+    def official_name(name: str) -> str:
+        """OpenAI's name of a parameter that may have Hugging Face's."""
+        theirs = name.startswith(("vision_model.", "text_model."))
+        return replace_all(name, _HUGGING_FACE.items()) if theirs else name
 
     def __init__(self, config: dict):
         """Makes random weights. Raises a UserError if a value cannot be.
