@@ -54,9 +54,7 @@ def read_evaluation(path: Path, references_path: Path) -> list[dict]:
     return list(by_id.values())
 
 
-def build_caption_datasets(
-    config: dict, seed: int = 0
-) -> tuple[CaptionTrainDataset, CaptionEvalDataset, CaptionEvalDataset]:
+def build_caption_datasets(config: dict, seed: int = 0) -> tuple[ImageDataset, ...]:
     """Builds the training, validation and test set; missing annotations are downloaded."""
     coco = "coco_karpathy_{}.json".format
     files = annotation_files(

@@ -59,9 +59,7 @@ class TextDataset(list):
         return self[index], 0
 
 
-def build_flickr_datasets(
-    config: dict, seed: int = 0
-) -> tuple[FlickrTrainDataset, FlickrEvalDataset, FlickrEvalDataset]:
+def build_flickr_datasets(config: dict, seed: int = 0) -> tuple[ImageDataset, ...]:
     """Builds the training, validation and test set; missing annotations are downloaded."""
     splits = ("train", "val", "test")
     files = annotation_files(*((config["ann_root"], f"flickr30k_{split}.json") for split in splits))

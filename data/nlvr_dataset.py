@@ -41,9 +41,7 @@ def mirror(sentence: str) -> str:
     return " ".join(OTHER_SIDE.get(word, word) for word in sentence.split(" "))
 
 
-def build_nlvr_datasets(
-    config: dict, seed: int = 0
-) -> tuple[NlvrDataset, NlvrDataset, NlvrDataset]:
+def build_nlvr_datasets(config: dict, seed: int = 0) -> tuple[NlvrDataset, ...]:
     """Builds the training, development and test set; missing annotations are downloaded."""
     splits = ("train", "dev", "test")
     files = annotation_files(*((config["ann_root"], f"nlvr_{split}.json") for split in splits))

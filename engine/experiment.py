@@ -19,15 +19,13 @@ OVERRIDES = ("pretrained", "init_lr", "max_epoch", "batch_size", "num_workers") 
 # What may change between a stop and a resume: places, speed, evaluation, what is printed and kept;
 # files count by their content, --max_steps and the like by the number of steps, batch_size and
 # processes by the samples of a step. Every other flag and key, a new one too, must stay the same.
-FREE_FLAGS = (
-    """
+FREE_FLAGS = """
     config output_dir model_dir device check resume checkpoint_steps keep_checkpoints compile
     deterministic skip_bad_images evaluate split eval_samples pruned sparse eval_epochs eval_test
     spice score_only pretrained init_lr max_epoch batch_size num_workers max_steps warmup_steps
     gradient_accumulation_steps useID id_profile
 """.split()
-    + IGNORED.split()
-)
+FREE_FLAGS += IGNORED.split()
 FREE_KEYS = """
     med_config max_epoch batch_size eval_batch_size num_workers vit_grad_ckpt vit_ckpt_layer
     max_length min_length num_beams length_normalization
