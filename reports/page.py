@@ -14,7 +14,7 @@ from jinja2 import Template
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.image_dataset import BadImageError, open_image
+from data.images import BadImageError, open_image
 from data.records import CAPTION_EVALUATION, read_records
 from dimension.figures import plot_comparison, plot_depth
 from dimension.profile import IDProfile, load_profile
