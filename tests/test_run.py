@@ -178,7 +178,7 @@ def test_a_check_counts_steps_and_captions_that_are_cut(experiment, scenes, tmp_
     # with [DEC] a picture of, and [SEP]
     cut = sum(len(record["caption"].split()) + 5 > 18 for record in records)
     assert 0 < cut < 48
-    text = f"{cut} of 48 training texts are longer than max_tokens 18 and are cut"
+    text = f"\nc: {cut} of 48 training texts are longer than max_tokens 18 and are cut"
     assert printed.count(text) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
