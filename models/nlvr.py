@@ -101,12 +101,8 @@ class NlvrClassifier(Blip):
         self, image0: Tensor, image1: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> Tensor:
         """(B, 2) logits of "false" and "true" from token ids and their mask, both (B, L)."""
-        images = self.encode_images(image0, image1)
+        images = self.visual_encoder(torch.cat([image0, image1])).chunk(2)  # in one call
         return self.cls_head(self.encode_text(images, input_ids, attention_mask)[:, 0])
-
-    def encode_images(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor]:
-        """Token embeddings, (B, L_img, D_img) each, of two batches (B, 3, S, S); one ViT call."""
-        return self.visual_encoder(torch.cat([image0, image1])).chunk(2)
 
     def encode_text(
         self, images: tuple[Tensor, Tensor], input_ids: Tensor, attention_mask: Tensor
