@@ -16,6 +16,7 @@ from models.layers import sees_image
 from models.stages import Stage
 from tests.runs import outputs_of
 from tests.test_clip import CONFIG, TINY
+from tests.test_model_classes import far_apart
 
 N, LENGTH = 50, 11
 CPU = torch.device("cpu")
@@ -23,30 +24,23 @@ ROUNDING32 = 2.0**-24  # at most, relative to the result of an operation
 GB = 10**9
 
 
-def with_large_weights(model):
-    """Samples differ by more than rounding errors at all depths, as in a trained model."""
-    for layer in prunable_layers(model).values():
-        torch.nn.init.xavier_normal_(layer.weight)
-    return model.eval()
-
-
 @pytest.fixture
 def captioner(caption_tiny_config):
-    return with_large_weights(build_captioner(caption_tiny_config))
+    return far_apart(build_captioner(caption_tiny_config))
 
 
 @pytest.fixture
 def nlvr(nlvr_tiny_config):
     """Layers that average and, from the seventh on, layers that merge what they saw."""
     sizes = nlvr_tiny_config["med_config"] | {"num_hidden_layers": 7}
-    return with_large_weights(build_nlvr(nlvr_tiny_config | {"med_config": sizes}))
+    return far_apart(build_nlvr(nlvr_tiny_config | {"med_config": sizes}))
 
 
 @pytest.fixture
 def clip():
     """So narrow that its widest representation has fewer than `PRODUCT_FEATURES`, in float64."""
     sizes = TINY | {"context_length": LENGTH, "vision_width": 64}
-    return with_large_weights(build_clip(CONFIG | {"clip": sizes}))
+    return far_apart(build_clip(CONFIG | {"clip": sizes}))
 
 
 def make_samples(model, batch_size=4, dtype=torch.float32):
