@@ -1,10 +1,8 @@
 """The compressed file: its layout, its bits, and what is wrong with damaged ones."""
 
-import json
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,20 +25,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "m.safetensors"
-
-
-def test_the_layout_is_the_documented_one(path):
-    """The README's four lines read it."""
-    sparse = torch.randn(20, 51).relu()
-    compressed.write(path, {"a.weight": sparse, "b": torch.ones(5)}.items())
-    with safe_open(path, "np") as f:
-        shapes = json.dumps({"a.weight": [20, 51]})
-        assert f.metadata() == {"format": "bitmask", "format_version": "1", "shapes": shapes}
-        assert set(f.keys()) == {"a.weight.bitmask", "a.weight.values", "b"}
-        bits = np.unpackbits(f.get_tensor("a.weight.bitmask"), bitorder="little")[: 20 * 51]
-        dense = np.zeros((20, 51), "float32")
-        dense.flat[bits == 1] = f.get_tensor("a.weight.values")
-        assert np.array_equal(dense, sparse.numpy()) and (f.get_tensor("b") == 1).all()
 
 
 @settings(max_examples=40, deadline=None)
