@@ -11,22 +11,10 @@ def schedule(**changes) -> CubicSchedule:
     return CubicSchedule(**(arguments | changes))
 
 
-@pytest.mark.parametrize(
-    "step, ratio",
-    [
-        (1, 1.0),
-        (20, 1.0),
-        (21, 0.2 + 0.8 * 0.98**3),
-        (45, 0.2 + 0.8 / 8),  # midpoint
-        (70, 0.2),
-        (71, 0.2),
-        (100, 0.2),
-    ],
-)
-def test_remaining_ratio(step, ratio):
-    assert schedule().remaining_ratio(step) == pytest.approx(ratio, abs=1e-15)
-    lower = schedule(initial_threshold=0.6).remaining_ratio(step)
-    assert lower - 0.2 == pytest.approx((ratio - 0.2) / 2, abs=1e-15)
+def test_the_share_falls_from_the_initial_threshold():
+    """From 1 it falls to the goldens' shares, see test_pruner."""
+    shares = [schedule(initial_threshold=0.6).remaining_ratio(step) for step in (20, 45, 70)]
+    assert shares == pytest.approx([0.6, 0.2 + 0.4 / 8, 0.2], abs=1e-15)
 
 
 def test_masks_every_delta_t_at_epoch_ends_and_always_at_last():
