@@ -85,32 +85,44 @@ class Estimation:
         return chosen | {"enough_points": ENOUGH_POINTS}
 
     def measure(self, name: str, features: int, distances: Tensor) -> LayerID:
-        """Block analysis of a layer, over the levels whose blocks have `ENOUGH_POINTS` points.
-
-        The original averages over all levels; with 400 samples or more the numbers are the same.
-        All layers have the same blocks; `features` are the elements in a sample's representation.
-        The other estimators' IDs are recorded, too. TooFewPoints: there is no estimate.
-        """
+        """`measure_layer`, with the same blocks for all layers."""
         permutations = block_permutations(len(distances), self.seed)
-        found = block_analyses(distances, permutations, ENOUGH_POINTS, self.fraction, ESTIMATORS)
-        analysis = found[self.estimator]
-        if math.isnan(analysis.id):
-            different = "different " if analysis.duplicates else ""
-            raise TooFewPoints(
-                f"layer {name}: {analysis.points} of {len(distances)} samples have two neighbours "
-                f"at different distances ({analysis.duplicates} are duplicates), and three are "
-                f"needed; take more {different}samples"
-            )
-        error = None if math.isnan(analysis.error) else analysis.error
-        means = [None if math.isnan(mean) else mean for mean in analysis.mean.tolist()]
-        ids = {key: other.id for key, other in found.items() if not math.isnan(other.id)}
-        counts = analysis.points, analysis.duplicates
-        return LayerID(analysis.id, error, means, *counts, features, estimates=ids)
+        return measure_layer(name, features, distances, self.fraction, permutations, self.estimator)
 
 
 def block_permutations(n: int, seed: int) -> Tensor:
     """The blocks (20, n) of a seed, which are drawn apart from its samples."""
     return draw_permutations(n, torch.Generator().manual_seed(seed + 1))
+
+
+def measure_layer(
+    name: str,
+    features: int,
+    distances: Tensor,
+    fraction: float,
+    permutations: Tensor,
+    estimator: str = "twonn",
+) -> LayerID:
+    """Block analysis of a layer, over the levels whose blocks have `ENOUGH_POINTS` points.
+
+    The original averages over all levels; with 400 samples or more the numbers are the same.
+    `features` are the elements in a sample's representation; the rest is as in `block_analysis`.
+    The other estimators' IDs are recorded, too. TooFewPoints: there is no estimate.
+    """
+    found = block_analyses(distances, permutations, ENOUGH_POINTS, fraction, ESTIMATORS)
+    analysis = found[estimator]
+    if math.isnan(analysis.id):
+        different = "different " if analysis.duplicates else ""
+        raise TooFewPoints(
+            f"layer {name}: {analysis.points} of {len(distances)} samples have two neighbours at "
+            f"different distances ({analysis.duplicates} are duplicates), and three are needed; "
+            f"take more {different}samples"
+        )
+    error = None if math.isnan(analysis.error) else analysis.error
+    means = [None if math.isnan(mean) else mean for mean in analysis.mean.tolist()]
+    ids = {key: other.id for key, other in found.items() if not math.isnan(other.id)}
+    counts = analysis.points, analysis.duplicates
+    return LayerID(analysis.id, error, means, *counts, features, estimates=ids)
 
 
 @dataclass

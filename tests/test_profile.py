@@ -11,6 +11,7 @@ from dimension.profile import (
     block_permutations,
     load_profile,
     make_remarks,
+    measure_layer,
 )
 from dimension.twonn import block_analysis, pairwise_distances
 from engine.profile import summary
@@ -65,7 +66,7 @@ def test_measure_layer(samples, levels):
     points = torch.randn(samples, 5)
     points[3:5] = 100.0  # duplicates, and nobody's neighbours: they would be a tie
     distances = pairwise_distances(points)
-    layer = Estimation().measure("a", 5, distances)
+    layer = measure_layer("a", 5, distances, 1.0, block_permutations(samples, 0))
     assert (layer.points, layer.duplicates, layer.features) == (samples - 2, 2, 5)
     every = block_analysis(distances, permutations=block_permutations(samples, 0))  # all levels
     assert layer.block_means == every.mean[:levels].tolist() + [None] * (20 - levels)
