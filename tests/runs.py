@@ -197,10 +197,9 @@ def start(
     argv: list[str],
     world_size: int = 1,
     script: str = "train_caption",
-    log: Path | None = None,
     before: Callable[[int], None] | None = None,
 ) -> list:
-    """Starts a script in one process or several, which call before(rank); stderr goes to `log`.
+    """Starts a script in one process or several, which call before(rank).
 
     On an accelerator each process wants one of its own; other processes see no simulated one.
     """
@@ -209,7 +208,7 @@ def start(
         pytest.skip(f"{world_size} process(es) do not have a {device.type} each")
     port = free_port()
     started = [
-        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, log, before))
+        processes.Process(target=run_rank, args=(script, argv, rank, world_size, port, before))
         for rank in range(world_size)
     ]
     for process in started:
@@ -217,11 +216,9 @@ def start(
     return started
 
 
-def run_rank(script: str, argv: list[str], rank: int, world_size: int, port: int, log, before):
+def run_rank(script: str, argv: list[str], rank: int, world_size: int, port: int, before):
     """What torchrun's processes do: the script with its place among the others."""
     os.setsid()
-    if log:
-        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the image loading workers
     if world_size > 1:
