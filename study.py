@@ -416,10 +416,9 @@ def report(study: Study, path: Path) -> Path:
     parts = [MARK, f"{done}, in {hours:.1f} hours of one process, on {on}."]
     parts += ["## Verdicts", *study.notes.values(), markdown(verdicts), "## Figures", *figures]
     parts += ["## Scores", *scores, "## Paired differences", *differences]
-    with atomic_write(page) as file:  # without empty tables
-        file.write(
-            text.partition(MARK)[0] + "\n\n".join(x for x in parts if x.strip("| \n")) + "\n"
-        )
+    filled = "\n\n".join(x for x in parts if x.strip("| \n"))  # without empty tables
+    with atomic_write(page) as file:
+        file.write(f"{text.partition(MARK)[0]}{filled}\n")
     return page
 
 

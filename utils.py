@@ -145,8 +145,7 @@ def available_cpus() -> int:
 def write_json(path: str | Path, content) -> None:
     """Writes indented JSON atomically."""
     with atomic_write(path) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 def download(url: str, path: str | Path) -> None:

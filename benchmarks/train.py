@@ -88,7 +88,7 @@ def ours(run: Run, model: Captioner, batch: tuple, bf16: bool) -> Step:
     state.progress.step = FIRST_STEP - 2
 
     def step(number: int) -> None:
-        train_step(run, state, [batch], lambda: [1.0])
+        train_step(run, state, [batch], [1], lambda: [1.0])
         assert state.progress.step == number
 
     return step

@@ -418,7 +418,7 @@ def _record(
 UNSEEN = {
     "a tensor holds several layers' weights": _is_fused,
     "TorchScript shows no layer's output": lambda x: isinstance(x, torch.jit.ScriptModule),
-    "quantised layers are no nn.Linear": lambda x: callable(getattr(x, "weight", 0)),
+    "quantised layers are no nn.Linear": lambda x: inspect.ismethod(getattr(x, "weight", 0)),
 }
 
 

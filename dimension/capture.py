@@ -269,10 +269,9 @@ class Capture:
         self.states = {name: list(batches) for name, batches in split.items()}
         total = plan.n * sum(sum(stage.pass_flops()) for stage in plan.stages)
         total += plan.n * (plan.n + 1) * sum(segment.elements for segment in plan.segments)
-        # counts FLOPs, because steps differ; shows their share as samples
-        style = {"bar_format": "{l_bar}{bar}| {n:.0f}/{total:.0f} samples [{elapsed}<{remaining}]"}
-        style |= {"unit_scale": plan.n / max(1, total), "smoothing": 0.05}
-        self.bar = tqdm(total=total, disable=not progress, **style)
+        shown = "{l_bar}{bar}| {n:.0f}/{total:.0f} samples [{elapsed}<{remaining}]"
+        scale = plan.n / max(1, total)  # FLOPs count, because steps differ; shown as samples
+        self.bar = tqdm(total=total, disable=not progress, bar_format=shown, unit_scale=scale)
         self.distances = Accumulator(plan, device, self.bar)
 
     def __iter__(self) -> Iterator[LayerDistances]:

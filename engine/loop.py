@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch.utils.data import Dataset
@@ -105,7 +104,7 @@ def train_one_epoch(run: Run, state: TrainState) -> None:
                 with torch.autocast(process.device.type, torch.bfloat16, enabled=run.bf16):
                     state.model.on_step(progress.epoch + progress.step_in_epoch / steps, parts)
             try:
-                train_step(run, state, parts, partial(shares, terms, agreed))
+                train_step(run, state, parts, terms, agreed)
             except NonFiniteScores:
                 read_losses(run, state)  # raises where a loss tells why
                 raise
@@ -134,20 +133,15 @@ def checkpoint_is_due(checkpoint_steps: int, state: TrainState) -> bool:
     return time.monotonic() - state.saved_at >= interval
 
 
-def shares(terms: Sequence[int], agreed: Callable[[], list[float]]) -> list[float]:
-    """Shares of this process's parts in all terms of a step, the first number of `agreed`."""
-    return [count / agreed()[0] for count in terms]
-
-
 def train_step(
-    run: Run, state: TrainState, parts: list[tuple], weights: Callable[[], list[float]]
+    run: Run, state: TrainState, parts: list[tuple], terms: Sequence[int], agreed: Callable
 ) -> None:
     """One optimizer step: gradients of all parts and processes, AdamW, pruner.
 
     The loss is the mean over all terms (predicted tokens, statements) of the step, however they are
     spread over parts and processes. (The original takes the mean of the processes' means.) Each of
-    `parts` holds the arguments of a forward pass; `weights`, called after one, returns the shares
-    of the parts in all terms.
+    `parts` holds the arguments of a forward pass; `terms` are their numbers of terms, and the
+    first number of `agreed`, called after a forward, those of all processes.
     """
     process, progress = run.process, state.progress
     loss = torch.zeros((), device=process.device)
@@ -156,7 +150,7 @@ def train_step(
         with nullcontext() if whole else state.engine.no_sync():
             with torch.autocast(process.device.type, torch.bfloat16, enabled=run.bf16):
                 mean = state.engine(*part)
-            part_loss = mean * (weights()[i] * process.world_size)  # gradients are averaged
+            part_loss = mean * (terms[i] / agreed()[0] * process.world_size)  # an average
             part_loss.backward()
         loss += part_loss.detach()
     state.unread_losses.append(loss)

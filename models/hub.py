@@ -228,8 +228,7 @@ class HubInputs:
 
     def padding(self) -> list[str]:
         """A sentence on the padding, if there is any."""
-        longest, total = max(self.lengths, default=0), sum(self.lengths)
-        n = len(self.lengths)
+        longest, total, n = max(self.lengths, default=0), sum(self.lengths), len(self.lengths)
         if total == longest * n:
             return []
         share = (longest * n - total) / (self.padded * n)

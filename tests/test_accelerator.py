@@ -86,13 +86,13 @@ def count_copies_and_waits(patch) -> list[int]:
     """
     train_step, read_losses, steps = loop.train_step, loop.read_losses, []
 
-    def counted(run, state, parts, weights):
+    def counted(run, state, parts, *terms):
         inputs = [("to sim", tuple(x.shape), x.dtype) for part in parts for x in part]
         step = state.progress.step + 1
         if step > 1:  # before the first, the model was moved
             assert (DEVICE.transfers, DEVICE.waits) == (inputs, [])
         DEVICE.clear()
-        train_step(run, state, parts, weights)
+        train_step(run, state, parts, *terms)
         assert state.loader.pin_memory
         masks = state.pruner.schedule.masks_at(step) and state.progress.remaining_ratio < 1
         assert DEVICE.transfers == [] and bool(DEVICE.waits) == masks, step
