@@ -191,7 +191,7 @@ def test_a_check_counts_steps_and_captions_that_are_cut(experiment, scenes, tmp_
         ("--evaluate --sparse --amp bf16", "--sparse computes in float32: leave out --amp bf16"),
         ("--evaluate --sparse --device cuda", "computes on the CPU: leave out --device cuda"),
         ("--max_steps 24", r"\(1 initial \+ 1 final\) x 24 .* has 24 steps"),
-        ("--id_profile configs/id/blip_nlvr.json", "missing: .{,200} more; unknown: .{,200} more"),
+        ("--id_profile configs/id/blip_nlvr.json", r"missing: .*, \.\.\.; unknown: .*, \.\.\."),
         ("--resume Makefile", "the checkpoint Makefile is not whole"),
         ("--evaluate", "nothing to evaluate: give --pruned"),
         ("--output_dir Makefile", "cannot write to Makefile.*--output_dir or --model_dir"),
