@@ -249,7 +249,7 @@ def output_errors(
 
     def add(name: str, x: Tensor) -> None:
         layer = layers[name]
-        lost = nn.functional.linear(x, matrix(layer).masked_fill(~removed[name], 0))
+        lost = nn.functional.linear(x, torch.where(removed[name], matrix(layer), 0))
         outputs = nn.functional.linear(x, matrix(layer), layer.bias)
         sums[name] += torch.stack(
             [precise(y).square().sum().double().cpu() for y in (lost, outputs)]
