@@ -40,11 +40,11 @@ def test_relative_places_are_sought_beside_the_config_first(tmp_path, monkeypatc
     for folder in (own.parent, here):
         folder.mkdir(parents=True)
     monkeypatch.chdir(here)
-    found = load_config(config)
-    assert found["id_profile"] == str(config.parent / "id/blip_coco.json")
-    assert found["ann_root"] == "annotation"  # absent everywhere
+    assert load_config(config)["id_profile"] == str(config.parent / "id/blip_coco.json")
     text = config.read_text().replace("med_config: configs/med_config.json\n", "")
+    text = text.replace("ann_root: annotation", "ann_root: nowhere")
     own.write_text(text.replace("image_root: datasets/coco", "image_root: pictures"))
+    assert load_config(own)["ann_root"] == "nowhere"
     for place in (here, own.parent.parent, own.parent):  # the nearer goes first
         (place / "pictures").mkdir()
         expected = "pictures" if place == here else str(place / "pictures")
