@@ -176,6 +176,17 @@ def test_all_texts_are_padded_at_their_end_to_one_length(kind, folders, data):
     assert (made[0]["attention_mask"].diff() <= 0).all()
 
 
+def test_a_picture_has_its_mark_where_a_processor_takes_texts_without(folders, data, monkeypatch):
+    def lenient(self, images, text, **options):
+        return self.tokenizer(text, **options)
+
+    opened = hub.open_hub_model(str(folders / "llava"))
+    monkeypatch.setattr(type(opened.processor), "__call__", lenient)
+    pictures, lines = sorted((data / "pictures").iterdir()), hub.read_texts(data / "texts")
+    found = hub.HubInputs(opened, pictures, lines, N).texts
+    assert found == [f"<image>\n{line}" for line in lines]
+
+
 def test_a_run_is_known_by_its_texts_and_by_weights_that_the_checkpoint_lacks(
     measure, data, folders, tmp_path
 ):
